@@ -1,0 +1,204 @@
+// Package admin is the daemon's window for operators: the HTTP API on a unix socket, its client, the wire types of
+// status, trace and explain, and the metrics. It never touches the data path: a slow reader loses trace lines, counted,
+// and nothing else.
+//
+// The wire types are additive: fields are added, never renamed or removed, within /v1.
+package admin
+
+import (
+	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+// Verdict is the decision on a connection.
+type Verdict string
+
+const (
+	Allowed Verdict = "allowed"
+	Denied  Verdict = "denied" // refused or cut, whatever the Reason
+)
+
+// Direction is seen from the workload.
+type Direction string
+
+const (
+	Outbound Direction = "outbound"
+	Inbound  Direction = "inbound"
+)
+
+// Path is the way the bytes go.
+type Path string
+
+const (
+	PathMTLS      Path = "mtls"      // plain Connect mTLS
+	PathPlaintext Path = "plaintext" // let in by permissive mode, or refused by strict mode
+	PathNone      Path = "none"      // refused before a path was chosen
+)
+
+// Connection is one line of trace or of the access log.
+type Connection struct {
+	Event       string         `json:"event"` // "open", "close" or "denied"
+	Time        time.Time      `json:"time"`
+	ID          uint64         `json:"id"` // of the connection in this daemon; 0 when the kernel refused it
+	Direction   Direction      `json:"direction"`
+	Source      Endpoint       `json:"source"`
+	Destination Endpoint       `json:"destination"`
+	Path        Path           `json:"path"`
+	Verdict     Verdict        `json:"verdict"`
+	Reason      catalog.Reason `json:"reason,omitempty"`     // why denied or cut
+	Detail      string         `json:"detail,omitempty"`     // the error in words
+	Intention   string         `json:"intention,omitempty"`  // which intention decided: "web => api (allow), intentions.hcl:3"
+	Generation  uint64         `json:"generation,omitempty"` // of the policy that decided
+	// Sequence rises with every verdict of this daemon, so that verdicts of two generations can be put in order.
+	Sequence uint64        `json:"sequence,omitempty"`
+	Sent     uint64        `json:"sent"`     // bytes from the source to the destination
+	Received uint64        `json:"received"` // bytes from the destination to the source
+	Duration time.Duration `json:"duration_ns"`
+	Repeated uint64        `json:"repeated,omitempty"` // access log only: how many more of the same were not logged
+}
+
+// Endpoint is one side of a connection.
+type Endpoint struct {
+	Service  string `json:"service,omitempty"`
+	Instance string `json:"instance,omitempty"`
+	Identity string `json:"identity,omitempty"` // SPIFFE ID as authenticated
+	Address  string `json:"address,omitempty"`  // ip:port; of a destination, what the application dialled
+	Peer     string `json:"peer,omitempty"`     // ip:port actually dialled, when it differs
+	Workload string `json:"workload,omitempty"` // cgroup path
+	PID      uint32 `json:"pid,omitempty"`
+	Comm     string `json:"comm,omitempty"`
+}
+
+// Status answers GET /v1/status.
+type Status struct {
+	Version      string        `json:"version"`
+	MapABI       int           `json:"map_abi"`
+	Node         string        `json:"node"`
+	Started      time.Time     `json:"started"`
+	Source       SourceStatus  `json:"source"`
+	Policy       PolicyStatus  `json:"policy"`
+	Workloads    []Workload    `json:"workloads"`
+	Refused      []Refused     `json:"refused_claims"`
+	Services     []Service     `json:"services"`
+	Certificates []Certificate `json:"certificates"`
+	Kernel       Kernel        `json:"kernel"`
+	Connections  Connections   `json:"connections"`
+	Problems     []Problem     `json:"problems"`
+}
+
+// SourceStatus is the control plane as this node sees it.
+type SourceStatus struct {
+	Kind       string    `json:"kind"`
+	Location   string    `json:"location"`
+	Generation uint64    `json:"generation"` // 0: no snapshot yet
+	Updated    time.Time `json:"updated"`
+	Error      string    `json:"error,omitempty"`
+}
+
+// PolicyStatus is the policy in force.
+type PolicyStatus struct {
+	Generation uint64 `json:"generation"`
+	Default    string `json:"default"` // "allow" or "deny"
+	Intentions int    `json:"intentions"`
+}
+
+// Workload is one enrolled cgroup.
+type Workload struct {
+	ID         uint32   `json:"id"`
+	Service    string   `json:"service"`
+	Cgroup     string   `json:"cgroup"`
+	Provider   string   `json:"provider"`
+	Mode       string   `json:"mode"`
+	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected"
+	Detail     string   `json:"detail,omitempty"`
+	Namespaces []uint64 `json:"network_namespaces"` // inodes
+	Instances  []string `json:"instances"`          // of the service, served from here
+	Processes  int      `json:"processes"`
+}
+
+// Refused is a claim that was not granted.
+type Refused struct {
+	Cgroup   string `json:"cgroup"`
+	Service  string `json:"service"`
+	Provider string `json:"provider"`
+	Why      string `json:"why"`
+}
+
+// Service is one name of the mesh.
+type Service struct {
+	Name      string     `json:"name"`
+	Virtual   []string   `json:"virtual_ips"`
+	Instances []Instance `json:"instances"`
+}
+
+// Instance is one place where a service runs.
+type Instance struct {
+	ID      string `json:"id"`
+	Node    string `json:"node"`
+	Local   bool   `json:"local"`
+	Address string `json:"address"`
+	Mesh    string `json:"mesh_address"`
+	Healthy bool   `json:"healthy"`
+	Ejected string `json:"ejected,omitempty"` // why it is not dialled now, after failed dials
+}
+
+// Certificate is the leaf of one local service.
+type Certificate struct {
+	Service  string    `json:"service"`
+	Identity string    `json:"identity"`
+	NotAfter time.Time `json:"not_after"`
+	Error    string    `json:"error,omitempty"`
+}
+
+// Kernel is what is pinned.
+type Kernel struct {
+	Pins      string      `json:"pins"`
+	Heartbeat time.Time   `json:"heartbeat"`
+	Links     int         `json:"links"`
+	Maps      []KernelMap `json:"maps"`
+}
+
+// KernelMap is the fill of one map.
+type KernelMap struct {
+	Name    string `json:"name"`
+	Entries int    `json:"entries"`
+	Max     int    `json:"max"`
+}
+
+// Connections counts the live ones.
+type Connections struct {
+	Active int    `json:"active"`
+	Max    int    `json:"max"`
+	Opened uint64 `json:"opened"`
+	Denied uint64 `json:"denied"`
+}
+
+// Problem is something the operator should know.
+type Problem struct {
+	Service string `json:"service,omitempty"`
+	Kind    string `json:"kind"`
+	Text    string `json:"text"`
+}
+
+// Explanation answers GET /v1/explain?source=S&destination=D.
+type Explanation struct {
+	Source      string     `json:"source"`
+	Destination string     `json:"destination"`
+	Allowed     bool       `json:"allowed"`
+	Why         string     `json:"why"`                 // one sentence
+	Intention   string     `json:"intention,omitempty"` // the one that decides
+	Considered  []string   `json:"considered"`          // every intention that matches, in order of precedence
+	Generation  uint64     `json:"generation"`
+	Path        Path       `json:"path"`
+	Virtual     []string   `json:"virtual_ips"`
+	Instances   []Instance `json:"instances"`
+	Missing     []string   `json:"missing"` // what would make the connection fail now, each with what to do
+}
+
+// EnrollRequest is the body of POST /v1/enroll and /v1/unenroll.
+type EnrollRequest struct {
+	Cgroup  string `json:"cgroup"`
+	Service string `json:"service,omitempty"`
+	Mode    string `json:"mode,omitempty"` // "strict", "permissive" or "" for the node's
+}

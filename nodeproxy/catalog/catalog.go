@@ -1,0 +1,216 @@
+// Package catalog holds the immutable Snapshot of all that a node knows of its mesh, and the contract of the sources that make one.
+//
+// A Snapshot is built whole by New, checked there, and never changed afterwards: readers keep it as long as they like
+// without a lock. The package does no I/O.
+package catalog
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"nodeproxy.io/policy"
+)
+
+// Source makes snapshots: from a directory (package file) or from Consul.
+type Source interface {
+	// Run delivers a snapshot whenever something changed, in rising Generation, one call of deliver at a time, until ctx
+	// ends. It returns nil then, or the error that keeps the source from ever delivering. What is only temporarily
+	// wrong (a broken file, a server that is down) is not an error of Run: it is reported by Health, and the last good
+	// snapshot stays in force.
+	Run(ctx context.Context, deliver func(*Snapshot)) error
+
+	// Need replaces the set of services that workloads of this node run as. The source keeps a leaf for each and
+	// delivers a snapshot that has them. It may be called at any time, before and during Run, and does not block.
+	Need(services []string)
+
+	// Health says how fresh the source's data is and what is wrong with it now.
+	Health() Health
+}
+
+// Health is a source's state as status shows it.
+type Health struct {
+	Kind     string    // "file" or "consul"
+	Location string    // the directory or address
+	Updated  time.Time // when the data in force was last known to be current
+	Err      error     // what keeps newer data out, nil when all is well
+}
+
+// Snapshot is everything a node knows of its mesh at one moment. It is immutable.
+type Snapshot struct {
+	Generation  uint64 // rises with every snapshot of a source
+	Taken       time.Time
+	Node        string
+	TrustDomain string // without scheme, as in the SPIFFE IDs
+	Datacenter  string
+
+	Roots  []*x509.Certificate         // every root to trust, the signing one first
+	Leaves map[string]*tls.Certificate // by service name; chain with intermediates, Leaf parsed
+
+	Services map[string]*Service
+	Policy   *policy.Policy
+
+	// VirtualRanges are the ranges from which virtual IPs are given out: an address in one that belongs to no service
+	// is refused, so that it never leaves the node in plaintext.
+	VirtualRanges []netip.Prefix
+
+	// Problems are configuration that is ignored, refused or made stricter, for status and check.
+	Problems []Problem
+
+	virtual   map[netip.Addr]*Service
+	instances map[netip.AddrPort]*Instance
+	mesh      map[netip.AddrPort]*Instance
+}
+
+// Service is one name of the mesh.
+type Service struct {
+	Name       string
+	Protocol   string // service-defaults Protocol, "tcp" when unset
+	Virtual    []netip.Addr
+	Instances  []*Instance
+	MaxInbound int // MaxInboundConnections per instance, 0 is no limit
+
+	ConnectTimeout time.Duration // service-resolver ConnectTimeout, 0 means the node's own limit
+
+	// IgnoredL7 names the HTTP-level configuration of this service that an L4 proxy cannot honour.
+	IgnoredL7 []string
+}
+
+// Instance is one place where a service runs.
+type Instance struct {
+	ID      string
+	Service string
+	Node    string
+	Local   bool // on this node
+	Healthy bool // by its checks; instances of other nodes are healthy until a dial fails
+
+	Address netip.AddrPort // what the application is registered as
+	Mesh    netip.AddrPort // where Connect mTLS is spoken for this instance alone; zero: it speaks no mTLS, undialable
+
+	// Delivery is where the application listens, as its definition says: LocalServiceAddress and LocalServicePort. The
+	// zero Addr means wherever the workload itself listens on Address's port. DeliverySocket, a path, goes before it.
+	Delivery       netip.AddrPort
+	DeliverySocket string
+
+	Permissive bool // plaintext is let in on the application's own port
+	Tags       []string
+	Meta       map[string]string
+}
+
+// Problem is one thing in the mesh's configuration that an operator should know.
+type Problem struct {
+	Service string // "" when it concerns no single service
+	Kind    string // "l7-ignored", "refused", "unsupported"
+	Text    string // one sentence: what, where (file:line), and what to do
+}
+
+// New checks a snapshot and builds its indexes. It takes ownership of s. The errors of all that is wrong are joined.
+func New(s Snapshot) (*Snapshot, error) {
+	s.virtual = make(map[netip.Addr]*Service)
+	s.instances = make(map[netip.AddrPort]*Instance)
+	s.mesh = make(map[netip.AddrPort]*Instance)
+	var errs []error
+	for name, svc := range s.Services {
+		if name != svc.Name {
+			errs = append(errs, fmt.Errorf("service %q is filed under %q", svc.Name, name))
+		}
+		for _, ip := range svc.Virtual {
+			if other, taken := s.virtual[ip]; taken {
+				errs = append(errs, fmt.Errorf("virtual IP %s belongs to both %q and %q", ip, other.Name, name))
+			}
+			s.virtual[ip] = svc
+		}
+		for _, inst := range svc.Instances {
+			errs = append(errs, s.indexInstance(svc, inst)...)
+		}
+	}
+	for _, svc := range s.Services {
+		for _, inst := range svc.Instances {
+			if owner, taken := s.virtual[inst.Address.Addr()]; taken {
+				errs = append(errs, fmt.Errorf("instance %q has address %s, the virtual IP of %q", inst.ID, inst.Address.Addr(), owner.Name))
+			}
+		}
+	}
+	if s.Policy == nil {
+		errs = append(errs, errors.New("snapshot has no policy"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
+func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {
+	var errs []error
+	if inst.Service != svc.Name {
+		errs = append(errs, fmt.Errorf("instance %q of %q is listed under %q", inst.ID, inst.Service, svc.Name))
+	}
+	for _, at := range []struct {
+		addr  netip.AddrPort
+		index map[netip.AddrPort]*Instance
+	}{{inst.Address, s.instances}, {inst.Mesh, s.mesh}} {
+		if !at.addr.IsValid() {
+			continue
+		}
+		if other, taken := at.index[at.addr]; taken {
+			errs = append(errs, fmt.Errorf("%s is claimed by instance %q of %q and instance %q of %q: give one of them another address or port",
+				at.addr, other.ID, other.Service, inst.ID, inst.Service))
+		}
+		at.index[at.addr] = inst
+	}
+	return errs
+}
+
+// Destination is what an application's destination address stands for.
+type Destination struct {
+	Service  *Service
+	Instance *Instance // nil: any healthy instance will do
+}
+
+// Resolve says what to stands for: a virtual IP on any port, or the exact address of one instance. IPv4 and its
+// v4-mapped form are the same address.
+func (s *Snapshot) Resolve(to netip.AddrPort) (Destination, bool) {
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	if svc, ok := s.virtual[to.Addr()]; ok {
+		return Destination{Service: svc}, true
+	}
+	if inst, ok := s.instances[to]; ok {
+		return Destination{Service: s.Services[inst.Service], Instance: inst}, true
+	}
+	return Destination{}, false
+}
+
+// InstanceByMesh returns the instance whose mTLS address is at.
+func (s *Snapshot) InstanceByMesh(at netip.AddrPort) (*Instance, bool) {
+	inst, ok := s.mesh[netip.AddrPortFrom(at.Addr().Unmap(), at.Port())]
+	return inst, ok
+}
+
+// LocalInstances lists the instances of this node, by ID.
+func (s *Snapshot) LocalInstances() []*Instance {
+	var local []*Instance
+	for _, svc := range s.Services {
+		for _, inst := range svc.Instances {
+			if inst.Local {
+				local = append(local, inst)
+			}
+		}
+	}
+	slices.SortFunc(local, func(a, b *Instance) int {
+		if a.ID < b.ID {
+			return -1
+		}
+		return 1
+	})
+	return local
+}
+
+// Identity is the SPIFFE ID of service in this mesh.
+func (s *Snapshot) Identity(service string) policy.Identity {
+	return policy.Identity{TrustDomain: s.TrustDomain, Namespace: "default", Datacenter: s.Datacenter, Service: service}
+}

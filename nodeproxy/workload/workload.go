@@ -1,0 +1,138 @@
+// Package workload knows which local service owns a cgroup, a network namespace and a socket.
+//
+// A workload is one cgroup with one outbound identity. Providers claim workloads; the Manager grants the claims, finds
+// the network namespaces of the workloads' processes and keeps the kernel (package redirect) in line.
+package workload
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+// Mode says what an inbound plaintext connection to a workload's port meets.
+type Mode uint8
+
+const (
+	Strict     Mode = iota // refused, counted
+	Permissive             // let in, counted
+)
+
+func (m Mode) String() string {
+	if m == Permissive {
+		return "permissive"
+	}
+	return "strict"
+}
+
+// Claim is a provider's statement that a cgroup is a workload of a service.
+type Claim struct {
+	Cgroup   string // absolute path of a directory on cgroup2
+	Service  string
+	Provider string // "config", "enroll"; shown in status
+	Mode     *Mode  // nil: the node's inbound.mode
+}
+
+// Provider claims workloads.
+type Provider interface {
+	// Name is short and stable: it is shown in status and orders conflicting claims.
+	Name() string
+	// Run calls claim with the whole set of the provider's claims, first at once and then on every change, until ctx ends.
+	Run(ctx context.Context, claim func([]Claim)) error
+}
+
+// Workload is one granted claim. It is immutable; a claim that changes becomes a new Workload with a new ID.
+type Workload struct {
+	ID       uint32 // the kernel's name for it; never used again while our pins exist
+	Cgroup   string
+	Service  string
+	Provider string
+	Mode     Mode
+}
+
+// Namespace is a network namespace in which the daemon listens for workloads.
+type Namespace struct {
+	Cookie uint64 // SO_NETNS_COOKIE
+	Inode  uint64 // of /proc/PID/ns/net
+	Host   bool   // the daemon's own
+}
+
+// Origin is where an application's redirected connection was going, and whose it is.
+type Origin struct {
+	Workload    *Workload
+	Namespace   *Namespace
+	Client      netip.AddrPort // the application's own address as it would have been seen by the destination
+	Destination netip.AddrPort // what the application dialled; IPv4 is never v4-mapped
+	PID         uint32
+	Comm        string
+	Cookie      uint64 // socket cookie of the application's socket
+}
+
+// Served is one local instance together with the workloads that may serve it in one network namespace.
+type Served struct {
+	Instance  string // instance ID
+	Service   string
+	Namespace *Namespace
+	Workloads []*Workload
+}
+
+// Handler is called by a running Manager. All methods may be called concurrently.
+type Handler interface {
+	// ServeOutbound and ServeInbound accept from ln until it is closed, which the Manager does when ns or the daemon goes.
+	// Connections outlive the call: their owner is the Handler.
+	ServeOutbound(ns *Namespace, ln *net.TCPListener)
+	ServeInbound(ns *Namespace, ln *net.TCPListener)
+
+	// Need says which services have workloads here, each time the set changes. It does not block.
+	Need(services []string)
+
+	// Verdict reports a connection that the kernel itself refused, or let in as plaintext. It does not block.
+	Verdict(v KernelVerdict)
+}
+
+// KernelVerdict is a decision that a BPF program took.
+type KernelVerdict struct {
+	Inbound     bool
+	Allowed     bool // plaintext let in by permissive mode
+	Reason      catalog.Reason
+	Workload    *Workload // whose connection or port; nil when it is gone
+	Source      netip.AddrPort
+	Destination netip.AddrPort
+	PID         uint32 // 0 inbound
+	Comm        string
+}
+
+// State is what a Manager has done, for status.
+type State struct {
+	Workloads []WorkloadState
+	Refused   []RefusedClaim
+	Pins      string // directory
+	Heartbeat time.Time
+	Links     int
+	Maps      []MapFill
+}
+
+// WorkloadState is one enrolled workload.
+type WorkloadState struct {
+	Workload   *Workload
+	State      string // "protected", "empty", "waiting", "unprotected"
+	Detail     string // what is wrong and what to do, when there is something
+	Namespaces []*Namespace
+	Instances  []string
+	Processes  int
+}
+
+// RefusedClaim is a claim that was not granted.
+type RefusedClaim struct {
+	Claim Claim
+	Why   string
+}
+
+// MapFill is how full one map is.
+type MapFill struct {
+	Name         string
+	Entries, Max int
+}
