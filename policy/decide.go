@@ -1,0 +1,252 @@
+package policy
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// Policy is a compiled set of intentions. It is immutable.
+type Policy struct {
+	generation uint64
+	def        Action
+	local      Identity
+	intentions []Intention // in order of precedence
+	rules      map[rule]*Intention
+	httpLike   map[string]bool
+}
+
+// rule is one source → destination pair of our own trust domain and partition.
+type rule struct{ namespace, source, destination string }
+
+// Why says what decided. Its String is a sentence.
+type Why uint8
+
+const (
+	ByDefault          Why = iota // no intention matches
+	ByIntention                   // the intention's own action
+	ByPermissions                 // the intention has HTTP permissions, which L4 cannot check: deny
+	ByJWT                         // the intention wants a JWT of an http-like destination, which L4 cannot check: deny
+	ByForeignDomain               // the source's trust domain is not ours: deny
+	ByForeignPartition            // the source's partition is not ours: deny
+	ByNoName                      // source or destination has no name, or a wildcard for one: deny
+)
+
+func (w Why) String() string {
+	switch w {
+	case ByDefault:
+		return "no intention matches, so the default decides"
+	case ByIntention:
+		return "the intention with the highest precedence that matches decides"
+	case ByPermissions:
+		return "the intention has HTTP permissions, which cannot be checked at L4: denied"
+	case ByJWT:
+		return "the intention requires a JWT, which cannot be checked at L4: denied"
+	case ByForeignDomain:
+		return "the source's trust domain is not this mesh's: denied"
+	case ByForeignPartition:
+		return "the source's partition is not this mesh's: denied"
+	case ByNoName:
+		return "the source or the destination does not name a service: denied"
+	}
+	return ""
+}
+
+// Verdict is the decision on one pair.
+type Verdict struct {
+	Allowed    bool
+	Intention  *Intention // nil when no intention decided
+	Why        Why
+	Generation uint64
+}
+
+// Compile makes a Policy of intentions. def decides where none matches. local gives the trust domain and partition of this mesh; identities of
+// any other are denied. httpLike holds the services whose protocol is HTTP or built on it. The errors of all intentions
+// are joined, each naming the Origin.
+//
+// An intention for a peer or another partition is kept and shown, and never matches an identity of ours.
+func Compile(generation uint64, def Action, local Identity, httpLike map[string]bool, intentions []Intention) (*Policy, error) {
+	p := &Policy{
+		generation: generation, def: def, local: local,
+		intentions: slices.Clone(intentions),
+		rules:      make(map[rule]*Intention, len(intentions)),
+		httpLike:   maps.Clone(httpLike),
+	}
+	slices.SortStableFunc(p.intentions, byPrecedence)
+	type pair struct{ source, namespace, partition, peer, destination string }
+	seen := make(map[pair]*Intention, len(intentions))
+	var errs []error
+	for i := range p.intentions {
+		in := &p.intentions[i]
+		if err := in.check(); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		key := pair{in.Source, orDefault(in.SourceNamespace), orDefault(in.SourcePartition), in.SourcePeer, in.Destination}
+		if first := seen[key]; first != nil {
+			errs = append(errs, fmt.Errorf("%s: intention %s => %s is already defined at %s: remove one of them", in.Origin, in.Source, in.Destination, first.Origin))
+			continue
+		}
+		seen[key] = in
+		if in.SourcePeer == "" && samePartition(in.SourcePartition, local.Partition) {
+			p.rules[rule{key.namespace, in.Source, in.Destination}] = in
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (in *Intention) check() error {
+	for _, field := range []struct{ what, name string }{{"source", in.Source}, {"destination", in.Destination}} {
+		if field.name == "" {
+			return fmt.Errorf("%s: intention %s => %s has no %s", in.Origin, in.Source, in.Destination, field.what)
+		}
+		if field.name != Wildcard && strings.Contains(field.name, Wildcard) {
+			return fmt.Errorf("%s: intention %s => %s: %s %q is a partial wildcard: write the whole name, or \"*\" for every service",
+				in.Origin, in.Source, in.Destination, field.what, field.name)
+		}
+	}
+	for _, name := range []string{in.SourceNamespace, in.SourcePartition, in.SourcePeer} {
+		if strings.Contains(name, Wildcard) {
+			return fmt.Errorf("%s: intention %s => %s: %q: only services may be wildcards", in.Origin, in.Source, in.Destination, name)
+		}
+	}
+	return nil
+}
+
+// precedence is Consul's, as it numbers them without namespaces.
+func (in *Intention) precedence() int {
+	switch {
+	case in.Source != Wildcard && in.Destination != Wildcard:
+		return 9
+	case in.Destination != Wildcard:
+		return 8
+	case in.Source != Wildcard:
+		return 6
+	}
+	return 5
+}
+
+func byPrecedence(a, b Intention) int {
+	return cmp.Or(cmp.Compare(b.precedence(), a.precedence()), cmp.Compare(a.Destination, b.Destination), cmp.Compare(a.Source, b.Source))
+}
+
+func samePartition(a, b string) bool { return orDefault(a) == orDefault(b) }
+
+// Decide says whether src may connect to the service dst of this mesh. It does not allocate.
+func (p *Policy) Decide(src Identity, dst string) Verdict {
+	if why := p.stranger(src, dst); why != ByDefault {
+		return Verdict{Why: why, Generation: p.generation}
+	}
+	for _, r := range p.candidates(src, dst) {
+		if in := p.rules[r]; in != nil {
+			why := p.apply(in, dst)
+			return Verdict{Allowed: why == ByIntention && in.Action == Allow, Intention: in, Why: why, Generation: p.generation}
+		}
+	}
+	return Verdict{Allowed: p.def == Allow, Why: ByDefault, Generation: p.generation}
+}
+
+// stranger says why no intention can let src in, or ByDefault when one could.
+func (p *Policy) stranger(src Identity, dst string) Why {
+	switch {
+	case src.TrustDomain != p.local.TrustDomain:
+		return ByForeignDomain
+	case !samePartition(src.Partition, p.local.Partition):
+		return ByForeignPartition
+	case src.Service == "", src.Service == Wildcard, dst == "", dst == Wildcard:
+		return ByNoName
+	}
+	return ByDefault
+}
+
+// apply says whether in's own action holds for the destination dst, or what about it cannot be checked.
+func (p *Policy) apply(in *Intention, dst string) Why {
+	switch {
+	case in.Permissions:
+		return ByPermissions
+	case in.JWT && p.httpLike[dst]:
+		return ByJWT
+	}
+	return ByIntention
+}
+
+// candidates lists what could match, in order of precedence.
+func (p *Policy) candidates(src Identity, dst string) [4]rule {
+	ns := orDefault(src.Namespace)
+	return [4]rule{{ns, src.Service, dst}, {ns, Wildcard, dst}, {ns, src.Service, Wildcard}, {ns, Wildcard, Wildcard}}
+}
+
+// Explanation is a Verdict with its reasons, for people.
+type Explanation struct {
+	Verdict
+	Considered []*Intention // every intention that matches, in order of precedence: the first decides
+	Sentence   string
+}
+
+// Explain is Decide with all that was considered.
+func (p *Policy) Explain(src Identity, dst string) Explanation {
+	e := Explanation{Verdict: p.Decide(src, dst)}
+	if p.stranger(src, dst) == ByDefault {
+		for _, r := range p.candidates(src, dst) {
+			if in := p.rules[r]; in != nil {
+				e.Considered = append(e.Considered, in)
+			}
+		}
+	}
+	switch {
+	case e.Intention != nil && e.Why == ByIntention:
+		e.Sentence = fmt.Sprintf("%s decides: it has the highest precedence of %d that match", e.Intention, len(e.Considered))
+	case e.Intention != nil:
+		e.Sentence = fmt.Sprintf("%s matches first; %s", e.Intention, e.Why)
+	case e.Why == ByDefault:
+		e.Sentence = fmt.Sprintf("%s: %s", e.Why, p.def)
+	default:
+		e.Sentence = e.Why.String()
+	}
+	return e
+}
+
+// Generation is the number that Compile was given.
+func (p *Policy) Generation() uint64 { return p.generation }
+
+// Default is the action where no intention matches.
+func (p *Policy) Default() Action { return p.def }
+
+// Len is the number of intentions.
+func (p *Policy) Len() int { return len(p.intentions) }
+
+// Intentions lists all intentions in order of precedence. The slice is the caller's.
+func (p *Policy) Intentions() []Intention { return slices.Clone(p.intentions) }
+
+// String is "web => api (allow), intentions.hcl:3".
+func (in *Intention) String() string {
+	var b strings.Builder
+	if in.SourcePeer != "" {
+		b.WriteString("peer " + in.SourcePeer + " ")
+	}
+	if !isDefault(in.SourcePartition) {
+		b.WriteString(in.SourcePartition + "/")
+	}
+	if !isDefault(in.SourceNamespace) {
+		b.WriteString(in.SourceNamespace + "/")
+	}
+	b.WriteString(in.Source + " => " + in.Destination)
+	switch {
+	case in.Permissions:
+		b.WriteString(" (permissions)")
+	case in.JWT:
+		b.WriteString(" (" + in.Action.String() + ", with a JWT)")
+	default:
+		b.WriteString(" (" + in.Action.String() + ")")
+	}
+	if in.Origin != "" {
+		b.WriteString(", " + in.Origin)
+	}
+	return b.String()
+}
