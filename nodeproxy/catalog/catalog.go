@@ -76,6 +76,7 @@ type Service struct {
 	MaxInbound int // MaxInboundConnections per instance, 0 is no limit
 
 	ConnectTimeout time.Duration // service-resolver ConnectTimeout, 0 means the node's own limit
+	Subsets        []string      // service-resolver Subsets: a client may name one in its SNI
 
 	// IgnoredL7 names the HTTP-level configuration of this service that an L4 proxy cannot honour.
 	IgnoredL7 []string
