@@ -19,6 +19,15 @@ const (
 	Denied  Verdict = "denied" // refused or cut, whatever the Reason
 )
 
+// The events of a connection. One that was opened is closed once; one that was denied was never open. A connection
+// that is cut by a policy change closes with Verdict Denied.
+const (
+	EventOpen    = "open"
+	EventClose   = "close"
+	EventDenied  = "denied"
+	EventDropped = "dropped" // trace only: no connection, only Time and Dropped are set
+)
+
 // Direction is seen from the workload.
 type Direction string
 
@@ -38,7 +47,7 @@ const (
 
 // Connection is one line of trace or of the access log.
 type Connection struct {
-	Event       string         `json:"event"` // "open", "close" or "denied"
+	Event       string         `json:"event"` // EventOpen, EventClose, EventDenied; in a trace also EventDropped
 	Time        time.Time      `json:"time"`
 	ID          uint64         `json:"id"` // of the connection in this daemon; 0 when the kernel refused it
 	Direction   Direction      `json:"direction"`
@@ -56,6 +65,10 @@ type Connection struct {
 	Received uint64        `json:"received"` // bytes from the destination to the source
 	Duration time.Duration `json:"duration_ns"`
 	Repeated uint64        `json:"repeated,omitempty"` // access log only: how many more of the same were not logged
+	// Handshake is how long TLS took, in an open or denied event; 0 where there was none.
+	Handshake time.Duration `json:"handshake_ns,omitempty"`
+	// Dropped is, in an EventDropped line, how many events this reader of the trace was too slow for.
+	Dropped uint64 `json:"dropped,omitempty"`
 }
 
 // Endpoint is one side of a connection.
@@ -116,6 +129,9 @@ type Workload struct {
 	Instances  []string `json:"instances"`          // of the service, served from here
 	Processes  int      `json:"processes"`
 }
+
+// Unprotected says whether processes of w run outside the mesh although they were claimed for it.
+func (w *Workload) Unprotected() bool { return w.State == "unprotected" || w.State == "waiting" }
 
 // Refused is a claim that was not granted.
 type Refused struct {

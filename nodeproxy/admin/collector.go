@@ -1,0 +1,118 @@
+package admin
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// collector presents Metrics to Prometheus.
+type collector struct {
+	m *Metrics
+
+	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
+	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
+}
+
+func newCollector(m *Metrics) *collector {
+	pair := []string{"source_service", "destination_service", "direction", "path"}
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc("nodeproxy_"+name, help, labels, nil)
+	}
+	return &collector{
+		m:         m,
+		opened:    desc("connections_opened_total", "Connections that were authorised and delivered.", pair...),
+		closed:    desc("connections_closed_total", "Opened connections that ended.", pair...),
+		active:    desc("connections_active", "Connections that are open.", pair...),
+		bytes:     desc("bytes_total", "Application bytes carried, both ways.", pair...),
+		denied:    desc("denied_total", "Connections refused or cut, by reason.", append(pair[:len(pair):len(pair)], "reason")...),
+		handshake: desc("handshake_seconds", "Duration of TLS handshakes.", pair...),
+
+		certificateExpiry: desc("certificate_expiry_seconds", "Seconds until the certificate of a local service expires.", "source_service"),
+		sourceAge:         desc("source_age_seconds", "Age of the control plane's data; since the start of the daemon while there is none."),
+		unprotected:       desc("unprotected_workloads", "Claimed workloads that are not protected now."),
+		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(ch chan<- prometheus.Metric) {
+	c.m.accountLive()
+	c.collectStatus(ch)
+	c.m.mu.Lock()
+	defer c.m.mu.Unlock()
+	for key, s := range c.m.series {
+		c.collectSeries(ch, key, s)
+	}
+	for service, n := range c.m.ignored {
+		ch <- gauge(c.l7Ignored, float64(n), service)
+	}
+}
+
+func (c *collector) collectSeries(ch chan<- prometheus.Metric, key seriesKey, s *series) {
+	labels := []string{key.source, key.destination, string(key.direction), string(key.path)}
+	if s.opened > 0 {
+		ch <- counter(c.opened, s.opened, labels...)
+		ch <- counter(c.closed, s.closed, labels...)
+		ch <- counter(c.bytes, s.bytes, labels...)
+		ch <- gauge(c.active, float64(s.active), labels...)
+	}
+	for reason, n := range s.denied {
+		ch <- counter(c.denied, n, append(labels[:len(labels):len(labels)], string(reason))...)
+	}
+	if h := &s.handshake; h.count > 0 {
+		buckets := make(map[float64]uint64, len(handshakeBuckets))
+		for i, bound := range handshakeBuckets {
+			buckets[bound] = h.buckets[i]
+		}
+		ch <- orInvalid(c.handshake)(prometheus.NewConstHistogram(c.handshake, h.count, h.sum, buckets, labels...))
+	}
+}
+
+func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
+	now := time.Now()
+	status := c.m.status()
+	updated := status.Source.Updated
+	if updated.IsZero() {
+		updated = status.Started
+	}
+	ch <- gauge(c.sourceAge, now.Sub(updated).Seconds())
+	for _, cert := range status.Certificates {
+		if !cert.NotAfter.IsZero() {
+			ch <- gauge(c.certificateExpiry, cert.NotAfter.Sub(now).Seconds(), cert.Service)
+		}
+	}
+	unprotected := 0
+	for _, w := range status.Workloads {
+		if w.Unprotected() {
+			unprotected++
+		}
+	}
+	ch <- gauge(c.unprotected, float64(unprotected))
+}
+
+func counter(d *prometheus.Desc, v uint64, labels ...string) prometheus.Metric {
+	return orInvalid(d)(prometheus.NewConstMetric(d, prometheus.CounterValue, float64(v), labels...))
+}
+
+func gauge(d *prometheus.Desc, v float64, labels ...string) prometheus.Metric {
+	return orInvalid(d)(prometheus.NewConstMetric(d, prometheus.GaugeValue, v, labels...))
+}
+
+// orInvalid makes the scrape fail with the error, such as a service name that is not UTF-8, in place of a panic.
+func orInvalid(d *prometheus.Desc) func(prometheus.Metric, error) prometheus.Metric {
+	return func(m prometheus.Metric, err error) prometheus.Metric {
+		if err != nil {
+			return prometheus.NewInvalidMetric(d, err)
+		}
+		return m
+	}
+}

@@ -1,0 +1,154 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// listenUnix binds path, mode 0600, in a directory that it makes if need be. A socket that is already there is replaced
+// only when nobody answers on it; the directory is locked meanwhile, so that two daemons that start at once cannot
+// both find nobody.
+func listenUnix(path string) (*net.UnixListener, error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("make the admin socket's directory: %w", err)
+	}
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	// On Linux the mode of an unbound socket is the mode of the file that bind makes: there is no moment at which
+	// anybody else could connect.
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmodErr error
+		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmodErr)
+	}}
+	ln, err := lc.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on admin.socket %s: %w", path, err)
+	}
+	return ln.(*net.UnixListener), nil
+}
+
+func lockDir(dir string) (unlock func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the admin socket's directory: %w", err)
+	}
+	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
+		_ = d.Close()
+		return nil, fmt.Errorf("lock the admin socket's directory %s: %w", dir, err)
+	}
+	return func() { _ = d.Close() }, nil
+}
+
+func removeStale(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at admin.socket %s: %w", path, err)
+	}
+	if info.Mode().Type() != os.ModeSocket {
+		return fmt.Errorf("admin.socket %s is there and is not a socket: remove it, or set another path", path)
+	}
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	if err == nil {
+		_ = conn.Close()
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return fmt.Errorf("admin.socket %s is in use by another daemon: stop it, or set another path", path)
+	}
+	if err := os.Remove(path); err != nil {
+		return fmt.Errorf("remove the stale admin.socket %s: %w", path, err)
+	}
+	return nil
+}
+
+// guardedListener accepts only root (or the daemon's own user), and no more than max connections at a time. Others are
+// closed at once.
+type guardedListener struct {
+	*net.UnixListener
+	log  *slog.Logger
+	mu   sync.Mutex
+	open int
+	max  int
+}
+
+func (l *guardedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		if err := l.admit(conn); err != nil {
+			l.log.Warn("admin client turned away", "error", err)
+			_ = conn.Close()
+			continue
+		}
+		return &guardedConn{UnixConn: conn, release: sync.OnceFunc(l.release)}, nil
+	}
+}
+
+func (l *guardedListener) admit(conn *net.UnixConn) error {
+	uid, err := peerUID(conn)
+	if err != nil {
+		return err
+	}
+	if uid != 0 && int(uid) != os.Geteuid() {
+		return fmt.Errorf("uid %d is not root", uid)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.open >= l.max {
+		return fmt.Errorf("%d clients are connected already", l.max)
+	}
+	l.open++
+	return nil
+}
+
+func (l *guardedListener) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open--
+}
+
+type guardedConn struct {
+	*net.UnixConn
+	release func()
+}
+
+func (c *guardedConn) Close() error {
+	defer c.release()
+	return c.UnixConn.Close()
+}
+
+func peerUID(conn *net.UnixConn) (uint32, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, fmt.Errorf("read the peer's credentials: %w", err)
+	}
+	var cred *unix.Ucred
+	var credErr error
+	err = raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(err, credErr); err != nil {
+		return 0, fmt.Errorf("read the peer's credentials: %w", err)
+	}
+	return cred.Uid, nil
+}

@@ -1,0 +1,64 @@
+package admin
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// maxScrapes is how many are answered at a time; the next gets 503.
+const maxScrapes = 4
+
+// MetricsServer serves /metrics and /healthz, and nothing else, over plain HTTP.
+type MetricsServer struct {
+	ln  net.Listener
+	srv *http.Server
+}
+
+// ListenMetrics binds address. The caller calls Serve, or Close if it never gets that far.
+func ListenMetrics(address string, m *Metrics, log *slog.Logger) (*MetricsServer, error) {
+	ln, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen on admin.metrics %s: %w (set admin.metrics to another address, or to \"\" for none)", address, err)
+	}
+	return &MetricsServer{ln: ln, srv: &http.Server{
+		Handler:           m.Handler(),
+		ReadHeaderTimeout: readTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      3 * writeTimeout,
+		IdleTimeout:       3 * idleTimeout, // longer than a scrape interval
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}}, nil
+}
+
+// Addr is the bound address.
+func (s *MetricsServer) Addr() net.Addr { return s.ln.Addr() }
+
+// Close gives up the address of a MetricsServer that does not serve.
+func (s *MetricsServer) Close() error { return s.ln.Close() }
+
+// Serve answers until ctx ends.
+func (s *MetricsServer) Serve(ctx context.Context) error { return serve(ctx, s.srv, s.ln) }
+
+// Handler answers /metrics in Prometheus' formats, and /healthz: 200 once the node has a snapshot to serve from.
+func (m *Metrics) Handler() http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(newCollector(m))
+	metrics := promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes})
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", metrics)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		if s := m.status(); s.Source.Generation == 0 {
+			http.Error(w, "no snapshot yet: "+s.Source.Error, http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = fmt.Fprintln(w, "ok")
+	})
+	return mux
+}
