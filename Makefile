@@ -1,0 +1,97 @@
+# nodeproxy: `make demo` shows it, `make test` tests it. Both need root on Linux; `make` alone lists what there is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+SOURCES := $(shell find . -name '*.go' -not -name '*_test.go' -not -path './tests/tools/*') $(wildcard redirect/*.o) go.mod go.sum
+
+# The linter and the test runner are built once per version, outside the repository.
+TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nodeproxy-tools/$(shell cat tests/tools/go.mod tests/tools/go.sum | cksum | cut -d ' ' -f 1)
+LINT  := $(TOOLS)/golangci-lint
+GOTESTSUM := $(TOOLS)/gotestsum
+
+COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant
+
+.PHONY: help
+help: ## list the targets
+	@printf '\033[1mnodeproxy %s\033[0m\n\n' '$(VERSION)'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36mmake %-15s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: build/nodeproxy ## compile the static binary build/nodeproxy
+
+build/nodeproxy: $(SOURCES)
+	@CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)' -o $@ ./cmd/nodeproxy
+
+.PHONY: demo
+demo: ## show a mesh of two nodes, and check every claim (root)
+	@.ci/prerequisites demo
+	@$(MAKE) build
+	@build/nodeproxy demo
+
+.PHONY: test
+test: ## run every test, the linter and the demonstration (root; installs Debian packages)
+	@.ci/prerequisites test
+	@.ci/packages $(TEST_PACKAGES)
+	@echo '── the committed BPF objects are what bpf/ compiles to'
+	@$(MAKE) check-generate
+	@echo '── lint'
+	@$(MAKE) lint
+	@echo '── compile the tests'
+	@$(MAKE) build $(GOTESTSUM)
+	@go test -race -run '^$$' ./... >/dev/null
+	@echo '── every benchmark, once'
+	@go test -run '^$$' -bench . -benchtime 1x ./... >/dev/null
+	@echo '── tests'
+	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m ./...
+
+.PHONY: test-quick
+test-quick: ## run the tests that take no foreign tools, in under five minutes (as root: more of them)
+	@test -z "$$(gofmt -l bpf cmd nodeproxy policy redirect tests)" || { echo 'run gofmt on:'; gofmt -l bpf cmd nodeproxy policy redirect tests; exit 1; }
+	@go vet ./...
+	@go test -short -p 1 -timeout 5m ./...
+
+.PHONY: bench
+bench: ## run the benchmarks, as ratios to plain TCP where they cross the kernel (root)
+	@.ci/prerequisites bench
+	@go test -run '^$$' -bench . -benchmem -p 1 -timeout 30m ./...
+
+FUZZTIME ?= 10s
+
+.PHONY: fuzz
+fuzz: ## run every fuzz test for FUZZTIME (10s)
+	@go list ./... | while read -r package; do \
+		go test -list '^Fuzz' "$$package" | { grep '^Fuzz' || true; } | while read -r name; do \
+			go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		done; \
+	done
+
+.PHONY: generate
+generate: ## compile bpf/ and generate its Go (installs clang)
+	@.ci/packages $(COMPILER_PACKAGES)
+	@go generate ./redirect
+
+.PHONY: check-generate
+check-generate: ## compare what is committed with what bpf/ compiles to
+	@.ci/packages $(COMPILER_PACKAGES)
+	@.ci/check-generate
+
+.PHONY: lint
+lint: $(LINT) ## run golangci-lint, built once into the user's cache
+	@$(LINT) run ./...
+
+$(LINT): ; @$(call tool,github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
+$(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)
+
+define tool
+echo 'compiling $(1) into $(TOOLS), once'; mkdir -p $(TOOLS); go -C tests/tools build -o $(TOOLS)/ $(1)
+endef
+
+.PHONY: clean
+clean: ## remove what was built
+	@rm -rf build coverage.out
