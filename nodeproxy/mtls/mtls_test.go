@@ -270,7 +270,8 @@ func TestWhatPeersOffer(t *testing.T) {
 		{"a native client's h2", func(c *tls.Config) { c.NextProtos = []string{"h2"} }, true},
 		{"TLS 1.2 at most", func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, true},
 		{"TLS 1.2 and h2", func(c *tls.Config) { c.MaxVersion, c.NextProtos = tls.VersionTLS12, []string{"h2"} }, true},
-		{"a session cache", func(c *tls.Config) { c.ClientSessionCache = tls.NewLRUClientSessionCache(4) }, true},
+		{"a session cache", func(c *tls.Config) { c.ClientSessionCache = noTickets{t} }, true},
+		{"TLS 1.2 and a session cache", func(c *tls.Config) { c.MaxVersion, c.ClientSessionCache = tls.VersionTLS12, noTickets{t} }, true},
 		{"TLS 1.1 at most", func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS10, tls.VersionTLS11 }, false},
 		{"TLS 1.2 with CBC alone", func(c *tls.Config) {
 			c.MaxVersion, c.CipherSuites = tls.VersionTLS12, []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}
@@ -304,6 +305,14 @@ func TestWhatPeersOffer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// noTickets is a client's session cache that must not be given anything.
+type noTickets struct{ t *testing.T }
+
+func (noTickets) Get(string) (*tls.ClientSessionState, bool) { return nil, false }
+func (n noTickets) Put(string, *tls.ClientSessionState) {
+	n.t.Error("the server issued a session ticket")
 }
 
 func TestIntermediatesThatThePeerSendsAreUsed(t *testing.T) {
