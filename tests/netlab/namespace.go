@@ -18,7 +18,6 @@ import (
 // process is in it.
 type Namespace struct {
 	inode uint64
-	links serial
 
 	mu     sync.RWMutex // held for reading while the descriptor is in use
 	file   *os.File
