@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * What an inbound SYN meets in one network namespace. Attached to the namespace for as long as a workload lives in it,
+ * and loaded once for each, because the hook cannot ask in which namespace it runs.
+ */
+#include "maps.h"
+
+#define IPPROTO_TCP 6
+
+volatile const __u64 netns_cookie;
+volatile const __u8 netns_private; /* not the node's own: loopback is inside the workload's trust boundary */
+
+struct flow {
+	struct tuple t; /* src: the client, dst: the address it dialled */
+	__u32 family;
+	__u16 port; /* dialled, host order */
+};
+
+static __always_inline void read_flow(struct bpf_sk_lookup *ctx, struct flow *f)
+{
+	__be32 src4 = READ(ctx->remote_ip4), dst4 = READ(ctx->local_ip4);
+
+	__builtin_memset(f, 0, sizeof(*f));
+	f->family = READ(ctx->family);
+	f->port = READ(ctx->local_port);
+	f->t.netns = netns_cookie;
+	f->t.dport = bpf_htons(f->port);
+	f->t.sport = READ(ctx->remote_port);
+	addr_v6(&f->t.src, READ(ctx->remote_ip6[0]), READ(ctx->remote_ip6[1]), READ(ctx->remote_ip6[2]),
+		READ(ctx->remote_ip6[3]));
+	addr_v6(&f->t.dst, READ(ctx->local_ip6[0]), READ(ctx->local_ip6[1]), READ(ctx->local_ip6[2]),
+		READ(ctx->local_ip6[3]));
+	if (f->family == AF_INET) {
+		addr_v4(&f->t.src, src4);
+		addr_v4(&f->t.dst, dst4);
+	}
+}
+
+static __always_inline void report(const struct flow *f, const struct rule *r, __u16 reason, __u16 flags)
+{
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
+	if (!e) {
+		count(STAT_EVENTS_LOST);
+		return;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->time = bpf_ktime_get_ns();
+	e->netns = f->t.netns;
+	e->src = f->t.src;
+	e->dst = f->t.dst;
+	e->sport = f->t.sport;
+	e->dport = f->t.dport;
+	e->reason = reason;
+	e->flags = EVENT_INBOUND | flags;
+	e->workload = r ? r->workload : 0;
+	bpf_ringbuf_submit(e, 0);
+}
+
+/* Hands the SYN to our listener, or drops it: a stranger bound to that port must never get it. */
+static __always_inline int steer(struct bpf_sk_lookup *ctx, const struct flow *f, const struct rule *r, __u32 kind)
+{
+	struct listener_key key = { .netns = netns_cookie, .kind = kind, .family = f->family };
+	struct bpf_sock *sk;
+	int open, err;
+
+	if (heartbeat_stale(&open)) {
+		report(f, r, REASON_STALE, 0);
+		return SK_DROP; /* a hung daemon would let the connection wait for ever */
+	}
+	sk = bpf_map_lookup_elem(&listeners, &key);
+	if (!sk) {
+		report(f, r, REASON_NO_LISTENER, 0);
+		return SK_DROP; /* the daemon is gone */
+	}
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		report(f, r, REASON_NO_LISTENER, 0);
+		return SK_DROP; /* the listener is closing */
+	}
+	count(STAT_STEERED);
+	return SK_PASS;
+}
+
+static __always_inline int our_outbound_port(const struct flow *f)
+{
+	__u64 cookie = netns_cookie;
+	struct ns_ready *ns = bpf_map_lookup_elem(&ns_ready, &cookie);
+
+	if (!ns || !addr_is_loopback(&f->t.dst))
+		return 0;
+	return f->port == (f->family == AF_INET ? ns->port4 : ns->port6);
+}
+
+static __always_inline struct rule *find_rule(const struct flow *f)
+{
+	struct rule_key key = { .netns = netns_cookie, .ip = f->t.dst, .port = f->port };
+	struct rule *r = bpf_map_lookup_elem(&rules, &key);
+
+	if (r)
+		return r;
+	__builtin_memset(&key.ip, 0, sizeof(key.ip));
+	r = bpf_map_lookup_elem(&rules, &key);
+	if (r)
+		return r;
+	key.port = 0;
+	return bpf_map_lookup_elem(&rules, &key);
+}
+
+/* Whether exactly this connection was announced by the socket that opens it. */
+static __always_inline int announced(const struct flow *f, const struct rule *r)
+{
+	struct direct *d = bpf_map_lookup_elem(&direct, &f->t);
+
+	if (!d || bpf_ktime_get_ns() - d->time > DIRECT_SECONDS * SECOND)
+		return 0;
+	if (d->kind == DIRECT_OWN && !netns_private)
+		return d->workload == r->workload; /* in the node's namespace a workload passes to its own port only */
+	return 1;
+}
+
+SEC("sk_lookup")
+int lookup(struct bpf_sk_lookup *ctx)
+{
+	struct flow f;
+	struct rule *r;
+	int open = 0;
+
+	read_flow(ctx, &f);
+	if (READ(ctx->protocol) != IPPROTO_TCP) {
+		r = find_rule(&f);
+		if (r && r->action != RULE_OPEN && !addr_is_loopback(&f.t.dst))
+			count(STAT_UNPROTECTED_UDP);
+		return SK_PASS; /* UDP is not ours */
+	}
+	if (our_outbound_port(&f))
+		return steer(ctx, &f, 0, LISTENER_OUTBOUND);
+	r = find_rule(&f);
+	if (!r || r->action == RULE_OPEN)
+		return SK_PASS; /* no workload's port */
+	if (r->action == RULE_STEER)
+		return steer(ctx, &f, r, LISTENER_INBOUND);
+	if (netns_private && addr_is_loopback(&f.t.dst))
+		return SK_PASS; /* the workload talks to itself */
+	if (announced(&f, r)) {
+		count(STAT_DELIVERED);
+		return SK_PASS;
+	}
+	if (r->action == RULE_PERMISSIVE) {
+		count(STAT_PLAINTEXT_ALLOWED);
+		report(&f, r, REASON_PLAINTEXT, EVENT_ALLOWED);
+		return SK_PASS;
+	}
+	if (heartbeat_stale(&open) && open) {
+		count(STAT_FAILED_OPEN);
+		report(&f, r, REASON_STALE, EVENT_ALLOWED);
+		return SK_PASS; /* on_failure = "open" */
+	}
+	count(STAT_PLAINTEXT_REFUSED);
+	report(&f, r, REASON_PLAINTEXT, 0);
+	return SK_DROP; /* plaintext to a strict port */
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,348 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The maps, each with who writes and who reads it. "daemon" is userspace; "connect", "peername", "workload_sockops" and
+ * "proxy_sockops" are the programs of outbound.c, "lookup" is that of inbound.c. ARCHITECTURE.md says what full means.
+ */
+#pragma once
+
+#include "addr.h"
+
+#define SECOND 1000000000ULL
+
+/* What userspace must know too. */
+enum constant {
+	MAP_ABI = 1,	    /* raise it when a key, a value or a meaning changes: the pin directory carries it */
+	STALE_SECONDS = 5,  /* heartbeat older than this: the daemon is gone or hung */
+	DIRECT_SECONDS = 130, /* the SYN-retry horizon: older entries of direct admit nothing */
+};
+
+#define MAX_WORKLOADS 16384
+#define MAX_DESTINATIONS 262144
+#define MAX_PENDING 65536
+#define MAX_PENDING_PER_WORKLOAD 16384
+#define MAX_DIRECT 65536
+#define MAX_DIRECT_PER_WORKLOAD 16384
+
+/* Which workload a cgroup is. Written by the daemon, one write that switches all hooks of the cgroup; read by every
+ * cgroup program. workload 0: attached but not enrolled, everything passes. */
+enum member_flag {
+	MEMBER_HAS_OUTER = 1,	/* an ancestor is enrolled too: leave a mark for it */
+	MEMBER_HAS_INNER = 2,	/* a descendant is enrolled too: heed its mark */
+};
+struct membership {
+	__u32 workload;
+	__u32 flags;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_CGROUP_STORAGE);
+	__type(key, __u64);
+	__type(value, struct membership);
+} memberships SEC(".maps");
+
+/* The enrolled workloads. Written by the daemon; the counters by the programs that add and remove entries. */
+struct workload {
+	__u32 pending; /* entries of pending */
+	__u32 direct;  /* entries of direct */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_WORKLOADS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct workload);
+} workloads SEC(".maps");
+
+/* What is redirected. Written by the daemon; read by connect. */
+struct destination_key {
+	struct addr ip;
+	__u32 workload; /* 0: for every workload */
+	__be16 port;	/* 0: every port */
+	__u16 pad;
+};
+
+enum dest_flag {
+	DEST_INSTANCE = 1,	/* one instance's own address: on_failure = "open" may let it pass */
+};
+struct destination {
+	__u32 flags;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_DESTINATIONS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct destination_key);
+	__type(value, struct destination);
+} destinations SEC(".maps");
+
+/* The ranges of virtual IPs: what is in one and not in destinations is refused. Written by the daemon; read by connect. */
+struct range_key {
+	__u32 prefixlen; /* of the 128-bit form */
+	struct addr ip;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 64);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct range_key);
+	__type(value, __u32);
+} virtual_ranges SEC(".maps");
+
+/* Where a redirected connection was going and whose it is. */
+enum origin_flag {
+	ORIGIN_REDIRECTED = 1,	/* else the socket was only marked as seen by this workload */
+};
+struct origin {
+	struct addr dst;
+	__be16 dport;
+	__u16 flags;
+	__u32 workload;
+	__u64 netns;
+	__u64 cookie;
+	__u32 pid;
+	__u32 pad;
+	char comm[16];
+};
+
+/* On the client's socket. Written by connect; read by connect, peername, workload_sockops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origin);
+} sk_out SEC(".maps");
+
+/* On its way from the client's socket to the accepted one. Written by workload_sockops before the SYN leaves; moved by
+ * proxy_sockops. Removed at the client's close if nothing accepted it. */
+struct tuple {
+	struct addr src;
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u32 pad;
+	__u64 netns; /* in pending: the client's; in direct: the destination's */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PENDING);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tuple);
+	__type(value, struct origin);
+} pending SEC(".maps");
+
+/* On the daemon's accepted socket. Written by proxy_sockops; read by the daemon through the file descriptor. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origin);
+} sk_accepted SEC(".maps");
+
+/* The namespaces in which the daemon listens. Written by the daemon; read by connect and lookup. */
+struct ns_ready {
+	__u16 port4; /* of the outbound listener on 127.0.0.1, host order; 0: none */
+	__u16 port6; /* on ::1 */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_WORKLOADS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct ns_ready);
+} ns_ready SEC(".maps");
+
+/* The daemon's listeners. Written by the daemon, emptied by the kernel when a listener closes; read by lookup. */
+enum listener_kind {
+	LISTENER_OUTBOUND = 1,
+	LISTENER_INBOUND = 2,
+};
+struct listener_key {
+	__u64 netns;
+	__u32 kind;
+	__u32 family;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 4 * MAX_WORKLOADS);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+/* What an inbound SYN meets. Written by the daemon; read by lookup. */
+struct rule_key {
+	__u64 netns;
+	struct addr ip; /* all zero: any */
+	__u16 port;	/* host order; 0: every port */
+	__u16 pad[3];
+};
+
+enum rule_action {
+	RULE_STEER = 1,	/* a mesh port: to our inbound listener */
+	RULE_STRICT = 2,	/* plaintext is refused */
+	RULE_PERMISSIVE = 3,	/* plaintext is let in, counted */
+	RULE_OPEN = 4,	/* not ours */
+};
+struct rule {
+	__u32 action;
+	__u32 workload;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_DESTINATIONS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct rule_key);
+	__type(value, struct rule);
+} rules SEC(".maps");
+
+/* Connections that pass a strict port, each by its exact 4-tuple. Written by proxy_sockops (delivery, checks) and
+ * workload_sockops (the workload's own); read by lookup; removed when established or closed. */
+enum direct_kind {
+	DIRECT_DELIVERY = 1,	/* the proxy's own, authorised */
+	DIRECT_CHECK = 2,	/* a health check of the daemon */
+	DIRECT_OWN = 3,	/* the workload calling its own port */
+};
+struct direct {
+	__u64 time;
+	__u64 cookie; /* of the client's socket */
+	__u32 workload;
+	__u16 kind;
+	__be16 peer_port; /* the client to show to the application; 0: none */
+	struct addr peer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_DIRECT);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tuple);
+	__type(value, struct direct);
+} direct SEC(".maps");
+
+/* On the proxy's dialling socket (written by the daemon before it connects) and on the application's accepted socket
+ * (written by workload_sockops); read by proxy_sockops and peername. */
+struct peer {
+	struct addr ip;
+	__be16 port; /* 0: nothing to show */
+	__u16 kind;  /* DIRECT_* */
+	__u32 workload;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct peer);
+} sk_peer SEC(".maps");
+
+/* The daemon's pulse. Written by the daemon every second; read by connect and lookup. */
+struct heartbeat {
+	__u64 beat; /* CLOCK_MONOTONIC, ns; 0: never */
+	__u32 open; /* on_failure = "open" */
+	__u32 next_workload;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct heartbeat);
+} heartbeat SEC(".maps");
+
+/* Verdicts of the kernel. Written by connect and lookup; read by the daemon. */
+enum reason {
+	REASON_NONE,
+	REASON_UNKNOWN_SERVICE, /* in a virtual range, but no service's */
+	REASON_BOUND_DEVICE,
+	REASON_STALE,
+	REASON_NOT_READY,
+	REASON_UNKNOWN_WORKLOAD,
+	REASON_CAPACITY,
+	REASON_STORAGE,
+	REASON_PLAINTEXT,
+	REASON_NO_LISTENER,
+};
+
+enum event_flag {
+	EVENT_INBOUND = 1,
+	EVENT_ALLOWED = 2,
+};
+struct event {
+	__u64 time;
+	__u64 netns;
+	struct addr src;
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u16 reason;
+	__u16 flags;
+	__u32 workload;
+	__u32 pid;
+	char comm[16];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");
+
+/* Counters. Written by all programs; read by the daemon. */
+enum stat {
+	STAT_REDIRECTED,
+	STAT_REFUSED,
+	STAT_STEERED,
+	STAT_DELIVERED,
+	STAT_PLAINTEXT_REFUSED,
+	STAT_PLAINTEXT_ALLOWED,
+	STAT_FAILED_OPEN,
+	STAT_UNPROTECTED_UDP,
+	STAT_EVENTS_LOST,
+	STAT_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, STAT_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} stats SEC(".maps");
+
+/* Keeps the types that userspace shares in the object's BTF. */
+#define SHARED(kind, name) const kind name *btf_##name __attribute__((unused))
+SHARED(enum, constant);
+SHARED(enum, reason);
+SHARED(enum, stat);
+SHARED(enum, member_flag);
+SHARED(enum, dest_flag);
+SHARED(enum, origin_flag);
+SHARED(enum, listener_kind);
+SHARED(enum, rule_action);
+SHARED(enum, direct_kind);
+SHARED(enum, event_flag);
+SHARED(struct, event);
+
+static __always_inline void count(__u32 which)
+{
+	__u64 *n = bpf_map_lookup_elem(&stats, &which);
+
+	if (n)
+		*n += 1;
+}
+
+/* Whether the daemon has not been seen alive for STALE_NS; *open is set when that lets traffic pass. */
+static __always_inline int heartbeat_stale(int *open)
+{
+	__u32 zero = 0;
+	struct heartbeat *h = bpf_map_lookup_elem(&heartbeat, &zero);
+
+	if (!h)
+		return 1;
+	*open = h->open;
+	return bpf_ktime_get_ns() - h->beat > STALE_SECONDS * SECOND;
+}

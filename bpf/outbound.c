@@ -1,0 +1,475 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * The cgroup hooks. connect, peername and workload_sockops are attached to each workload's cgroup, proxy_sockops to the
+ * daemon's own. Loaded once for the node: which workload a hook runs for is in the storage of the cgroup it is attached to.
+ */
+#include "maps.h"
+
+#define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
+#define ECONNREFUSED 111
+
+#define CONTINUE 1
+#define REFUSE 0
+
+/* --- connect ------------------------------------------------------------------------------------------------------ */
+
+struct dial {
+	struct addr dst;
+	__be16 port;
+	__u16 v4; /* the connection runs over IPv4 */
+};
+
+static __always_inline int refuse(const struct dial *d, __u32 workload, __u16 reason)
+{
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
+	count(STAT_REFUSED);
+	bpf_set_retval(-ECONNREFUSED);
+	if (!e) {
+		count(STAT_EVENTS_LOST);
+		return REFUSE;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->time = bpf_ktime_get_ns();
+	e->dst = d->dst;
+	e->dport = d->port;
+	e->reason = reason;
+	e->workload = workload;
+	e->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	bpf_ringbuf_submit(e, 0);
+	return REFUSE;
+}
+
+static __always_inline struct destination *find_destination(const struct dial *d, __u32 workload)
+{
+	struct destination_key key = { .ip = d->dst, .workload = workload, .port = d->port };
+	struct destination *dest = bpf_map_lookup_elem(&destinations, &key);
+
+	if (dest)
+		return dest;
+	key.workload = 0;
+	dest = bpf_map_lookup_elem(&destinations, &key);
+	if (dest)
+		return dest;
+	key.port = 0;
+	return bpf_map_lookup_elem(&destinations, &key);
+}
+
+static __always_inline int in_virtual_range(const struct dial *d)
+{
+	struct range_key key = { .prefixlen = 128, .ip = d->dst };
+
+	return bpf_map_lookup_elem(&virtual_ranges, &key) != 0;
+}
+
+/* Whether a nearer enrolment has already decided on this socket: inner programs run first and leave a mark. */
+static __always_inline int decided_by_inner(struct bpf_sock *sk, const struct membership *m)
+{
+	struct origin *o;
+
+	if (!(m->flags & MEMBER_HAS_INNER))
+		return 0;
+	o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+	if (!o || o->workload == m->workload)
+		return 0;
+	return bpf_map_lookup_elem(&workloads, &o->workload) != 0;
+}
+
+/* Lets the socket connect as if we were not here. A reused socket must not keep an older origin. */
+static __always_inline int pass(struct bpf_sock *sk, const struct membership *m)
+{
+	struct origin *o;
+
+	if (!(m->flags & MEMBER_HAS_OUTER)) {
+		bpf_sk_storage_delete(&sk_out, sk);
+		return CONTINUE;
+	}
+	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!o)
+		return REFUSE; /* without the mark the outer workload would claim the socket */
+	o->workload = m->workload;
+	o->flags = 0;
+	return CONTINUE;
+}
+
+/* Decides on one connect. Returns the listener's port in host order when it is to be redirected, else 0 with *verdict. */
+static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *sk, const struct dial *d, int *verdict)
+{
+	struct membership *m = bpf_get_local_storage(&memberships, 0);
+	struct destination *dest;
+	struct workload *w;
+	struct ns_ready *ns;
+	struct origin *o;
+	__u32 device, id;
+	__u64 netns;
+	__u16 port;
+	int open = 0;
+
+	*verdict = CONTINUE;
+	id = m->workload;
+	if (!id || decided_by_inner(sk, m))
+		return 0;
+	dest = find_destination(d, id);
+	if (!dest) {
+		if (in_virtual_range(d)) {
+			*verdict = refuse(d, id, REASON_UNKNOWN_SERVICE);
+			return 0; /* a virtual IP that was given back must not leave the node */
+		}
+		*verdict = pass(sk, m);
+		return 0;
+	}
+	if (heartbeat_stale(&open)) {
+		if (open && (dest->flags & DEST_INSTANCE)) {
+			count(STAT_FAILED_OPEN);
+			*verdict = pass(sk, m);
+			return 0; /* on_failure = "open" */
+		}
+		*verdict = refuse(d, id, REASON_STALE);
+		return 0; /* nobody would serve the redirected connection */
+	}
+	device = READ(sk->bound_dev_if);
+	if (device > 1) {
+		*verdict = refuse(d, id, REASON_BOUND_DEVICE);
+		return 0; /* bound to another device than lo: loopback is out of reach */
+	}
+	netns = bpf_get_netns_cookie(ctx);
+	ns = bpf_map_lookup_elem(&ns_ready, &netns);
+	port = ns ? (d->v4 ? ns->port4 : ns->port6) : 0;
+	if (!port) {
+		*verdict = refuse(d, id, REASON_NOT_READY);
+		return 0; /* no listener in this namespace yet */
+	}
+	w = bpf_map_lookup_elem(&workloads, &id);
+	if (!w) {
+		*verdict = refuse(d, id, REASON_UNKNOWN_WORKLOAD);
+		return 0; /* being un-enrolled */
+	}
+	if (w->pending >= MAX_PENDING_PER_WORKLOAD) {
+		*verdict = refuse(d, id, REASON_CAPACITY);
+		return 0; /* too many of its connections are on their way to us */
+	}
+	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!o) {
+		*verdict = refuse(d, id, REASON_STORAGE);
+		return 0; /* no memory for the origin */
+	}
+	o->dst = d->dst;
+	o->dport = d->port;
+	o->flags = ORIGIN_REDIRECTED;
+	o->workload = id;
+	o->netns = netns;
+	o->cookie = bpf_get_socket_cookie(ctx);
+	o->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(o->comm, sizeof(o->comm));
+	count(STAT_REDIRECTED);
+	return port;
+}
+
+static __always_inline int is_tcp(__u32 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct dial d = { .v4 = 1 };
+	int verdict;
+	__u16 port;
+
+	if (!is_tcp(READ(ctx->protocol)) || !sk)
+		return CONTINUE; /* UDP and the rest are not ours */
+	addr_v4(&d.dst, READ(ctx->user_ip4));
+	d.port = READ(ctx->user_port);
+	port = decide(ctx, sk, &d, &verdict);
+	if (!port)
+		return verdict;
+	ctx->user_ip4 = bpf_htonl(0x7f000001);
+	ctx->user_port = bpf_htons(port);
+	return CONTINUE;
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct dial d = {};
+	int verdict;
+	__u16 port;
+
+	if (!is_tcp(READ(ctx->protocol)) || !sk)
+		return CONTINUE; /* UDP and the rest are not ours */
+	addr_v6(&d.dst, READ(ctx->user_ip6[0]), READ(ctx->user_ip6[1]), READ(ctx->user_ip6[2]), READ(ctx->user_ip6[3]));
+	d.port = READ(ctx->user_port);
+	d.v4 = addr_is_v4(&d.dst);
+	port = decide(ctx, sk, &d, &verdict);
+	if (!port)
+		return verdict;
+	ctx->user_ip6[0] = 0;
+	ctx->user_ip6[1] = 0;
+	ctx->user_ip6[2] = d.v4 ? MAPPED_PREFIX : 0;
+	ctx->user_ip6[3] = d.v4 ? bpf_htonl(0x7f000001) : bpf_htonl(1);
+	ctx->user_port = bpf_htons(port);
+	return CONTINUE;
+}
+
+/* --- peername ----------------------------------------------------------------------------------------------------- */
+
+/* What the application should see as its peer: what it dialled, or the client behind the proxy. */
+static __always_inline int shown_peer(struct bpf_sock *sk, struct addr *ip, __be16 *port)
+{
+	struct peer *p = bpf_sk_storage_get(&sk_peer, sk, 0, 0);
+	struct origin *o;
+
+	if (p && p->port) {
+		*ip = p->ip;
+		*port = p->port;
+		return 1;
+	}
+	o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+	if (!o || !(o->flags & ORIGIN_REDIRECTED))
+		return 0;
+	*ip = o->dst;
+	*port = o->dport;
+	return 1;
+}
+
+SEC("cgroup/getpeername4")
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct addr ip;
+	__be16 port;
+
+	if (!sk || !shown_peer(sk, &ip, &port) || !addr_is_v4(&ip))
+		return CONTINUE; /* an IPv6 client cannot be shown on an IPv4 socket */
+	ctx->user_ip4 = ip.w[3];
+	ctx->user_port = port;
+	return CONTINUE;
+}
+
+SEC("cgroup/getpeername6")
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct addr ip;
+	__be16 port;
+
+	if (!sk || !shown_peer(sk, &ip, &port))
+		return CONTINUE;
+	ctx->user_ip6[0] = ip.w[0];
+	ctx->user_ip6[1] = ip.w[1];
+	ctx->user_ip6[2] = ip.w[2];
+	ctx->user_ip6[3] = ip.w[3];
+	ctx->user_port = port;
+	return CONTINUE;
+}
+
+/* --- sockops ------------------------------------------------------------------------------------------------------ */
+
+/* The connection as its client sees it: src is the client. accepted: ctx is the server's end. */
+static __always_inline void read_tuple(struct bpf_sock_ops *ctx, struct tuple *t, int accepted)
+{
+	struct addr local, remote;
+	__u32 family = READ(ctx->family);
+	__be16 lport = bpf_htons((__u16)READ(ctx->local_port));
+	__be16 rport = READ(ctx->remote_port) >> 16;
+	__be32 local4 = READ(ctx->local_ip4), remote4 = READ(ctx->remote_ip4);
+
+	addr_v6(&local, READ(ctx->local_ip6[0]), READ(ctx->local_ip6[1]), READ(ctx->local_ip6[2]), READ(ctx->local_ip6[3]));
+	addr_v6(&remote, READ(ctx->remote_ip6[0]), READ(ctx->remote_ip6[1]), READ(ctx->remote_ip6[2]),
+		READ(ctx->remote_ip6[3]));
+	if (family == AF_INET) {
+		addr_v4(&local, local4);
+		addr_v4(&remote, remote4);
+	}
+	__builtin_memset(t, 0, sizeof(*t));
+	t->src = accepted ? remote : local;
+	t->dst = accepted ? local : remote;
+	t->sport = accepted ? rport : lport;
+	t->dport = accepted ? lport : rport;
+	t->netns = bpf_get_netns_cookie(ctx);
+}
+
+static __always_inline void watch_close(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void forget_pending(const struct tuple *t, __u32 workload)
+{
+	struct workload *w;
+
+	if (bpf_map_delete_elem(&pending, t))
+		return; /* somebody else did */
+	w = bpf_map_lookup_elem(&workloads, &workload);
+	if (w)
+		__sync_fetch_and_add(&w->pending, -1);
+}
+
+static __always_inline void forget_direct(const struct tuple *t, __u32 workload)
+{
+	struct workload *w;
+
+	if (bpf_map_delete_elem(&direct, t))
+		return;
+	w = bpf_map_lookup_elem(&workloads, &workload);
+	if (w)
+		__sync_fetch_and_add(&w->direct, -1);
+}
+
+/* Announces a connection to a strict port. When direct or the workload's share of it is full, the SYN is refused. */
+static __always_inline void announce(struct bpf_sock_ops *ctx, const struct tuple *t, const struct peer *p)
+{
+	struct direct d = { .workload = p->workload, .kind = p->kind, .peer = p->ip, .peer_port = p->port };
+	struct workload *w = bpf_map_lookup_elem(&workloads, &p->workload);
+
+	if (!w || w->direct >= MAX_DIRECT_PER_WORKLOAD)
+		return;
+	d.time = bpf_ktime_get_ns();
+	d.cookie = bpf_get_socket_cookie(ctx);
+	if (bpf_map_update_elem(&direct, t, &d, BPF_NOEXIST)) {
+		struct direct *old = bpf_map_lookup_elem(&direct, t);
+
+		if (!old || bpf_map_update_elem(&direct, t, &d, BPF_EXIST))
+			return;
+	} else {
+		__sync_fetch_and_add(&w->direct, 1);
+	}
+	watch_close(ctx);
+}
+
+/* Whether a connection that is not redirected goes to a guarded port of this very namespace. Guards are found by port: an
+ * announcement that no SYN here matches admits nothing. */
+static __always_inline int guarded_and_own(const struct tuple *t)
+{
+	struct rule_key key = { .netns = t->netns, .port = bpf_ntohs(t->dport) };
+
+	if (!addr_equal(&t->src, &t->dst) && !addr_is_loopback(&t->dst))
+		return 0;
+	if (bpf_map_lookup_elem(&rules, &key))
+		return 1;
+	key.port = 0;
+	return !addr_is_loopback(&t->dst) && bpf_map_lookup_elem(&rules, &key);
+}
+
+/* The workload dials: its origin must be in pending before the SYN leaves. */
+static __always_inline void workload_connects(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u32 id)
+{
+	struct peer own = { .kind = DIRECT_OWN, .workload = id };
+	struct origin *o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+	struct workload *w;
+	struct tuple t;
+
+	read_tuple(ctx, &t, 0);
+	if (!o || !(o->flags & ORIGIN_REDIRECTED)) {
+		if (guarded_and_own(&t))
+			announce(ctx, &t, &own);
+		return;
+	}
+	if (o->workload != id)
+		return; /* a nearer enrolment's */
+	w = bpf_map_lookup_elem(&workloads, &id);
+	if (!w || bpf_map_update_elem(&pending, &t, o, BPF_NOEXIST))
+		return; /* full: the accepted socket has no origin and is refused */
+	__sync_fetch_and_add(&w->pending, 1);
+	watch_close(ctx);
+}
+
+/* The application accepts: learn the client behind the proxy. */
+static __always_inline void workload_accepts(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct direct *d;
+	struct peer *p;
+	struct tuple t;
+
+	read_tuple(ctx, &t, 1);
+	d = bpf_map_lookup_elem(&direct, &t);
+	if (!d)
+		return;
+	if (d->peer_port) {
+		p = bpf_sk_storage_get(&sk_peer, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (p) {
+			p->ip = d->peer;
+			p->port = d->peer_port;
+		}
+	}
+	forget_direct(&t, d->workload);
+}
+
+SEC("sockops")
+int workload_sockops(struct bpf_sock_ops *ctx)
+{
+	struct membership *m = bpf_get_local_storage(&memberships, 0);
+	struct bpf_sock *sk = ctx->sk;
+	struct origin *o;
+	struct tuple t;
+
+	if (!sk || !m->workload)
+		return 1;
+	switch (READ(ctx->op)) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		workload_connects(ctx, sk, m->workload);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		workload_accepts(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (READ(ctx->args[1]) != BPF_TCP_CLOSE)
+			break;
+		read_tuple(ctx, &t, 0);
+		o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+		if (o && (o->flags & ORIGIN_REDIRECTED))
+			forget_pending(&t, o->workload);
+		else
+			forget_direct(&t, m->workload);
+		break;
+	}
+	return 1;
+}
+
+SEC("sockops")
+int proxy_sockops(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct origin *from, *to;
+	struct peer *p;
+	struct tuple t;
+
+	if (!sk)
+		return 1;
+	switch (READ(ctx->op)) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		p = bpf_sk_storage_get(&sk_peer, sk, 0, 0);
+		if (!p)
+			break; /* towards another node */
+		read_tuple(ctx, &t, 0);
+		announce(ctx, &t, p);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		read_tuple(ctx, &t, 1);
+		from = bpf_map_lookup_elem(&pending, &t);
+		if (!from)
+			break; /* inbound, or nobody we redirected */
+		to = bpf_sk_storage_get(&sk_accepted, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (to)
+			__builtin_memcpy(to, from, sizeof(*to));
+		forget_pending(&t, from->workload);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (READ(ctx->args[1]) != BPF_TCP_CLOSE)
+			break;
+		p = bpf_sk_storage_get(&sk_peer, sk, 0, 0);
+		if (!p)
+			break;
+		read_tuple(ctx, &t, 0);
+		forget_direct(&t, p->workload);
+		break;
+	}
+	return 1;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

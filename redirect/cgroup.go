@@ -1,0 +1,109 @@
+package redirect
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// CgroupMount finds where cgroup2 is mounted: /sys/fs/cgroup on unified systems, a directory below it on hybrid ones.
+func CgroupMount() (string, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return "", fmt.Errorf("find cgroup2: %w", err)
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		mount, typ, ok := strings.Cut(s.Text(), " - ")
+		if fields := strings.Fields(mount); ok && strings.HasPrefix(typ, "cgroup2 ") && len(fields) > 4 {
+			return fields[4], nil
+		}
+	}
+	return "", errors.New("find cgroup2: it is not mounted; run `mount -t cgroup2 none /sys/fs/cgroup/unified`, or boot with the unified hierarchy")
+}
+
+// CgroupID returns the kernel's id of a cgroup2 directory, which is its inode number.
+func CgroupID(dir string) (uint64, error) {
+	var mount unix.Statfs_t
+	if err := unix.Statfs(dir, &mount); err != nil {
+		return 0, fmt.Errorf("look at cgroup %s: %w", dir, err)
+	}
+	if mount.Type != unix.CGROUP2_SUPER_MAGIC {
+		at, err := CgroupMount()
+		if err != nil {
+			return 0, err
+		}
+		return 0, fmt.Errorf("use cgroup %s: it is not on cgroup2, which is mounted at %s", dir, at)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return 0, fmt.Errorf("look at cgroup %s: %w", dir, err)
+	}
+	return st.Ino, nil
+}
+
+// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody
+// else can be there, else a new one, <cgroup2>/nodeproxy-<node>, into which the process moves. Cleanup removes that.
+func OwnCgroup(node string) (string, error) {
+	mount, err := CgroupMount()
+	if err != nil {
+		return "", err
+	}
+	current, err := processCgroup("self")
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(mount, current)
+	if current != "/" && alone(dir) {
+		return dir, nil
+	}
+	dir = filepath.Join(mount, daemonCgroup(node))
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", fmt.Errorf("create the daemon's cgroup: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0o644); err != nil {
+		return "", fmt.Errorf("move into cgroup %s: %w", dir, err)
+	}
+	return dir, nil
+}
+
+func daemonCgroup(node string) string { return "nodeproxy-" + node }
+
+// alone reports whether this process is the only one in the cgroup and no cgroup is below.
+func alone(dir string) bool {
+	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil || strings.TrimSpace(string(procs)) != strconv.Itoa(os.Getpid()) {
+		return false
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return false
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			return false
+		}
+	}
+	return true
+}
+
+// processCgroup returns the path of a process's cgroup on the cgroup2 hierarchy, from its root.
+func processCgroup(pid string) (string, error) {
+	data, err := os.ReadFile(filepath.Join("/proc", pid, "cgroup"))
+	if err != nil {
+		return "", fmt.Errorf("find cgroup of process %s: %w", pid, err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("find cgroup of process %s: it is in no cgroup2 hierarchy", pid)
+}

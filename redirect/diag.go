@@ -1,0 +1,231 @@
+package redirect
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Socket is what the kernel says of one TCP socket of a namespace (sock_diag(7)).
+type Socket struct {
+	Local  netip.AddrPort // a wildcard address is unspecified: 0.0.0.0, or :: which takes IPv4 too unless V6Only
+	V6Only bool
+	Cgroup uint64 // id of its creator's cgroup; 0 when it is not known yet
+	Inode  uint32
+	// Handshaking is a connection whose last ACK has not arrived, or that waits for data (TCP_DEFER_ACCEPT). It has no cgroup yet.
+	Handshaking bool
+	Listening   bool
+}
+
+// Listeners lists the sockets of the namespace that listen on port.
+func (ns *Namespace) Listeners(port uint16) ([]Socket, error) {
+	var all []Socket
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		req := diagRequest{family: family, states: 1 << tcpListen, sport: port, dump: true}
+		found, err := ns.diag.query(req)
+		if err != nil && !(family == unix.AF_INET6 && errors.Is(err, unix.ENOENT)) {
+			return nil, fmt.Errorf("list listeners on port %d: %w", port, err)
+		}
+		for _, s := range found {
+			if s.Local.Port() == port {
+				all = append(all, s)
+			}
+		}
+	}
+	return all, nil
+}
+
+// Accepted finds the server's end of the connection from client to server, both in this namespace.
+func (ns *Namespace) Accepted(client, server netip.AddrPort) (Socket, error) {
+	family := uint8(unix.AF_INET6)
+	if server.Addr().Is4() {
+		family = unix.AF_INET
+	}
+	found, err := ns.diag.query(diagRequest{family: family, states: ^uint32(0), src: server.Addr(), sport: server.Port(), dst: client.Addr(), dport: client.Port()})
+	if err != nil {
+		return Socket{}, fmt.Errorf("find accepted socket of %s → %s: %w", client, server, err)
+	}
+	if len(found) == 0 {
+		return Socket{}, fmt.Errorf("find accepted socket of %s → %s: %w", client, server, unix.ENOENT)
+	}
+	return found[0], nil
+}
+
+const (
+	sockDiagByFamily = 20
+	tcpSynRecv       = 3
+	tcpListen        = 10
+	attrSKV6Only     = 11 // INET_DIAG_SKV6ONLY
+	attrCgroupID     = 21 // INET_DIAG_CGROUP_ID
+	sizeofID         = 48 // struct inet_diag_sockid
+	sizeofRequest    = 8 + sizeofID
+	sizeofMessage    = 4 + sizeofID + 20
+)
+
+// diag is a sock_diag socket in one namespace. Queries take turns.
+type diag struct {
+	mu  sync.Mutex
+	fd  int
+	seq uint32
+	buf []byte
+}
+
+type diagRequest struct {
+	family       uint8
+	states       uint32
+	dump         bool
+	src, dst     netip.Addr
+	sport, dport uint16
+}
+
+func openDiag(ns *Namespace) (*diag, error) {
+	d := &diag{fd: -1, buf: make([]byte, 32<<10)}
+	err := ns.Do(func() (err error) {
+		d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open sock_diag in network namespace %d: %w (is the kernel built with INET_DIAG?)", ns.Inode, err)
+	}
+	// The kernel answers within the call; the deadline guards against a lost answer.
+	if err := unix.SetsockoptTimeval(d.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
+		return nil, errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
+	}
+	return d, nil
+}
+
+func (d *diag) close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.fd < 0 {
+		return nil
+	}
+	err := unix.Close(d.fd)
+	d.fd = -1
+	return err
+}
+
+func (d *diag) query(req diagRequest) ([]Socket, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.fd < 0 {
+		return nil, errors.New("network namespace is closed")
+	}
+	d.seq++
+	if err := unix.Sendto(d.fd, req.encode(d.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return nil, err
+	}
+	var found []Socket
+	for {
+		n, _, err := unix.Recvfrom(d.fd, d.buf, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		done, err := d.parse(d.buf[:n], req.dump, &found)
+		if done || err != nil {
+			return found, err
+		}
+	}
+}
+
+func (q diagRequest) encode(seq uint32) []byte {
+	flags := uint16(unix.NLM_F_REQUEST)
+	if q.dump {
+		flags |= unix.NLM_F_DUMP
+	}
+	b := make([]byte, 0, unix.NLMSG_HDRLEN+sizeofRequest)
+	ne := binary.NativeEndian
+	b = ne.AppendUint32(b, unix.NLMSG_HDRLEN+sizeofRequest)
+	b = ne.AppendUint16(b, sockDiagByFamily)
+	b = ne.AppendUint16(b, flags)
+	b = ne.AppendUint32(b, seq)
+	b = ne.AppendUint32(b, 0)
+	b = append(b, q.family, unix.IPPROTO_TCP, 0, 0)
+	b = ne.AppendUint32(b, q.states)
+	b = binary.BigEndian.AppendUint16(b, q.sport)
+	b = binary.BigEndian.AppendUint16(b, q.dport)
+	b = appendDiagAddr(b, q.src)
+	b = appendDiagAddr(b, q.dst)
+	b = ne.AppendUint32(b, 0)
+	return append(b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff) // INET_DIAG_NOCOOKIE
+}
+
+func appendDiagAddr(b []byte, ip netip.Addr) []byte {
+	var raw [16]byte
+	copy(raw[:], ip.AsSlice())
+	return append(b, raw[:]...)
+}
+
+// parse reads one datagram of the answer. done: the answer is complete.
+func (d *diag) parse(b []byte, dump bool, found *[]Socket) (done bool, err error) {
+	ne := binary.NativeEndian
+	for len(b) >= unix.NLMSG_HDRLEN {
+		size := int(ne.Uint32(b))
+		if size < unix.NLMSG_HDRLEN || size > len(b) {
+			return true, errors.New("sock_diag answer is truncated")
+		}
+		body := b[unix.NLMSG_HDRLEN:size]
+		typ, seq := ne.Uint16(b[4:]), ne.Uint32(b[8:])
+		b = b[min(len(b), (size+3)&^3):]
+		if seq != d.seq {
+			continue // the late answer to a query that ran into its deadline
+		}
+		switch typ {
+		case unix.NLMSG_DONE:
+			return true, nil
+		case unix.NLMSG_ERROR:
+			if len(body) < 4 {
+				return true, errors.New("sock_diag answer is truncated")
+			}
+			if code := int32(ne.Uint32(body)); code != 0 {
+				return true, unix.Errno(-code)
+			}
+			return true, nil
+		case sockDiagByFamily:
+			if len(body) < sizeofMessage {
+				return true, errors.New("sock_diag answer is truncated")
+			}
+			*found = append(*found, parseSocket(body))
+			done = !dump
+		}
+	}
+	return done, nil
+}
+
+func parseSocket(body []byte) Socket {
+	ne := binary.NativeEndian
+	id := body[4:]
+	var ip netip.Addr
+	if body[0] == unix.AF_INET {
+		ip = netip.AddrFrom4([4]byte(id[4:8]))
+	} else {
+		ip = netip.AddrFrom16([16]byte(id[4:20]))
+	}
+	s := Socket{
+		Local:       netip.AddrPortFrom(ip.Unmap(), binary.BigEndian.Uint16(id)),
+		Inode:       ne.Uint32(body[4+sizeofID+16:]),
+		Handshaking: body[1] == tcpSynRecv,
+		Listening:   body[1] == tcpListen,
+	}
+	for attrs := body[sizeofMessage:]; len(attrs) >= 4; {
+		size, typ := int(ne.Uint16(attrs)), ne.Uint16(attrs[2:])
+		if size < 4 || size > len(attrs) {
+			break
+		}
+		switch payload := attrs[4:size]; {
+		case typ == attrCgroupID && len(payload) >= 8:
+			s.Cgroup = ne.Uint64(payload)
+		case typ == attrSKV6Only && len(payload) >= 1:
+			s.V6Only = payload[0] != 0
+		}
+		attrs = attrs[min(len(attrs), (size+3)&^3):]
+	}
+	return s
+}

@@ -1,0 +1,257 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// Enrolled is one enrolled cgroup.
+type Enrolled struct {
+	Cgroup   uint64 // id
+	Workload uint32
+}
+
+// Nesting says which other enrolments a cgroup has above and below it.
+type Nesting struct {
+	Outer bool // an ancestor is enrolled
+	Inner bool // a descendant is enrolled
+}
+
+type enrolment struct {
+	workload uint32
+	flags    uint32
+	dir      string // of its pins
+	links    []link.Link
+}
+
+func (e *enrolment) close() error {
+	var errs []error
+	for _, l := range e.links {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// hooks are the programs of a workload's cgroup.
+func (r *Redirect) hooks() []struct {
+	name string
+	at   ebpf.AttachType
+	prog *ebpf.Program
+} {
+	return []struct {
+		name string
+		at   ebpf.AttachType
+		prog *ebpf.Program
+	}{
+		{"connect4", ebpf.AttachCGroupInet4Connect, r.obj.Connect4},
+		{"connect6", ebpf.AttachCGroupInet6Connect, r.obj.Connect6},
+		{"getpeername4", ebpf.AttachCgroupInet4GetPeername, r.obj.Getpeername4},
+		{"getpeername6", ebpf.AttachCgroupInet6GetPeername, r.obj.Getpeername6},
+		{"sockops", ebpf.AttachCGroupSockOps, r.obj.WorkloadSockops},
+	}
+}
+
+// NewWorkload hands out a workload id. Ids are never used again while the pins exist.
+func (r *Redirect) NewWorkload() (uint32, error) {
+	var id uint32
+	err := r.updateHeartbeat(func(h *outboundHeartbeat) error {
+		h.NextWorkload++
+		id = h.NextWorkload
+		return nil
+	})
+	return id, err
+}
+
+// Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload. An enrolled cgroup
+// becomes the new workload in one step. On error the cgroup is as it was.
+func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error) {
+	id, err := CgroupID(cgroup)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, known := r.enrolled[id]
+	if !known {
+		if e, err = r.attach(cgroup, id); err != nil {
+			return err
+		}
+	}
+	defer func() {
+		if err != nil && !known {
+			err = errors.Join(err, r.detach(id, e))
+		}
+	}()
+	if err := r.obj.Workloads.Put(workload, outboundWorkload{}); err != nil {
+		return fmt.Errorf("add workload of %s (room for %d): %w", cgroup, r.obj.Workloads.MaxEntries(), err)
+	}
+	old := e.workload
+	if err := r.setMembership(id, e, workload, n.flags()); err != nil {
+		return errors.Join(err, r.obj.Workloads.Delete(workload))
+	}
+	r.enrolled[id] = e
+	if old != 0 {
+		return r.forgetWorkload(old)
+	}
+	return nil
+}
+
+// SetNesting tells an enrolled cgroup what is enrolled above and below it. Tell the inner one first when an outer
+// enrolment is about to be added, and last when one was removed.
+func (r *Redirect) SetNesting(cgroup uint64, n Nesting) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, ok := r.enrolled[cgroup]
+	if !ok || e.flags == n.flags() {
+		return nil
+	}
+	return r.setMembership(cgroup, e, e.workload, n.flags())
+}
+
+func (n Nesting) flags() uint32 {
+	var flags uint32
+	if n.Outer {
+		flags |= uint32(outboundMemberFlagMEMBER_HAS_OUTER)
+	}
+	if n.Inner {
+		flags |= uint32(outboundMemberFlagMEMBER_HAS_INNER)
+	}
+	return flags
+}
+
+// setMembership is the one write that switches all hooks of a cgroup.
+func (r *Redirect) setMembership(cgroup uint64, e *enrolment, workload, flags uint32) error {
+	if err := r.obj.Memberships.Put(cgroup, outboundMembership{Workload: workload, Flags: flags}); err != nil {
+		return fmt.Errorf("switch cgroup %d to workload %d: %w", cgroup, workload, err)
+	}
+	e.workload, e.flags = workload, flags
+	return nil
+}
+
+// Unenroll leaves the cgroup as it was before Enroll. Connections already redirected live on. A cgroup that is gone is
+// no error.
+func (r *Redirect) Unenroll(cgroup uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, ok := r.enrolled[cgroup]
+	if !ok {
+		return nil
+	}
+	delete(r.enrolled, cgroup)
+	err := r.detach(cgroup, e)
+	if e.workload == 0 {
+		return err
+	}
+	return errors.Join(err, r.forgetWorkload(e.workload))
+}
+
+// Enrolled lists the enrolled cgroups, also those that an earlier daemon left.
+func (r *Redirect) Enrolled() []Enrolled {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	list := make([]Enrolled, 0, len(r.enrolled))
+	for id, e := range r.enrolled {
+		list = append(list, Enrolled{Cgroup: id, Workload: e.workload})
+	}
+	return list
+}
+
+// attach attaches every hook, switched off, and pins them under a temporary name that is renamed last.
+func (r *Redirect) attach(cgroup string, id uint64) (_ *enrolment, err error) {
+	dir := filepath.Join(r.dir, "cgroups", strconv.FormatUint(id, 10))
+	aside := dir + ".new"
+	e := &enrolment{dir: aside}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.detach(id, e))
+		}
+	}()
+	if err := os.Mkdir(aside, 0o700); err != nil {
+		return nil, fmt.Errorf("create pin directory: %w", err)
+	}
+	for _, h := range r.hooks() {
+		l, err := r.attachPinned(cgroup, filepath.Join(aside, h.name), h.at, h.prog)
+		if err != nil {
+			return nil, fmt.Errorf("enroll %s: %w", cgroup, err)
+		}
+		e.links = append(e.links, l)
+	}
+	if err := os.Rename(aside, dir); err != nil {
+		return nil, fmt.Errorf("enroll %s: rename pins: %w", cgroup, err)
+	}
+	e.dir = dir
+	return e, nil
+}
+
+// detach switches the hooks off, removes the pins and lets go of the links.
+func (r *Redirect) detach(cgroup uint64, e *enrolment) error {
+	err := r.obj.Memberships.Put(cgroup, outboundMembership{})
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = nil // the cgroup is gone, or no hook was attached yet
+	}
+	return errors.Join(err, os.RemoveAll(e.dir), e.close())
+}
+
+// adopt takes over the enrolments that an earlier daemon pinned; half attached and dead ones are removed.
+func (r *Redirect) adopt() error {
+	root := filepath.Join(r.dir, "cgroups")
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		return fmt.Errorf("read pinned enrolments: %w", err)
+	}
+	for _, entry := range entries {
+		dir := filepath.Join(root, entry.Name())
+		id, err := strconv.ParseUint(entry.Name(), 10, 64)
+		if err != nil {
+			if err := os.RemoveAll(dir); err != nil {
+				return fmt.Errorf("remove unfinished enrolment: %w", err)
+			}
+			continue
+		}
+		if err := r.adoptOne(id, dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Redirect) adoptOne(id uint64, dir string) error {
+	e := &enrolment{dir: dir}
+	var m outboundMembership
+	alive := r.obj.Memberships.Lookup(id, &m) == nil && m.Workload != 0
+	for _, h := range r.hooks() {
+		l, err := link.LoadPinnedLink(filepath.Join(dir, h.name), nil)
+		if err != nil {
+			alive = false
+			continue
+		}
+		e.links = append(e.links, l)
+		if linkedCgroup(l) != id {
+			alive = false
+			continue
+		}
+		if err := l.Update(h.prog); err != nil {
+			return errors.Join(fmt.Errorf("put this version's %s into cgroup %d: %w", h.name, id, err), e.close())
+		}
+	}
+	if !alive {
+		return r.detach(id, e)
+	}
+	e.workload, e.flags = m.Workload, m.Flags
+	r.enrolled[id] = e
+	return nil
+}
+
+// forgetWorkload removes what the maps hold of a workload that is gone.
+func (r *Redirect) forgetWorkload(id uint32) error {
+	if err := r.obj.Workloads.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove workload %d: %w", id, err)
+	}
+	return nil
+}

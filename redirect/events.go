@@ -1,0 +1,171 @@
+package redirect
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+)
+
+// Origin is where a redirected connection was going and whose it is.
+type Origin struct {
+	Workload    uint32
+	Namespace   uint64 // cookie
+	Destination netip.AddrPort
+	Cookie      uint64 // of the client's socket
+	PID         uint32
+	Comm        string
+}
+
+// ErrNoOrigin says that no hook of ours redirected the connection.
+var ErrNoOrigin = errors.New("connection has no origin: nothing of ours redirected it")
+
+// Origin reads where conn, accepted from an Outbound listener, was going. accept(2) has waited for the kernel to store it.
+func (r *Redirect) Origin(conn *net.TCPConn) (Origin, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return Origin{}, err
+	}
+	var o outboundOrigin
+	var errLookup error
+	if err := raw.Control(func(fd uintptr) { errLookup = r.obj.SkAccepted.Lookup(int32(fd), &o) }); err != nil {
+		return Origin{}, err
+	}
+	if errors.Is(errLookup, ebpf.ErrKeyNotExist) {
+		return Origin{}, ErrNoOrigin
+	}
+	if errLookup != nil {
+		return Origin{}, fmt.Errorf("read origin of %s: %w", conn.RemoteAddr(), errLookup)
+	}
+	return Origin{
+		Workload: o.Workload, Namespace: o.Netns, Destination: fromEndpoint(o.Dst, o.Dport),
+		Cookie: o.Cookie, PID: o.Pid, Comm: comm(o.Comm),
+	}, nil
+}
+
+// Verdict is why a program refused a connection or let plaintext in.
+type Verdict uint16
+
+// The verdicts, as bpf/maps.h has them.
+const (
+	UnknownService  = Verdict(outboundReasonREASON_UNKNOWN_SERVICE)
+	BoundDevice     = Verdict(outboundReasonREASON_BOUND_DEVICE)
+	Stale           = Verdict(outboundReasonREASON_STALE)
+	NotReady        = Verdict(outboundReasonREASON_NOT_READY)
+	UnknownWorkload = Verdict(outboundReasonREASON_UNKNOWN_WORKLOAD)
+	Capacity        = Verdict(outboundReasonREASON_CAPACITY)
+	Storage         = Verdict(outboundReasonREASON_STORAGE)
+	Plaintext       = Verdict(outboundReasonREASON_PLAINTEXT)
+	NoListener      = Verdict(outboundReasonREASON_NO_LISTENER)
+)
+
+// Event is one verdict.
+type Event struct {
+	Verdict     Verdict
+	Inbound     bool
+	Allowed     bool
+	Workload    uint32
+	Namespace   uint64 // cookie, inbound only
+	Source      netip.AddrPort
+	Destination netip.AddrPort
+	PID         uint32
+	Comm        string
+}
+
+// Events calls f with each verdict until Close. Verdicts that f is too slow for are lost and counted by the kernel.
+func (r *Redirect) Events(f func(Event)) error {
+	var rec ringbuf.Record
+	for {
+		err := r.events.ReadInto(&rec)
+		if errors.Is(err, os.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read kernel events: %w", err)
+		}
+		var e outboundEvent
+		if err := binary.Read(bytes.NewReader(rec.RawSample), binary.NativeEndian, &e); err != nil {
+			return fmt.Errorf("decode kernel event: %w", err)
+		}
+		f(Event{
+			Verdict: Verdict(e.Reason), Workload: e.Workload, Namespace: e.Netns, PID: e.Pid, Comm: comm(e.Comm),
+			Inbound: e.Flags&uint16(outboundEventFlagEVENT_INBOUND) != 0,
+			Allowed: e.Flags&uint16(outboundEventFlagEVENT_ALLOWED) != 0,
+			Source:  fromEndpoint(e.Src, e.Sport), Destination: fromEndpoint(e.Dst, e.Dport),
+		})
+	}
+}
+
+// Stop ends Events.
+func (r *Redirect) Stop() error { return r.events.Close() }
+
+// Counters are the programs' own counts since the maps were made.
+func (r *Redirect) Counters() (map[string]uint64, error) {
+	names := map[outboundStat]string{
+		outboundStatSTAT_REDIRECTED: "redirected", outboundStatSTAT_REFUSED: "refused",
+		outboundStatSTAT_STEERED: "steered", outboundStatSTAT_DELIVERED: "delivered",
+		outboundStatSTAT_PLAINTEXT_REFUSED: "plaintext_refused", outboundStatSTAT_PLAINTEXT_ALLOWED: "plaintext_allowed",
+		outboundStatSTAT_FAILED_OPEN: "failed_open", outboundStatSTAT_UNPROTECTED_UDP: "unprotected_udp",
+		outboundStatSTAT_EVENTS_LOST: "events_lost",
+	}
+	counts := make(map[string]uint64, len(names))
+	for stat, name := range names {
+		var perCPU []uint64
+		if err := r.obj.Stats.Lookup(uint32(stat), &perCPU); err != nil {
+			return nil, fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			counts[name] += n
+		}
+	}
+	return counts, nil
+}
+
+// Fill is how full a map is.
+type Fill struct {
+	Name         string
+	Entries, Max int
+}
+
+// Fills counts the entries of the maps that connections and enrolments fill.
+func (r *Redirect) Fills() ([]Fill, error) {
+	var fills []Fill
+	for _, m := range []struct {
+		name string
+		m    *ebpf.Map
+		key  any
+	}{
+		{"workloads", r.obj.Workloads, new(uint32)},
+		{"destinations", r.obj.Destinations, new(outboundDestinationKey)},
+		{"rules", r.obj.Rules, new(outboundRuleKey)},
+		{"namespaces", r.obj.NsReady, new(uint64)},
+		{"pending", r.obj.Pending, new(outboundTuple)},
+		{"direct", r.obj.Direct, new(outboundTuple)},
+	} {
+		n, err := entries(m.m, m.key)
+		if err != nil {
+			return nil, fmt.Errorf("count entries of %s: %w", m.name, err)
+		}
+		fills = append(fills, Fill{Name: m.name, Entries: n, Max: int(m.m.MaxEntries())})
+	}
+	return fills, nil
+}
+
+// entries counts keys. A map that changes meanwhile is counted as it comes.
+func entries(m *ebpf.Map, key any) (int, error) {
+	n := 0
+	err := m.NextKey(nil, key)
+	for ; err == nil && n < int(m.MaxEntries()); n++ {
+		err = m.NextKey(key, key)
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return 0, err
+	}
+	return n, nil
+}

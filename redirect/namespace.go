@@ -1,0 +1,370 @@
+package redirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"syscall"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Namespace is a network namespace in which the daemon listens. It keeps the namespace alive until Close.
+type Namespace struct {
+	Cookie uint64 // SO_NETNS_COOKIE
+	Inode  uint64 // of the namespace's file
+	Host   bool   // the daemon's own
+
+	Outbound []*net.TCPListener // where redirected connections arrive: IPv4, and IPv6 where there is one
+	Inbound  []*net.TCPListener // where steered connections arrive
+
+	file   *os.File
+	diag   *diag
+	lookup link.Link
+	dir    string // of its pins
+	r      *Redirect
+}
+
+// OpenNamespace listens in the network namespace that file stands for (/proc/PID/ns/net), guards it with sk_lookup and
+// only then lets redirects go there. It takes ownership of file. Until SetRules says otherwise nothing inbound is touched.
+func (r *Redirect) OpenNamespace(file *os.File) (_ *Namespace, err error) {
+	ns := &Namespace{file: file, r: r}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, ns.undo())
+		}
+	}()
+	if err := ns.identify(); err != nil {
+		return nil, err
+	}
+	if ns.diag, err = openDiag(ns); err != nil {
+		return nil, err
+	}
+	if ns.Outbound, err = ns.listen(outboundListenerKindLISTENER_OUTBOUND); err != nil {
+		return nil, err
+	}
+	if ns.Inbound, err = ns.listen(outboundListenerKindLISTENER_INBOUND); err != nil {
+		return nil, err
+	}
+	if err := ns.attachLookup(); err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.obj.NsReady.Put(ns.Cookie, ns.ports()); err != nil {
+		return nil, fmt.Errorf("open namespace %d for redirects: %w", ns.Inode, err)
+	}
+	r.namespaces[ns.Cookie] = ns
+	return ns, nil
+}
+
+// Close stops redirects to the namespace, removes its guard and closes its listeners, in that order, so that nothing that
+// is still enrolled there falls through.
+func (ns *Namespace) Close() error {
+	ns.r.mu.Lock()
+	delete(ns.r.namespaces, ns.Cookie)
+	ns.r.mu.Unlock()
+	return ns.undo()
+}
+
+func (ns *Namespace) undo() error {
+	var errs []error
+	if err := ns.r.obj.NsReady.Delete(ns.Cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		errs = append(errs, fmt.Errorf("close namespace %d for redirects: %w", ns.Inode, err))
+	}
+	if ns.lookup != nil {
+		errs = append(errs, os.RemoveAll(ns.dir), ns.lookup.Close())
+	}
+	return errors.Join(append(errs, ns.closeSockets())...)
+}
+
+// closeSockets closes what dies with the process anyway, and leaves what is pinned.
+func (ns *Namespace) closeSockets() error {
+	var errs []error
+	for _, ln := range append(ns.Outbound, ns.Inbound...) {
+		if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	if ns.diag != nil {
+		errs = append(errs, ns.diag.close())
+	}
+	return errors.Join(append(errs, ns.file.Close())...)
+}
+
+func (ns *Namespace) ports() outboundNsReady {
+	var ready outboundNsReady
+	for _, ln := range ns.Outbound {
+		at := ln.Addr().(*net.TCPAddr).AddrPort()
+		if at.Addr().Is4() {
+			ready.Port4 = at.Port()
+		} else {
+			ready.Port6 = at.Port()
+		}
+	}
+	return ready
+}
+
+// Do runs f on a thread that is inside the namespace. f must not start goroutines that rely on that.
+func (ns *Namespace) Do(f func() error) error {
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("remember own network namespace: %w", err)
+	}
+	defer home.Close()
+	if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter network namespace %d: %w", ns.Inode, err)
+	}
+	errDo := f()
+	if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+		// The thread stays locked: it ends with this goroutine instead of serving another one in the wrong namespace.
+		return errors.Join(errDo, fmt.Errorf("leave network namespace %d: %w", ns.Inode, err))
+	}
+	runtime.UnlockOSThread()
+	return errDo
+}
+
+// identify reads what names the namespace.
+func (ns *Namespace) identify() error {
+	var st, own unix.Stat_t
+	if err := unix.Fstat(int(ns.file.Fd()), &st); err != nil {
+		return fmt.Errorf("look at network namespace: %w", err)
+	}
+	if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
+		return fmt.Errorf("look at own network namespace: %w", err)
+	}
+	ns.Inode, ns.Host = st.Ino, st.Ino == own.Ino
+	return ns.Do(func() error {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open socket in network namespace %d: %w", ns.Inode, err)
+		}
+		defer unix.Close(fd)
+		ns.Cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		if err != nil {
+			return fmt.Errorf("read cookie of network namespace %d: %w", ns.Inode, err)
+		}
+		return nil
+	})
+}
+
+// listen opens one listener per address family on loopback and shows it to sk_lookup. IPv6 is left out where the
+// namespace has none.
+func (ns *Namespace) listen(kind outboundListenerKind) ([]*net.TCPListener, error) {
+	var lns []*net.TCPListener
+	for _, at := range []struct {
+		network, addr string
+		family        uint32
+	}{{"tcp4", "127.0.0.1:0", unix.AF_INET}, {"tcp6", "[::1]:0", unix.AF_INET6}} {
+		ln, err := ns.listenOne(at.network, at.addr)
+		if at.family == unix.AF_INET6 && (errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT)) {
+			continue
+		}
+		if err != nil {
+			return lns, fmt.Errorf("listen on %s in network namespace %d: %w (is its loopback interface up?)", at.addr, ns.Inode, err)
+		}
+		lns = append(lns, ln)
+		if err := ns.showListener(ln, outboundListenerKey{Netns: ns.Cookie, Kind: uint32(kind), Family: at.family}); err != nil {
+			return lns, err
+		}
+	}
+	return lns, nil
+}
+
+func (ns *Namespace) listenOne(network, addr string) (*net.TCPListener, error) {
+	var ln net.Listener
+	err := ns.Do(func() (err error) {
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false) // a SOCKHASH takes plain TCP sockets only
+		ln, err = lc.Listen(context.Background(), network, addr)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return ln.(*net.TCPListener), nil
+}
+
+func (ns *Namespace) showListener(ln *net.TCPListener, key outboundListenerKey) error {
+	raw, err := ln.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var errPut error
+	if err := raw.Control(func(fd uintptr) { errPut = ns.r.obj.Listeners.Put(key, uint64(fd)) }); err != nil {
+		return err
+	}
+	if errPut != nil {
+		return fmt.Errorf("show listener %s to the kernel: %w", ln.Addr(), errPut)
+	}
+	return nil
+}
+
+// attachLookup loads sk_lookup for this namespace and attaches it, or puts it into the link that an earlier daemon pinned.
+func (ns *Namespace) attachLookup() error {
+	prog, err := ns.loadLookup()
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	ns.dir = filepath.Join(ns.r.dir, "namespaces", strconv.FormatUint(ns.Cookie, 10))
+	pin := filepath.Join(ns.dir, "sk_lookup")
+	if l, err := link.LoadPinnedLink(pin, nil); err == nil {
+		if err := l.Update(prog); err == nil {
+			ns.lookup = l
+			return nil
+		}
+		if err := errors.Join(l.Unpin(), l.Close()); err != nil {
+			return fmt.Errorf("replace guard of network namespace %d: %w", ns.Inode, err)
+		}
+	}
+	if err := os.MkdirAll(ns.dir, 0o700); err != nil {
+		return fmt.Errorf("create pin directory: %w", err)
+	}
+	l, err := link.AttachNetNs(int(ns.file.Fd()), prog)
+	if err != nil {
+		return errors.Join(fmt.Errorf("guard network namespace %d: %w", ns.Inode, err), os.RemoveAll(ns.dir))
+	}
+	ns.lookup = l
+	if err := l.Pin(pin); err != nil {
+		return fmt.Errorf("pin guard of network namespace %d: %w", ns.Inode, err)
+	}
+	return nil
+}
+
+func (ns *Namespace) loadLookup() (*ebpf.Program, error) {
+	spec, err := loadInbound()
+	if err != nil {
+		return nil, fmt.Errorf("read built-in BPF object: %w", err)
+	}
+	var private uint8
+	if !ns.Host {
+		private = 1
+	}
+	if err := errors.Join(spec.Variables["netns_cookie"].Set(ns.Cookie), spec.Variables["netns_private"].Set(private)); err != nil {
+		return nil, fmt.Errorf("prepare guard: %w", err)
+	}
+	shared := &ns.r.obj
+	var obj inboundPrograms
+	err = spec.LoadAndAssign(&obj, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct,
+		"heartbeat": shared.Heartbeat, "events": shared.Events, "stats": shared.Stats,
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("load guard of network namespace %d: %w", ns.Inode, err)
+	}
+	return obj.Lookup, nil
+}
+
+// Kind says what a connection dialled by the daemon is, for the guard of the namespace it is dialled in.
+type Kind uint16
+
+// The kinds of a Dial.
+const (
+	ToPeer   Kind = 0                                       // to another node or namespace: announced to nobody
+	Delivery      = Kind(outboundDirectKindDIRECT_DELIVERY) // to the workload, authorised
+	Check         = Kind(outboundDirectKindDIRECT_CHECK)    // a health check of the workload's port
+)
+
+// Announcement is what a Dial tells the kernel before it connects.
+type Announcement struct {
+	Kind     Kind
+	Workload uint32         // on whose account
+	Client   netip.AddrPort // whom the application sees as its peer; zero: the daemon's own address
+}
+
+// Dial connects to a literal address from inside the namespace. local may be zero. Guards of this namespace let the
+// connection pass if it is announced, and nobody else's.
+func (ns *Namespace) Dial(ctx context.Context, local netip.Addr, to netip.AddrPort, a Announcement) (*net.TCPConn, error) {
+	network := "tcp4"
+	if to.Addr().Is6() {
+		network = "tcp6"
+	}
+	d := net.Dialer{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true},
+		Control: func(_, _ string, raw syscall.RawConn) error {
+			var inner error
+			err := raw.Control(func(fd uintptr) { inner = ns.replaceSocket(int(fd), network, a) })
+			return errors.Join(err, inner)
+		},
+	}
+	d.SetMultipathTCP(false)
+	if local.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
+	}
+	c, err := d.DialContext(ctx, network, to.String())
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// replaceSocket puts a socket made inside the namespace in the place of fd, before it is bound or connected. Only the
+// creation of a socket depends on the thread's namespace.
+func (ns *Namespace) replaceSocket(fd int, network string, a Announcement) error {
+	family := unix.AF_INET
+	if network == "tcp6" {
+		family = unix.AF_INET6
+	}
+	s := -1
+	err := ns.Do(func() (err error) {
+		s, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("open socket in network namespace %d: %w", ns.Inode, err)
+	}
+	defer unix.Close(s)
+	if a.Kind != ToPeer {
+		p := outboundPeer{Kind: uint16(a.Kind), Workload: a.Workload}
+		if a.Client.IsValid() {
+			p.Ip, p.Port = toAddr(a.Client.Addr()), swap(a.Client.Port())
+		}
+		if err := ns.r.obj.SkPeer.Put(int32(s), p); err != nil {
+			return fmt.Errorf("announce connection: %w", err)
+		}
+	}
+	if err := unix.Dup3(s, fd, unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("put socket in place: %w", err)
+	}
+	return nil
+}
+
+// Addresses lists the IP addresses of the namespace's interfaces.
+func (ns *Namespace) Addresses() ([]netip.Addr, error) {
+	var all []netip.Addr
+	err := ns.Do(func() error {
+		// Other families would each open a socket.
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		addrs, err := h.AddrList(nil, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, a := range addrs {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok {
+				all = append(all, ip.Unmap())
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of network namespace %d: %w", ns.Inode, err)
+	}
+	return all, nil
+}

@@ -1,0 +1,305 @@
+// Package redirect owns all kernel state of one node: it loads, attaches, pins, syncs and removes the BPF programs and
+// maps, listens and dials inside network namespaces, and reads origins, verdicts and socket owners.
+//
+// # Lifetime
+//
+// Everything is pinned below <pins>/<node>/v<ABI>. Close lets go of the pinned state and leaves it in force: with no
+// daemon, redirected connections and guarded ports are refused by the kernel. A later Open takes over what it finds and
+// swaps the programs in place. Only Unenroll, Prune and Cleanup remove anything.
+//
+// The package decides nothing: who may be a workload and who may connect is its caller's business.
+package redirect
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+)
+
+// MapABI is the version of the maps' layout and meaning. It names the pin directory.
+const MapABI = int(outboundConstantMAP_ABI)
+
+// StaleSeconds is the heartbeat's bound: a daemon not seen alive for that long is gone, for the kernel.
+const StaleSeconds = int(outboundConstantSTALE_SECONDS)
+
+// Config says where a Redirect lives.
+type Config struct {
+	Pins     string // a directory on bpffs; state of this node goes to <Pins>/<Node>/v<MapABI>
+	Node     string
+	Cgroup   string // the daemon's own cgroup2 directory, from OwnCgroup
+	FailOpen bool   // on_failure = "open"
+}
+
+// Redirect is the kernel state of one node. Its methods may be called concurrently.
+type Redirect struct {
+	dir    string
+	lock   *os.File
+	obj    outboundObjects
+	own    link.Link // proxy_sockops on the daemon's cgroup
+	events *ringbuf.Reader
+
+	mu         sync.Mutex
+	enrolled   map[uint64]*enrolment // by cgroup id
+	namespaces map[uint64]*Namespace // by cookie
+	dests      shadow[outboundDestinationKey, outboundDestination]
+	ranges     shadow[outboundRangeKey, uint32]
+	rules      shadow[outboundRuleKey, outboundRule]
+}
+
+// Open loads the programs, creates the maps or takes over the pinned ones, and attaches to the daemon's own cgroup. The
+// workloads that an earlier daemon left enrolled stay so, now with this daemon's programs. On error nothing has changed.
+//
+// Only one process at a time may have a node open.
+func Open(cfg Config) (_ *Redirect, err error) {
+	r := &Redirect{
+		dir:        filepath.Join(cfg.Pins, cfg.Node, fmt.Sprintf("v%d", MapABI)),
+		enrolled:   make(map[uint64]*enrolment),
+		namespaces: make(map[uint64]*Namespace),
+	}
+	if err := checkPins(cfg, r.dir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.Close())
+		}
+	}()
+	for _, sub := range []string{"maps", "cgroups", "namespaces"} {
+		if err := os.MkdirAll(filepath.Join(r.dir, sub), 0o700); err != nil {
+			return nil, fmt.Errorf("create pin directory: %w", err)
+		}
+	}
+	if r.lock, err = lockDir(r.dir); err != nil {
+		return nil, err
+	}
+	if err := r.load(); err != nil {
+		return nil, err
+	}
+	if err := r.loadShadows(); err != nil {
+		return nil, err
+	}
+	if err := r.setFailure(cfg.FailOpen); err != nil {
+		return nil, err
+	}
+	if r.events, err = ringbuf.NewReader(r.obj.Events); err != nil {
+		return nil, fmt.Errorf("read kernel events: %w", err)
+	}
+	if r.own, err = r.attachPinned(cfg.Cgroup, filepath.Join(r.dir, "daemon"), ebpf.AttachCGroupSockOps, r.obj.ProxySockops); err != nil {
+		return nil, fmt.Errorf("attach to the daemon's cgroup %s: %w", cfg.Cgroup, err)
+	}
+	if err := r.adopt(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Close lets go of the kernel state and closes the listeners of namespaces still open. What is pinned stays in force.
+func (r *Redirect) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var errs []error
+	for _, ns := range r.namespaces {
+		errs = append(errs, ns.closeSockets())
+	}
+	for _, e := range r.enrolled {
+		errs = append(errs, e.close())
+	}
+	if r.own != nil {
+		errs = append(errs, r.own.Close())
+	}
+	if r.events != nil {
+		errs = append(errs, r.events.Close())
+	}
+	errs = append(errs, r.obj.Close())
+	if r.lock != nil {
+		errs = append(errs, r.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Beat tells the kernel that the daemon is alive. Call it every second.
+func (r *Redirect) Beat() error {
+	return r.updateHeartbeat(func(h *outboundHeartbeat) error {
+		var now unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+			return fmt.Errorf("read monotonic clock: %w", err)
+		}
+		h.Beat = uint64(now.Nano())
+		return nil
+	})
+}
+
+// Rest tells the kernel that the daemon is stopping: from now on every new connection that needs it is refused, or let
+// pass where on_failure is "open".
+func (r *Redirect) Rest() error {
+	return r.updateHeartbeat(func(h *outboundHeartbeat) error {
+		h.Beat = 0
+		return nil
+	})
+}
+
+func (r *Redirect) setFailure(open bool) error {
+	return r.updateHeartbeat(func(h *outboundHeartbeat) error {
+		h.Open = 0
+		if open {
+			h.Open = 1
+		}
+		return nil
+	})
+}
+
+func (r *Redirect) updateHeartbeat(change func(*outboundHeartbeat) error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var h outboundHeartbeat
+	if err := r.obj.Heartbeat.Lookup(uint32(0), &h); err != nil {
+		return fmt.Errorf("read heartbeat: %w", err)
+	}
+	if err := change(&h); err != nil {
+		return err
+	}
+	if err := r.obj.Heartbeat.Put(uint32(0), h); err != nil {
+		return fmt.Errorf("write heartbeat: %w", err)
+	}
+	return nil
+}
+
+// load creates the maps or takes over the pinned ones, and loads the cgroup programs.
+func (r *Redirect) load() error {
+	spec, err := loadOutbound()
+	if err != nil {
+		return fmt.Errorf("read built-in BPF object: %w", err)
+	}
+	for name, m := range spec.Maps {
+		if !strings.HasPrefix(name, ".") {
+			m.Pinning = ebpf.PinByName
+		}
+	}
+	err = spec.LoadAndAssign(&r.obj, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: filepath.Join(r.dir, "maps")}})
+	if errors.Is(err, ebpf.ErrMapIncompatible) {
+		return fmt.Errorf("take over the maps in %s: %w: they were not made by this version; run `nodeproxy cleanup` first", r.dir, err)
+	}
+	if err != nil {
+		return fmt.Errorf("load cgroup programs: %w (run `nodeproxy check`)", err)
+	}
+	return nil
+}
+
+// attachPinned attaches prog to a cgroup by a link pinned at pin, or puts prog into the link already there.
+func (r *Redirect) attachPinned(cgroup, pin string, at ebpf.AttachType, prog *ebpf.Program) (link.Link, error) {
+	if l, err := r.takeOver(cgroup, pin, prog); err != nil || l != nil {
+		return l, err
+	}
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup, Attach: at, Program: prog})
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", filepath.Base(pin), err)
+	}
+	if err := l.Pin(pin); err != nil {
+		return nil, errors.Join(fmt.Errorf("pin %s: %w", pin, err), l.Close())
+	}
+	return l, nil
+}
+
+// takeOver puts prog into the link pinned at pin when it is attached to cgroup. A link to anything else, such as a
+// removed cgroup of the same name, is unpinned. It returns nil when nothing usable is pinned.
+func (r *Redirect) takeOver(cgroup, pin string, prog *ebpf.Program) (link.Link, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open pinned link %s: %w", pin, err)
+	}
+	id, err := CgroupID(cgroup)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	if linkedCgroup(l) == id {
+		if err := l.Update(prog); err != nil {
+			return nil, errors.Join(fmt.Errorf("update %s: %w", pin, err), l.Close())
+		}
+		return l, nil
+	}
+	return nil, errors.Join(l.Unpin(), l.Close())
+}
+
+// linkedCgroup returns the id of the cgroup that l is attached to, 0 when it is gone.
+func linkedCgroup(l link.Link) uint64 {
+	info, err := l.Info()
+	if err != nil || info.Cgroup() == nil {
+		return 0
+	}
+	return info.Cgroup().CgroupId
+}
+
+// checkPins makes sure that the pin directory can be used: on bpffs, and of no other map ABI.
+func checkPins(cfg Config, dir string) error {
+	if cfg.Node == "" || strings.ContainsAny(cfg.Node, "/.") {
+		return fmt.Errorf("use pins of node %q: a node name is one path element without dots", cfg.Node)
+	}
+	parent := cfg.Pins
+	for {
+		var fs unix.Statfs_t
+		err := unix.Statfs(parent, &fs)
+		if errors.Is(err, unix.ENOENT) && parent != "/" {
+			parent = filepath.Dir(parent)
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look at pin directory %s: %w", parent, err)
+		}
+		if fs.Type != unix.BPF_FS_MAGIC {
+			return fmt.Errorf("use pin directory %s: %s is not on bpffs; run `mount -t bpf bpf /sys/fs/bpf`, or set state.pins to a directory on a mounted bpffs", cfg.Pins, parent)
+		}
+		break
+	}
+	versions, err := os.ReadDir(filepath.Dir(dir))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("read pin directory: %w", err)
+	}
+	for _, v := range versions {
+		if v.Name() != filepath.Base(dir) {
+			return fmt.Errorf("take over pins of node %s: %s holds map ABI %s, this is %s: run the version that made it, or `nodeproxy cleanup` first",
+				cfg.Node, filepath.Dir(dir), v.Name(), filepath.Base(dir))
+		}
+	}
+	return nil
+}
+
+// lockDir takes the lock that makes one process the owner of dir, until the file is closed.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open pin directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("lock %s: %w", dir, ErrInUse)
+		}
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	return f, nil
+}
+
+// ErrInUse says that a running daemon has the node's state.
+var ErrInUse = errors.New("another nodeproxy daemon uses it: stop that one first")
+
+// comm turns a task's name as the kernel has it into a string.
+func comm(raw [16]int8) string {
+	b := make([]byte, 0, len(raw))
+	for _, c := range raw {
+		b = append(b, byte(c))
+	}
+	name, _, _ := bytes.Cut(b, []byte{0})
+	return string(name)
+}
