@@ -1,0 +1,260 @@
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// The ports that Consul's agent gives to sidecars by itself.
+const agentFirst, agentLast = 21000, 21255
+
+const maxSocketPath = 107 // sun_path
+
+// dnsLabel is what a node may be called: its name is a directory of pins and of definitions.
+var dnsLabel = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?$`)
+
+// checker turns raw into a Config and collects all that is wrong.
+type checker struct {
+	raw  *raw
+	keys *positions
+	errs []error
+}
+
+// fail reports what is wrong with the key of that path.
+func (c *checker) fail(path []string, format string, args ...any) {
+	args = append([]any{strings.Join(path, ".")}, args...)
+	c.errs = append(c.errs, c.keys.at(path...).Errorf("%s "+format, args...))
+}
+
+// key is the path of a key.
+func key(path ...string) []string { return path }
+
+func (c *checker) config() *Config {
+	c.notLanded()
+	r := c.raw
+	return &Config{
+		Node:        c.node(),
+		Source:      c.source(),
+		Cgroups:     c.cgroups(),
+		Inbound:     c.inbound(),
+		PreferLocal: r.PreferLocal,
+		FailOpen:    c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
+		Limits:      c.limits(),
+		Log:         c.log(),
+		Admin:       c.admin(),
+		State: State{
+			Dir:  c.absolute(key("state", "dir"), r.State.Dir),
+			Pins: c.absolute(key("state", "pins"), r.State.Pins),
+		},
+	}
+}
+
+// notLanded refuses what this version has no mechanism for.
+func (c *checker) notLanded() {
+	r := c.raw
+	refuse := func(path []string, instead string) {
+		c.fail(path, "is not supported by this version yet: %s", instead)
+	}
+	if c.keys.has("source", "consul") {
+		refuse(key("source", "consul"), `use source "file"`)
+	}
+	for _, provider := range []string{"kubernetes", "systemd", "containers", "consul", "xattr"} {
+		if c.keys.has("workloads", provider) {
+			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
+		}
+	}
+	if c.oneOf(key("same_node"), r.SameNode, "mtls", "direct") == "direct" {
+		refuse(key("same_node"), `remove it, or set it to "mtls"`)
+	}
+	if r.Tunnels {
+		refuse(key("tunnels"), "remove it, or set it to false")
+	}
+	if len(r.Inbound.PlaintextFrom) > 0 {
+		refuse(key("inbound", "plaintext_from"), "remove it, or leave it empty")
+	}
+	if len(r.Inbound.Probers) > 0 {
+		refuse(key("inbound", "probers"), "remove it, or leave it empty")
+	}
+	if len(r.VirtualCIDRs) > 0 {
+		refuse(key("virtual_cidrs"), "remove it, or leave it empty")
+	}
+	if r.DNS.Enabled {
+		refuse(key("dns", "enabled"), "remove it, or set it to false")
+	}
+	c.existingConnections(refuse)
+}
+
+func (c *checker) existingConnections(refuse func([]string, string)) {
+	v := c.raw.ExistingConnection
+	if v == "keep" {
+		return
+	}
+	if _, err := time.ParseDuration(v); err != nil && v != "reset" {
+		c.fail(key("existing_connections"), "is %q: it must be keep, reset or a duration", v)
+		return
+	}
+	refuse(key("existing_connections"), `remove it, or set it to "keep"`)
+}
+
+func (c *checker) node() Node {
+	r := c.raw.Node
+	if !dnsLabel.MatchString(r.Name) {
+		c.fail(key("node", "name"), `is %q: set it to this node's name: letters, digits and hyphens, at most 63, as in node { name = "node-1" }`, r.Name)
+	}
+	address, err := netip.ParseAddr(r.Address)
+	if err != nil || !address.Unmap().IsValid() || address.IsUnspecified() || address.IsMulticast() || address.Zone() != "" {
+		c.fail(key("node", "address"), `is %q: set it to the IP address by which other nodes reach this one, as in node { address = "10.0.0.5" }`, r.Address)
+	}
+	return Node{Name: r.Name, Address: address.Unmap()}
+}
+
+func (c *checker) source() FileSource {
+	hasFile, hasConsul := c.keys.has("source", "file"), c.keys.has("source", "consul")
+	switch {
+	case hasFile && hasConsul:
+		c.errs = append(c.errs, c.keys.at("source", "file").Errorf("there is another source at %s: exactly one is needed, remove the other", c.keys.at("source", "consul")))
+	case !hasFile && !hasConsul:
+		c.errs = append(c.errs, c.keys.whole.Errorf(`there is no source: exactly one is needed, as in source "file" { path = "/etc/nodeproxy/mesh.d" }`))
+	}
+	i := slices.IndexFunc(c.raw.Source, func(s rawSource) bool { return s.File != nil })
+	if i < 0 {
+		return FileSource{}
+	}
+	r := *c.raw.Source[i].File
+	r.VirtualIPs = cmp.Or(r.VirtualIPs, defaultVirtualIPs)
+	ips, err := netip.ParsePrefix(r.VirtualIPs)
+	if err != nil || ips != ips.Masked() {
+		c.fail(key("source", "file", "virtual_ips"), `is %q: it must be a network, as "240.0.0.0/8"`, r.VirtualIPs)
+	}
+	return FileSource{Path: c.absolute(key("source", "file", "path"), r.Path), VirtualIPs: ips}
+}
+
+func (c *checker) cgroups() []Cgroup {
+	var all []Cgroup
+	labels := make(map[string]string) // by path
+	for _, label := range slices.Sorted(maps.Keys(c.raw.Workloads.Cgroup)) {
+		at := func(name string) []string { return key("workloads", "cgroup", label, name) }
+		r := c.raw.Workloads.Cgroup[label]
+		path := c.absolute(at("path"), r.Path)
+		if path != "" {
+			if err := onCgroup2(path); err != nil {
+				c.fail(at("path"), "is %s: %w", path, err)
+			}
+			if first, twice := labels[path]; twice {
+				c.fail(at("path"), "is %s, which cgroup %q at %s has already: remove one of them",
+					path, first, c.keys.at("workloads", "cgroup", first, "path"))
+			}
+			labels[path] = label
+		}
+		if r.Service == "" || strings.ContainsFunc(r.Service, func(r rune) bool { return r <= ' ' || r == '/' || r == '*' || r == 0x7f }) {
+			c.fail(at("service"), "is %q: set it to the name of the service that the workload is", r.Service)
+		}
+		if r.Mode != "" {
+			c.oneOf(at("mode"), r.Mode, string(Strict), string(Permissive))
+		}
+		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode)})
+	}
+	return all
+}
+
+func (c *checker) inbound() Inbound {
+	r := c.raw.Inbound
+	in := Inbound{Mode: Mode(c.oneOf(key("inbound", "mode"), r.Mode, string(Strict), string(Permissive)))}
+	var err error
+	if in.FirstPort, in.LastPort, err = portRange(r.Ports); err != nil {
+		c.fail(key("inbound", "ports"), "is %q: %w", r.Ports, err)
+	}
+	return in
+}
+
+func portRange(s string) (first, last uint16, err error) {
+	low, high, found := strings.Cut(s, "-")
+	f, err1 := strconv.ParseUint(strings.TrimSpace(low), 10, 16)
+	l, err2 := strconv.ParseUint(strings.TrimSpace(high), 10, 16)
+	switch {
+	case !found || err1 != nil || err2 != nil || f == 0:
+		return 0, 0, fmt.Errorf(`it must be two ports, as "21500-21999"`)
+	case f > l:
+		return 0, 0, fmt.Errorf("its first port is above its last")
+	case f <= agentLast && l >= agentFirst:
+		return 0, 0, fmt.Errorf("it overlaps %d-%d, which Consul's agent gives to sidecars", agentFirst, agentLast)
+	}
+	return uint16(f), uint16(l), nil
+}
+
+func (c *checker) limits() Limits {
+	r := c.raw.Limits
+	count := func(name string, v int) {
+		if v < 1 {
+			c.fail(key("limits", name), "is %d: it must be at least 1", v)
+		}
+	}
+	wait := func(name string, v, least time.Duration) {
+		if v < least {
+			c.fail(key("limits", name), "is %s: it must be at least %s", v, least)
+		}
+	}
+	count("connections", r.Connections)
+	count("per_workload", r.PerWorkload)
+	wait("handshake", r.Handshake, time.Millisecond)
+	wait("connect", r.Connect, time.Millisecond)
+	wait("idle", r.Idle, 0)
+	wait("drain", r.Drain, 0)
+	return Limits(r)
+}
+
+func (c *checker) log() Log {
+	r := c.raw.Log
+	var level slog.Level
+	if c.oneOf(key("log", "level"), r.Level, "debug", "info", "warn", "error") != "" {
+		_ = level.UnmarshalText([]byte(r.Level)) // those four it knows
+	}
+	return Log{
+		Level:  level,
+		Format: c.oneOf(key("log", "format"), r.Format, "text", "json"),
+		Access: c.oneOf(key("log", "access"), r.Access, "none", "denied", "all"),
+	}
+}
+
+func (c *checker) admin() Admin {
+	r := c.raw.Admin
+	socket := c.absolute(key("admin", "socket"), r.Socket)
+	if len(socket) > maxSocketPath {
+		c.fail(key("admin", "socket"), "is longer than the %d bytes that a unix socket's path can have", maxSocketPath)
+	}
+	if r.Metrics != "" {
+		_, port, err := net.SplitHostPort(r.Metrics)
+		if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 {
+			c.fail(key("admin", "metrics"), `is %q: it must be host:port, as "127.0.0.1:20210", or "" for none`, r.Metrics)
+		}
+	}
+	return Admin{Socket: socket, Metrics: r.Metrics}
+}
+
+// oneOf returns v, or "" after an error if it is none of allowed.
+func (c *checker) oneOf(path []string, v string, allowed ...string) string {
+	if slices.Contains(allowed, v) {
+		return v
+	}
+	c.fail(path, "is %q: it must be %s", v, strings.Join(allowed, " or "))
+	return ""
+}
+
+// absolute returns v, or "" after an error if it is not an absolute path.
+func (c *checker) absolute(path []string, v string) string {
+	if !filepath.IsAbs(v) {
+		c.fail(path, "is %q: it must be an absolute path", v)
+		return ""
+	}
+	return filepath.Clean(v)
+}

@@ -1,0 +1,88 @@
+// Package config reads the daemon's configuration: one file, or a directory of them, in HCL or JSON; checked and with
+// defaults filled in. It only reads. A key that is unknown, set twice, out of range, or whose mechanism this version
+// does not have, is an error that names file and line; nothing is silently accepted.
+package config
+
+import (
+	"log/slog"
+	"net/netip"
+	"time"
+)
+
+// Mode says what plaintext to a workload's port meets.
+type Mode string
+
+const (
+	Strict     Mode = "strict"     // refused
+	Permissive Mode = "permissive" // let in, counted
+)
+
+// Config is a complete, checked configuration.
+type Config struct {
+	Node    Node
+	Source  FileSource
+	Cgroups []Cgroup // the workloads.cgroup blocks, by label
+	Inbound Inbound
+
+	PreferLocal bool // instances of this node before others
+	// FailOpen is on_failure = "open": while no daemon runs, instances are dialled in plaintext and strict ports are open.
+	FailOpen bool
+
+	Limits Limits
+	Log    Log
+	Admin  Admin
+	State  State
+}
+
+// Node is who this node is in the mesh.
+type Node struct {
+	Name    string     // a DNS label
+	Address netip.Addr // where other nodes reach it
+}
+
+// FileSource is the source "file" block.
+type FileSource struct {
+	Path       string       // the directory of definitions
+	VirtualIPs netip.Prefix // from which services get their virtual IPs
+}
+
+// Cgroup is one workload that the configuration names.
+type Cgroup struct {
+	Label   string
+	Path    string // absolute, on cgroup2; it need not exist yet
+	Service string
+	Mode    Mode // "" is the node's
+}
+
+// Inbound is how connections from other nodes come in.
+type Inbound struct {
+	Mode                Mode
+	FirstPort, LastPort uint16 // given to local instances to speak mTLS on
+}
+
+// Limits bound what the daemon holds and how long it waits.
+type Limits struct {
+	Connections, PerWorkload int // live at once
+	Handshake, Connect       time.Duration
+	Idle                     time.Duration // without a byte either way; 0 is for ever
+	Drain                    time.Duration // how long live connections may go on after SIGTERM
+}
+
+// Log is what is logged, and how.
+type Log struct {
+	Level  slog.Level
+	Format string // "text" or "json"
+	Access string // "none", "denied" or "all"
+}
+
+// Admin is how operators reach the daemon.
+type Admin struct {
+	Socket  string // absolute path
+	Metrics string // host:port, "" for none
+}
+
+// State is where the daemon keeps what outlives it.
+type State struct {
+	Dir  string
+	Pins string // on a bpffs; the node's own are below it
+}
