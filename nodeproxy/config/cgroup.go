@@ -1,43 +1,15 @@
 package config
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"nodeproxy.io/redirect"
 )
-
-// Cgroup2Mount finds where cgroup2 is mounted: /sys/fs/cgroup, or below it on a host that still has cgroup1 as well.
-func Cgroup2Mount() (string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return "", fmt.Errorf("find cgroup2: %w", err)
-	}
-	defer func() { _ = f.Close() }()
-	return cgroup2Mount(f)
-}
-
-// cgroup2Mount reads mountinfo, see proc_pid_mountinfo(5).
-func cgroup2Mount(mountinfo io.Reader) (string, error) {
-	lines := bufio.NewScanner(mountinfo)
-	for lines.Scan() {
-		before, after, found := strings.Cut(lines.Text(), " - ")
-		mount, kind := strings.Fields(before), strings.Fields(after)
-		if found && len(mount) > 4 && len(kind) > 0 && kind[0] == "cgroup2" {
-			return strings.ReplaceAll(mount[4], `\040`, " "), nil
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return "", fmt.Errorf("find cgroup2: %w", err)
-	}
-	return "", errors.New("find cgroup2: it is not mounted: mount -t cgroup2 none /sys/fs/cgroup")
-}
 
 // onCgroup2 says why path cannot be a workload's cgroup. What does not exist yet is judged by the nearest parent that does.
 func onCgroup2(path string) error {
@@ -51,7 +23,7 @@ func onCgroup2(path string) error {
 	if err != nil {
 		return fmt.Errorf("look at %s: %w", existing, err)
 	}
-	mount, err := Cgroup2Mount()
+	mount, err := redirect.CgroupMount()
 	switch {
 	case err != nil:
 		return err

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nodeproxy.io/redirect"
 )
 
 const minimal = `node { name = "node-1"  address = "10.0.0.5" }
@@ -42,7 +44,7 @@ func mustLoad(t *testing.T, text string) *Config {
 
 func cgroup2(t *testing.T) string {
 	t.Helper()
-	mount, err := Cgroup2Mount()
+	mount, err := redirect.CgroupMount()
 	if err != nil {
 		t.Skip(err)
 	}
@@ -291,20 +293,5 @@ func TestMissingAndEmptyPathsSayWhatToDo(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := Load(dir); err == nil || !strings.Contains(err.Error(), dir) {
 		t.Errorf("error = %v, want one that names the directory", err)
-	}
-}
-
-func TestCgroup2IsFoundWhereverItIsMounted(t *testing.T) {
-	for name, c := range map[string]struct{ mountinfo, want string }{
-		"unified": {"30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate", "/sys/fs/cgroup"},
-		"hybrid": {"30 24 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n31 30 0:27 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n" +
-			"32 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu", "/sys/fs/cgroup/unified"},
-	} {
-		if got, err := cgroup2Mount(strings.NewReader(c.mountinfo)); err != nil || got != c.want {
-			t.Errorf("%s: %q, %v; want %q", name, got, err, c.want)
-		}
-	}
-	if _, err := cgroup2Mount(strings.NewReader("1 1 0:1 / / rw - ext4 /dev/sda rw")); err == nil {
-		t.Error("no error without cgroup2")
 	}
 }
