@@ -1,0 +1,179 @@
+package meshlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/tests/netlab"
+)
+
+// pollInterval is how often a state of the daemon is asked for that it does not announce.
+const pollInterval = 20 * time.Millisecond
+
+// Daemon is nodeproxy on one node. Its settings are read by Start.
+type Daemon struct {
+	Node    *netlab.Node
+	Binary  string
+	Pins    string   // state.pins
+	Extra   string   // more of the configuration, in HCL
+	Env     []string // more of the environment
+	Process *netlab.Process
+
+	lab      *netlab.Lab
+	cgroup   *netlab.Cgroup
+	meshD    string
+	enrolled []enrolment
+}
+
+type enrolment struct {
+	workload *netlab.Workload
+	service  string
+}
+
+// Enroll adds a workload to the configuration that the next Start reads.
+func (d *Daemon) Enroll(w *netlab.Workload, service string) {
+	d.enrolled = append(d.enrolled, enrolment{w, service})
+}
+
+// Socket is the path of the admin socket.
+func (d *Daemon) Socket() string { return filepath.Join(d.Node.Dir, "admin.sock") }
+
+// ConfigPath is the path of the configuration, written by WriteConfig.
+func (d *Daemon) ConfigPath() string { return filepath.Join(d.Node.Dir, "nodeproxy.hcl") }
+
+// Admin asks the daemon.
+func (d *Daemon) Admin() *admin.Client { return admin.NewClient(d.Socket()) }
+
+// WriteConfig writes the configuration to ConfigPath.
+func (d *Daemon) WriteConfig() error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "node {\n  name    = %q\n  address = %q\n}\n\n", d.Node.Name, d.Node.IPv4)
+	fmt.Fprintf(&b, "source \"file\" {\n  path        = %q\n  virtual_ips = %q\n}\n\n", d.meshD, VirtualIPs)
+	b.WriteString("workloads {\n")
+	for _, e := range d.enrolled {
+		fmt.Fprintf(&b, "  cgroup %q {\n    path    = %q\n    service = %q\n  }\n", e.workload.Name, e.workload.Cgroup.Path(), e.service)
+	}
+	fmt.Fprintf(&b, "}\n\nadmin {\n  socket  = %q\n  metrics = \"127.0.0.1:20210\"\n}\n\n", d.Socket())
+	fmt.Fprintf(&b, "state {\n  dir  = %q\n  pins = %q\n}\n\n", filepath.Join(d.Node.Dir, "state"), d.Pins)
+	b.WriteString(d.Extra)
+	return os.WriteFile(d.ConfigPath(), []byte(b.String()), 0o600)
+}
+
+// Start writes the configuration, starts the daemon in its own cgroup in the node's network namespace, and waits until
+// it answers with a snapshot in force.
+func (d *Daemon) Start(ctx context.Context) error {
+	if err := d.WriteConfig(); err != nil {
+		return fmt.Errorf("write the daemon's configuration: %w", err)
+	}
+	var err error
+	d.Process, err = d.lab.Start(netlab.Command{
+		Path: d.Binary, Args: []string{"run", "--config", d.ConfigPath()},
+		Env: d.Env, Namespace: d.Node.Namespace, Cgroup: d.cgroup,
+	})
+	if err != nil {
+		return err
+	}
+	_, err = d.Await(ctx, func(s *admin.Status) error {
+		if s.Source.Generation == 0 {
+			return fmt.Errorf("no definitions are in force: %s", s.Source.Error)
+		}
+		return nil
+	})
+	return err
+}
+
+// Await asks for the daemon's status until check accepts it, and returns it. If ctx ends first, or the daemon does, the
+// error says what check last found wrong.
+func (d *Daemon) Await(ctx context.Context, check func(*admin.Status) error) (*admin.Status, error) {
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for {
+		status, err := d.Admin().Status(ctx)
+		if err == nil {
+			err = check(status)
+		}
+		if err == nil {
+			return status, nil
+		}
+		select {
+		case <-tick.C:
+		case <-d.Process.Done():
+			return nil, fmt.Errorf("%s: the daemon ended; its output:\n%s", d.Node.Name, d.Process.Output())
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%s: %w (%w); the daemon's output:\n%s", d.Node.Name, err, context.Cause(ctx), d.Process.Output())
+		}
+	}
+}
+
+// AwaitProtected waits until every enrolled workload that has a process is protected and has all of its cgroup's network
+// namespaces served.
+func (d *Daemon) AwaitProtected(ctx context.Context) (*admin.Status, error) {
+	return d.Await(ctx, func(s *admin.Status) error {
+		states := make(map[string]admin.Workload)
+		for _, w := range s.Workloads {
+			states[w.Cgroup] = w
+		}
+		for _, e := range d.enrolled {
+			pids, err := e.workload.Cgroup.PIDs()
+			if err != nil || len(pids) == 0 {
+				continue
+			}
+			if w := states[e.workload.Cgroup.Path()]; w.State != "protected" {
+				return fmt.Errorf("workload %s is %q: %s", e.workload.Name, w.State, w.Detail)
+			}
+		}
+		return nil
+	})
+}
+
+// Virtual is the virtual IPv4 address of a service.
+func (d *Daemon) Virtual(ctx context.Context, service string) (netip.Addr, error) {
+	var found netip.Addr
+	_, err := d.Await(ctx, func(s *admin.Status) error {
+		for _, svc := range s.Services {
+			for _, text := range svc.Virtual {
+				if ip, err := netip.ParseAddr(text); svc.Name == service && err == nil && ip.Is4() {
+					found = ip
+					return nil
+				}
+			}
+		}
+		return fmt.Errorf("service %s has no virtual IPv4 address", service)
+	})
+	return found, err
+}
+
+// AwaitInstances waits until the daemon knows n healthy instances of a service that can be dialled.
+func (d *Daemon) AwaitInstances(ctx context.Context, service string, n int) error {
+	_, err := d.Await(ctx, func(s *admin.Status) error {
+		healthy := 0
+		for _, svc := range s.Services {
+			for _, inst := range svc.Instances {
+				if svc.Name == service && inst.Healthy && inst.Mesh != "" && inst.Ejected == "" {
+					healthy++
+				}
+			}
+		}
+		if healthy < n {
+			return fmt.Errorf("service %s has %d of %d healthy instances", service, healthy, n)
+		}
+		return nil
+	})
+	return err
+}
+
+// Stop asks the daemon to end with SIGTERM, and waits for it. The error quotes its output if it did not end well.
+func (d *Daemon) Stop(ctx context.Context) error {
+	if err := d.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("stop the daemon of %s: %w", d.Node.Name, err)
+	}
+	return d.Process.Wait(ctx)
+}
