@@ -1,0 +1,174 @@
+// Package check is the preflight: it asks the host, the configuration, the source and the running daemon whether the mesh
+// would work here, and says for each question that it does, or what to do. It changes nothing.
+package check
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/config"
+	"nodeproxy.io/redirect"
+)
+
+// Verdict is the answer to one question.
+type Verdict string
+
+const (
+	OK      Verdict = "ok"
+	Warning Verdict = "warning" // it works, with the loss that Text names
+	Failed  Verdict = "failed"  // it does not work; Text says what to do
+)
+
+// Result is one line.
+type Result struct {
+	Name    string  `json:"name"`
+	Verdict Verdict `json:"verdict"`
+	Text    string  `json:"text"`
+}
+
+func ok(name, format string, args ...any) Result {
+	return Result{name, OK, fmt.Sprintf(format, args...)}
+}
+
+func warning(name, format string, args ...any) Result {
+	return Result{name, Warning, fmt.Sprintf(format, args...)}
+}
+
+func failed(name, format string, args ...any) Result {
+	return Result{name, Failed, fmt.Sprintf(format, args...)}
+}
+
+// Worst is the gravest verdict among results, OK for none.
+func Worst(results []Result) Verdict {
+	for _, v := range []Verdict{Failed, Warning} {
+		if slices.ContainsFunc(results, func(r Result) bool { return r.Verdict == v }) {
+			return v
+		}
+	}
+	return OK
+}
+
+// Kernel turns the kernel's features, from redirect.Probe, into lines.
+func Kernel(features []redirect.Feature) []Result {
+	var results []Result
+	for _, f := range features {
+		if f.Err == nil {
+			results = append(results, ok("kernel: "+f.Name, "available"))
+			continue
+		}
+		results = append(results, failed("kernel: "+f.Name, "%s; %s: run as root on a kernel that has it", f.Err, f.Costs))
+	}
+	return results
+}
+
+// Configuration reads the configuration at path; it is nil when the result is not OK.
+func Configuration(path string) (*config.Config, Result) {
+	cfg, err := config.Load(path)
+	if err != nil {
+		return nil, failed("configuration", "%s", err)
+	}
+	return cfg, ok("configuration", "%s: node %s, %d cgroup(s) configured", path, cfg.Node.Name, len(cfg.Cgroups))
+}
+
+// Source reads the source once, with load, and reports what it says. The snapshot is nil when it has none.
+func Source(ctx context.Context, load func(context.Context) (*catalog.Snapshot, error)) (*catalog.Snapshot, []Result) {
+	snap, err := load(ctx)
+	if err != nil {
+		return nil, []Result{failed("source", "%s", err)}
+	}
+	results := []Result{ok("source", "%d services, %d instances on this node", len(snap.Services), len(snap.LocalInstances()))}
+	for _, p := range snap.Problems {
+		if p.Service == "" {
+			results = append(results, warning("source: "+p.Kind, "%s", p.Text))
+		}
+	}
+	return snap, results
+}
+
+// Service reports what of the service's configuration is ignored, and which connections to it would be denied or fail.
+func Service(snap *catalog.Snapshot, name string) []Result {
+	label := "service " + name
+	svc := snap.Services[name]
+	if svc == nil {
+		return []Result{failed(label, "the source has no such service: it knows %s", known(snap))}
+	}
+	var results []Result
+	for _, what := range svc.IgnoredL7 {
+		results = append(results, warning(label, "%s is ignored: it is HTTP-level, and this proxy carries bytes", what))
+	}
+	for _, p := range snap.Problems {
+		if p.Service == name && p.Kind != "l7-ignored" {
+			results = append(results, warning(label, "%s: %s", p.Kind, p.Text))
+		}
+	}
+	results = append(results, instances(label, svc)...)
+	if len(svc.Virtual) == 0 {
+		results = append(results, warning(label, "it has no virtual IP: callers reach it by the addresses of its instances only"))
+	}
+	if len(results) == 0 {
+		results = append(results, ok(label, "%d instance(s), nothing is ignored", len(svc.Instances)))
+	}
+	return results
+}
+
+func instances(label string, svc *catalog.Service) []Result {
+	var results []Result
+	dialable := 0
+	for _, inst := range svc.Instances {
+		switch {
+		case !inst.Mesh.IsValid():
+			results = append(results, warning(label, "instance %s on %s speaks no mTLS: connections to it are denied", inst.ID, inst.Node))
+		case !inst.Healthy:
+			results = append(results, warning(label, "instance %s on %s is not healthy: it gets no connection until its checks pass", inst.ID, inst.Node))
+		default:
+			dialable++
+		}
+	}
+	if dialable == 0 {
+		results = append(results, failed(label, "no instance can be connected to: connections are denied with %q", catalog.ReasonNoInstance))
+	}
+	return results
+}
+
+func known(snap *catalog.Snapshot) string {
+	if len(snap.Services) == 0 {
+		return "none"
+	}
+	names := make([]string, 0, len(snap.Services))
+	for name := range snap.Services {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	if more := len(names) - 20; more > 0 {
+		names = append(names[:20], fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(names, ", ")
+}
+
+// Workloads reports each workload as the running daemon sees it.
+func Workloads(status *admin.Status) []Result {
+	var results []Result
+	for _, w := range status.Workloads {
+		name := fmt.Sprintf("workload %s (%s)", filepath.Base(w.Cgroup), w.Service)
+		switch {
+		case w.State == "protected":
+			results = append(results, ok(name, "protected, %s, %d process(es) in %d network namespace(s)", w.Mode, w.Processes, len(w.Namespaces)))
+		case w.Unprotected():
+			results = append(results, failed(name, "%s: %s", w.State, w.Detail))
+		default:
+			results = append(results, warning(name, "%s %s", w.State, w.Detail))
+		}
+	}
+	for _, r := range status.Refused {
+		results = append(results, failed("claim "+r.Cgroup, "may not be %s (%s): %s", r.Service, r.Provider, r.Why))
+	}
+	if len(results) == 0 {
+		results = append(results, warning("workloads", "none is enrolled: name one in the configuration, or with \"nodeproxy enroll\""))
+	}
+	return results
+}
