@@ -107,3 +107,16 @@ func processCgroup(pid string) (string, error) {
 	}
 	return "", fmt.Errorf("find cgroup of process %s: it is in no cgroup2 hierarchy", pid)
 }
+
+// ProcessCgroup returns the directory of a process's cgroup.
+func ProcessCgroup(pid int) (string, error) {
+	mount, err := CgroupMount()
+	if err != nil {
+		return "", err
+	}
+	path, err := processCgroup(strconv.Itoa(pid))
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(mount, path), nil
+}

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -302,4 +303,20 @@ func comm(raw [16]int8) string {
 	}
 	name, _, _ := bytes.Cut(b, []byte{0})
 	return string(name)
+}
+
+// Pulse says when the last Beat was and how many links are in force.
+func (r *Redirect) Pulse() (beat time.Time, links int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var h outboundHeartbeat
+	var now unix.Timespec
+	if r.obj.Heartbeat.Lookup(uint32(0), &h) == nil && h.Beat != 0 && unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) == nil {
+		beat = time.Now().Add(time.Duration(int64(h.Beat) - now.Nano()))
+	}
+	links = 1 + len(r.namespaces)
+	for _, e := range r.enrolled {
+		links += len(e.links)
+	}
+	return beat, links
 }

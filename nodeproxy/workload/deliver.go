@@ -1,0 +1,312 @@
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/redirect"
+)
+
+// Dial implements the proxy's Kernel.
+func (m *Manager) Dial(ctx context.Context, ns *Namespace, to netip.AddrPort) (*net.TCPConn, error) {
+	s := m.view.Load().spaces[ns.Cookie]
+	if s == nil {
+		return nil, fmt.Errorf("dial %s: network namespace %d is gone", to, ns.Inode)
+	}
+	return s.Dial(ctx, netip.Addr{}, to, redirect.Announcement{})
+}
+
+// DialCheck connects to where a health check of a local instance points, from inside the instance's namespace, past its
+// own guard. An instance that no workload serves is checked from the node.
+func (m *Manager) DialCheck(ctx context.Context, instance, network, addr string) (net.Conn, error) {
+	for _, s := range m.view.Load().served {
+		if s.Instance != instance || len(s.Workloads) == 0 {
+			continue
+		}
+		to, err := netip.ParseAddrPort(addr)
+		if err != nil {
+			return nil, fmt.Errorf("check instance %s at %q: %w: use a literal address", instance, addr, err)
+		}
+		return s.space.Dial(ctx, netip.Addr{}, to, redirect.Announcement{Kind: redirect.Check, Workload: s.Workloads[0].ID})
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, network, addr)
+}
+
+// Deliver implements the proxy's Kernel.
+func (m *Manager) Deliver(ctx context.Context, to *Served, client netip.AddrPort) (net.Conn, error) {
+	v := m.view.Load()
+	for _, s := range v.served {
+		if s.Instance != to.Instance || s.Namespace.Cookie != to.Namespace.Cookie || len(s.Workloads) == 0 {
+			continue
+		}
+		if s.instance.DeliverySocket != "" {
+			return m.deliverUnix(ctx, v, s)
+		}
+		return deliverTCP(ctx, v, s, client)
+	}
+	return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownWorkload, Err: fmt.Errorf("no enrolled workload serves instance %s any more", to.Instance)}
+}
+
+// deliverTCP checks before and after: nothing but the workload's own listener is dialled, and what accepted is the
+// workload's, even if somebody else bound the port in between.
+func deliverTCP(ctx context.Context, v *view, s *served, client netip.AddrPort) (net.Conn, error) {
+	target, w, err := pickTarget(v, s, client)
+	if err != nil {
+		return nil, err
+	}
+	if client.Addr().IsLoopback() || client.Addr().IsUnspecified() {
+		client = netip.AddrPort{} // the application must never take a stranger for itself
+	}
+	conn, err := s.space.Dial(ctx, netip.Addr{}, target, redirect.Announcement{Kind: redirect.Delivery, Workload: w.ID, Client: client})
+	if err != nil {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: fmt.Errorf("connect to the application of instance %s at %s: %w", s.Instance, target, err)}
+	}
+	if err := checkAccepted(ctx, v, s, conn, target); err != nil {
+		conn.SetLinger(0)
+		return nil, errors.Join(err, conn.Close())
+	}
+	return conn, nil
+}
+
+// pickTarget finds the address on which the workload listens for the instance, and refuses if anybody else's listener
+// could get the connection.
+func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Workload, error) {
+	port := s.instance.Address.Port()
+	if s.instance.Delivery.Port() != 0 {
+		port = s.instance.Delivery.Port()
+	}
+	listeners, err := s.space.Listeners(port)
+	if err != nil {
+		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
+	}
+	for _, ip := range s.candidates(client) {
+		w, found := v.ownerOf(s, listeners, ip)
+		if !found {
+			continue
+		}
+		target := netip.AddrPortFrom(ip, port)
+		if w == nil {
+			return target, nil, &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
+				"deliver to instance %s: what listens on %s is not in the workload's cgroup %s; correct the service definition or stop that process",
+				s.Instance, target, s.Workloads[0].Cgroup)}
+		}
+		return target, w, nil
+	}
+	return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: fmt.Errorf(
+		"deliver to instance %s: nothing listens on port %d in its network namespace; is the application up?", s.Instance, port)}
+}
+
+// candidates are the addresses to try, in order: the one the definition names, or loopback and then the instance's own,
+// each first in the client's address family, so that the application can be shown the client's address.
+func (s *served) candidates(client netip.AddrPort) []netip.Addr {
+	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() {
+		if !ip.IsLoopback() && !s.space.has(ip) {
+			return nil
+		}
+		return []netip.Addr{ip}
+	}
+	v4, v6 := netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()
+	all := []netip.Addr{v4, v6}
+	if client.Addr().Is6() {
+		all = []netip.Addr{v6, v4}
+	}
+	all = append(all, s.instance.Address.Addr())
+	for _, ip := range s.space.addrs {
+		if ip != s.instance.Address.Addr() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() {
+			all = append(all, ip)
+		}
+	}
+	return all
+}
+
+func (s *space) has(ip netip.Addr) bool {
+	for _, a := range s.addrs {
+		if a == ip {
+			return true
+		}
+	}
+	return false
+}
+
+// ownerOf says which of the workloads that serve s owns every listener that a connection to ip could reach. found: there
+// is one at all; a nil workload: at least one belongs to somebody else.
+func (v *view) ownerOf(s *served, listeners []redirect.Socket, ip netip.Addr) (w *Workload, found bool) {
+	for _, l := range listeners {
+		if !reaches(l, ip) {
+			continue
+		}
+		found = true
+		if w = v.owner(s, l.Cgroup); w == nil {
+			return nil, true
+		}
+	}
+	return w, found
+}
+
+func reaches(l redirect.Socket, ip netip.Addr) bool {
+	at := l.Local.Addr()
+	if at.IsUnspecified() {
+		return at.Is4() == ip.Is4() || at.Is6() && !l.V6Only
+	}
+	return at == ip
+}
+
+// owner returns the workload serving s in whose cgroup, or below, cgroup is.
+func (v *view) owner(s *served, cgroup uint64) *Workload {
+	if cgroup == 0 {
+		return nil
+	}
+	for _, w := range s.Workloads {
+		if v.subtree[w.ID][cgroup] || below(w.Cgroup, cgroup) {
+			return w
+		}
+	}
+	return nil
+}
+
+// below looks for a cgroup that is younger than the view.
+func below(dir string, id uint64) bool {
+	found := errors.New("found")
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return skipGone(err)
+		}
+		if got, err := redirect.CgroupID(path); err == nil && got == id {
+			return found
+		}
+		return nil
+	})
+	return err == found
+}
+
+// checkAccepted makes sure that the workload's own socket accepted conn. A connection that the application has not
+// accepted yet in the kernel's eyes (TCP_DEFER_ACCEPT waits for data) is judged by the listeners.
+func checkAccepted(ctx context.Context, v *view, s *served, conn *net.TCPConn, target netip.AddrPort) error {
+	client, err := netip.ParseAddrPort(conn.LocalAddr().String())
+	if err != nil {
+		return err
+	}
+	for wait := 100 * time.Microsecond; ; wait *= 2 {
+		sock, err := s.space.Accepted(client, target)
+		switch {
+		case err == nil && sock.Handshaking:
+			if _, w, err := pickTarget(v, s, netip.AddrPortFrom(target.Addr(), 0)); err != nil || w == nil {
+				return err
+			}
+			return nil
+		case err == nil && !sock.Listening:
+			if v.owner(s, sock.Cgroup) == nil {
+				return &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf("deliver to instance %s: the process that accepted at %s is not in the workload's cgroup", s.Instance, target)}
+			}
+			return nil
+		case err != nil && !errors.Is(err, unix.ENOENT):
+			return &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
+		}
+		// The last ACK of the handshake is still on its way.
+		select {
+		case <-ctx.Done():
+			return &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: fmt.Errorf("deliver to instance %s at %s: %w", s.Instance, target, context.Cause(ctx))}
+		case <-time.After(wait):
+		}
+	}
+}
+
+// deliverUnix connects to a socket path as the workload's processes see it, and checks who listens there.
+func (m *Manager) deliverUnix(ctx context.Context, v *view, s *served) (net.Conn, error) {
+	path := s.instance.DeliverySocket
+	refuse := func(reason catalog.Reason, err error) (net.Conn, error) {
+		return nil, &catalog.Refusal{Reason: reason, Err: fmt.Errorf("deliver to instance %s at %s: %w", s.Instance, path, err)}
+	}
+	for _, w := range s.Workloads {
+		pid, err := anyProcess(w.Cgroup)
+		if err != nil {
+			continue
+		}
+		fd, err := openInRoot(pid, path)
+		if err != nil {
+			return refuse(catalog.ReasonDeliveryFailed, err)
+		}
+		defer unix.Close(fd)
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unix", "/proc/self/fd/"+strconv.Itoa(fd))
+		if err != nil {
+			return refuse(catalog.ReasonDeliveryFailed, err)
+		}
+		if err := v.checkListener(s, conn.(*net.UnixConn)); err != nil {
+			conn.Close()
+			return refuse(catalog.ReasonNotTheWorkloads, err)
+		}
+		return conn, nil
+	}
+	return refuse(catalog.ReasonDeliveryFailed, errors.New("the workload has no process"))
+}
+
+// openInRoot opens path below the root of process pid; symlinks cannot lead out of it.
+func openInRoot(pid, path string) (int, error) {
+	root, err := unix.Open("/proc/"+pid+"/root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open root of process %s: %w", pid, err)
+	}
+	defer unix.Close(root)
+	return unix.Openat2(root, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+}
+
+// checkListener makes sure that the process which listens at the other end of conn is in the workload's cgroup.
+func (v *view) checkListener(s *served, conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	var errCred error
+	if err := raw.Control(func(fd uintptr) {
+		cred, errCred = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return err
+	}
+	if errCred != nil {
+		return errCred
+	}
+	cgroup, err := redirect.ProcessCgroup(int(cred.Pid))
+	if err != nil {
+		return err
+	}
+	for _, w := range s.Workloads {
+		if within(cgroup, w.Cgroup) {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d, which listens there, is in cgroup %s, not in the workload's", cred.Pid, cgroup)
+}
+
+// anyProcess returns the pid of some process in the cgroup or below.
+func anyProcess(dir string) (string, error) {
+	pid := ""
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return skipGone(err)
+		}
+		procs, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		if fields := strings.Fields(string(procs)); err == nil && len(fields) > 0 {
+			pid = fields[0]
+			return filepath.SkipAll
+		}
+		return nil
+	})
+	if err == nil && pid == "" {
+		err = errors.New("no process in " + dir)
+	}
+	return pid, err
+}

@@ -1,0 +1,122 @@
+package workload
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"nodeproxy.io/redirect"
+)
+
+// grants decides on the claims as they stand. Providers are asked in order; the first to claim a cgroup has it.
+func (m *Manager) grants() (granted []Claim, refused []RefusedClaim) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	owner := make(map[string]Claim)
+	for _, p := range m.cfg.Providers {
+		for _, c := range m.claims[p.Name()] {
+			c.Cgroup = filepath.Clean(c.Cgroup)
+			if why := m.refuses(c); why != "" {
+				refused = append(refused, RefusedClaim{Claim: c, Why: why})
+				continue
+			}
+			if first, taken := owner[c.Cgroup]; taken {
+				if first.Service != c.Service {
+					refused = append(refused, RefusedClaim{Claim: c, Why: fmt.Sprintf("%s claims this cgroup for service %q: remove one of the two", first.Provider, first.Service)})
+				}
+				continue
+			}
+			owner[c.Cgroup] = c
+			granted = append(granted, c)
+		}
+	}
+	return granted, refused
+}
+
+// refuses says why a claim can never be granted, or "".
+func (m *Manager) refuses(c Claim) string {
+	switch {
+	case !within(c.Cgroup, m.mount):
+		return fmt.Sprintf("it is not on cgroup2, which is mounted at %s", m.mount)
+	case c.Cgroup == m.mount:
+		return "the root cgroup cannot be a workload: it holds every process of the node"
+	case within(m.cgroup, c.Cgroup):
+		return fmt.Sprintf("the daemon itself runs in it, in %s: start nodeproxy in another cgroup", m.cgroup)
+	case c.Service == "":
+		return "it names no service"
+	}
+	return ""
+}
+
+// Check says why cgroup can not be enrolled as service, before a provider claims it.
+func (m *Manager) Check(c Claim) error {
+	if _, err := redirect.CgroupID(c.Cgroup); err != nil {
+		return err
+	}
+	if why := m.refuses(c); why != "" {
+		return fmt.Errorf("enroll %s: %s", c.Cgroup, why)
+	}
+	return nil
+}
+
+// within reports whether path is dir or below it.
+func within(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
+}
+
+// follow brings m.workloads in line with the granted claims and with what exists of their cgroups. Enrolments whose
+// claim or cgroup is gone end here.
+func (m *Manager) follow() {
+	granted, refused := m.grants()
+	m.refused = refused
+	for _, r := range refused {
+		m.warn(r.Claim.Cgroup, "workload claim refused", errors.New(r.Why), "service", r.Claim.Service, "provider", r.Claim.Provider)
+	}
+	wanted := make(map[string]Claim, len(granted))
+	for _, c := range granted {
+		wanted[c.Cgroup] = c
+	}
+	for path, e := range m.workloads {
+		c, ok := wanted[path]
+		id, err := redirect.CgroupID(path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			continue // cannot be told: leave it protected
+		}
+		if !ok || id != e.cgroup || m.changed(e, c) {
+			m.release(e, ok && id == e.cgroup)
+		}
+	}
+	for path, c := range wanted {
+		if _, known := m.workloads[path]; known {
+			continue
+		}
+		e := &entry{Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c)}}
+		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
+		m.workloads[path] = e
+	}
+}
+
+func (m *Manager) mode(c Claim) Mode {
+	if c.Mode != nil {
+		return *c.Mode
+	}
+	return m.cfg.Mode
+}
+
+func (m *Manager) changed(e *entry, c Claim) bool {
+	return e.Service != c.Service || e.Mode != m.mode(c) || e.Provider != c.Provider
+}
+
+// release forgets an entry. keep leaves the kernel's enrolment in place, for the entry of the same cgroup that follows.
+func (m *Manager) release(e *entry, keep bool) {
+	delete(m.workloads, e.Cgroup)
+	if keep || e.cgroup == 0 {
+		return
+	}
+	if err := m.redirect.Unenroll(e.cgroup); err != nil {
+		m.log.Error("un-enrolment left something behind; run `nodeproxy cleanup` once the daemon is stopped", "cgroup", e.Cgroup, "error", err)
+	}
+	m.log.Info("workload un-enrolled", "cgroup", e.Cgroup, "service", e.Service)
+}

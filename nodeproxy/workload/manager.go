@@ -1,0 +1,259 @@
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/redirect"
+)
+
+const (
+	beatEvery      = time.Second
+	reconcileEvery = time.Second // how long a process in a namespace of its own may stay unseen
+	namespaceGrace = 3           // reconciliations without a process before a namespace's listeners close
+)
+
+// Config is what a Manager needs.
+type Config struct {
+	Node      string
+	Pins      string // directory on bpffs
+	FailOpen  bool
+	Mode      Mode       // inbound.mode
+	Providers []Provider // in order of precedence where their claims conflict
+	Log       *slog.Logger
+}
+
+func (c Config) validate() error {
+	if c.Node == "" || c.Pins == "" || c.Log == nil {
+		return errors.New("workload manager needs a node name, a pin directory and a logger")
+	}
+	return nil
+}
+
+// Manager keeps the kernel in line with claims and snapshots. One goroutine, in Run, changes anything; the data path reads
+// an immutable view.
+type Manager struct {
+	cfg      Config
+	log      *slog.Logger
+	redirect *redirect.Redirect
+	cgroup   string // the daemon's own
+	mount    string // of cgroup2
+
+	kick chan struct{}
+	view atomic.Pointer[view]
+
+	mu     sync.Mutex // guards claims and snap
+	claims map[string][]Claim
+	snap   *catalog.Snapshot
+
+	// What reconcile, the only user, knows.
+	serve      func(*redirect.Namespace, *Namespace)
+	workloads  map[string]*entry // by cgroup path
+	namespaces map[uint64]*space // by inode
+	refused    []RefusedClaim
+	pruned     bool
+	warned     map[string]string // what was last logged of a cgroup, so that it is logged once
+}
+
+// entry is a granted claim.
+type entry struct {
+	Workload
+	cgroup    uint64 // id; 0: the directory is not there
+	enrolled  bool
+	processes int
+	inodes    []uint64        // of the network namespaces its processes are in
+	subtree   map[uint64]bool // ids of its cgroup and those below
+	problem   error
+	misplaced []string // instances of its service whose address is in none of its namespaces
+	instances []string
+}
+
+// space is an open namespace.
+type space struct {
+	*redirect.Namespace
+	public *Namespace
+	addrs  []netip.Addr
+	unused int
+}
+
+// NewManager moves the process into a cgroup of its own and opens the node's kernel state, taking over what an earlier
+// daemon left in force. Close it after Run.
+func NewManager(cfg Config) (*Manager, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		return nil, err
+	}
+	own, err := redirect.OwnCgroup(cfg.Node)
+	if err != nil {
+		return nil, err
+	}
+	r, err := redirect.Open(redirect.Config{Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen})
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount,
+		kick:       make(chan struct{}, 1),
+		claims:     make(map[string][]Claim),
+		workloads:  make(map[string]*entry),
+		namespaces: make(map[uint64]*space),
+		warned:     make(map[string]string),
+	}
+	m.view.Store(&view{})
+	return m, nil
+}
+
+// Close lets go of the kernel state, which stays in force. Run must have returned.
+func (m *Manager) Close() error { return m.redirect.Close() }
+
+// Run implements the proxy's Kernel.
+func (m *Manager) Run(ctx context.Context, h Handler) error {
+	var wg sync.WaitGroup
+	m.serve = func(ns *redirect.Namespace, public *Namespace) {
+		for _, ln := range ns.Outbound {
+			wg.Go(func() { h.ServeOutbound(public, ln) })
+		}
+		for _, ln := range ns.Inbound {
+			wg.Go(func() { h.ServeInbound(public, ln) })
+		}
+	}
+	for _, p := range m.cfg.Providers {
+		wg.Go(func() { m.provide(ctx, p) })
+	}
+	wg.Go(func() { m.beat(ctx) })
+	wg.Go(func() {
+		if err := m.redirect.Events(func(e redirect.Event) { m.event(e, h) }); err != nil {
+			m.log.Error("kernel verdicts are not reported any more", "error", err)
+		}
+	})
+	m.loop(ctx, h)
+	err := errors.Join(m.redirect.Rest(), m.redirect.Stop())
+	for _, ns := range m.namespaces {
+		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {
+			err = errors.Join(err, ignoreClosed(ln.Close()))
+		}
+	}
+	wg.Wait()
+	return err
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// provide runs a provider and keeps its last claims in force whatever happens to it.
+func (m *Manager) provide(ctx context.Context, p Provider) {
+	err := p.Run(ctx, func(claims []Claim) {
+		m.mu.Lock()
+		m.claims[p.Name()] = slices.Clone(claims)
+		m.mu.Unlock()
+		m.wake()
+	})
+	if err != nil && ctx.Err() == nil {
+		m.log.Error("workload provider stopped; its workloads stay enrolled", "provider", p.Name(), "error", err)
+	}
+}
+
+func (m *Manager) beat(ctx context.Context) {
+	tick := time.NewTicker(beatEvery)
+	defer tick.Stop()
+	for {
+		if err := m.redirect.Beat(); err != nil {
+			m.log.Error("kernel heartbeat failed", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (m *Manager) loop(ctx context.Context, h Handler) {
+	tick := time.NewTicker(reconcileEvery)
+	defer tick.Stop()
+	var needed []string
+	for {
+		if need := m.needed(); !slices.Equal(need, needed) {
+			needed = need
+			h.Need(need)
+		}
+		m.reconcile()
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-m.kick:
+		}
+	}
+}
+
+func (m *Manager) wake() {
+	select {
+	case m.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Apply implements the proxy's Kernel. Steering follows the snapshot at once; what depends on the workloads' processes
+// follows in the running loop, which Apply wakes.
+func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
+	m.mu.Lock()
+	m.snap = snap
+	m.mu.Unlock()
+	err := m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges)
+	m.wake()
+	if err != nil {
+		return fmt.Errorf("redirect the snapshot's addresses: %w", err)
+	}
+	return nil
+}
+
+// needed lists the services that granted claims run as.
+func (m *Manager) needed() []string {
+	granted, _ := m.grants()
+	var names []string
+	for _, c := range granted {
+		names = append(names, c.Service)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// event reports a verdict of the kernel, and hurries when a namespace turns out to have no listener yet.
+func (m *Manager) event(e redirect.Event, h Handler) {
+	if e.Verdict == redirect.NotReady || e.Verdict == redirect.NoListener {
+		m.wake()
+	}
+	h.Verdict(KernelVerdict{
+		Inbound: e.Inbound, Allowed: e.Allowed, Reason: reasons[e.Verdict], Workload: m.view.Load().byID[e.Workload],
+		Source: e.Source, Destination: e.Destination, PID: e.PID, Comm: e.Comm,
+	})
+}
+
+var reasons = map[redirect.Verdict]catalog.Reason{
+	redirect.UnknownService:  catalog.ReasonUnknownService,
+	redirect.BoundDevice:     catalog.ReasonBoundDevice,
+	redirect.Stale:           catalog.ReasonStale,
+	redirect.NotReady:        catalog.ReasonNotReady,
+	redirect.UnknownWorkload: catalog.ReasonUnknownWorkload,
+	redirect.Capacity:        catalog.ReasonCapacity,
+	redirect.Storage:         catalog.ReasonStorage,
+	redirect.Plaintext:       catalog.ReasonPlaintext,
+	redirect.NoListener:      catalog.ReasonNotReady,
+}

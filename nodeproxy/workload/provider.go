@@ -1,0 +1,114 @@
+package workload
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+)
+
+// Configured is the provider of the configuration's cgroup blocks.
+type Configured []Claim
+
+// Name implements Provider.
+func (Configured) Name() string { return "config" }
+
+// Run implements Provider: the claims never change.
+func (c Configured) Run(ctx context.Context, claim func([]Claim)) error {
+	claim(c)
+	<-ctx.Done()
+	return nil
+}
+
+// Manual is the provider of workloads enrolled by hand. They are kept in a file, so that a restarted daemon knows them.
+type Manual struct {
+	path string
+
+	mu     sync.Mutex
+	claims []Claim
+	claim  func([]Claim)
+}
+
+// NewManual reads the workloads enrolled by hand from path; a file that is not there holds none.
+func NewManual(path string) (*Manual, error) {
+	m := &Manual{path: path}
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return m, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read workloads enrolled by hand: %w", err)
+	}
+	if err := json.Unmarshal(data, &m.claims); err != nil {
+		return nil, fmt.Errorf("read workloads enrolled by hand from %s: %w: correct or remove the file", path, err)
+	}
+	return m, nil
+}
+
+// Name implements Provider.
+func (*Manual) Name() string { return "enroll" }
+
+// Run implements Provider.
+func (m *Manual) Run(ctx context.Context, claim func([]Claim)) error {
+	m.mu.Lock()
+	m.claim = claim
+	claim(m.claims)
+	m.mu.Unlock()
+	<-ctx.Done()
+	m.mu.Lock()
+	m.claim = nil
+	m.mu.Unlock()
+	return nil
+}
+
+// Enroll claims a cgroup, replacing an earlier claim by hand of the same one.
+func (m *Manual) Enroll(c Claim) error {
+	c.Provider, c.Cgroup = m.Name(), filepath.Clean(c.Cgroup)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.replace(append(m.without(c.Cgroup), c))
+}
+
+// Unenroll withdraws a claim by hand.
+func (m *Manual) Unenroll(cgroup string) error {
+	cgroup = filepath.Clean(cgroup)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	rest := m.without(cgroup)
+	if len(rest) == len(m.claims) {
+		return fmt.Errorf("un-enroll %s: it was not enrolled by hand; `nodeproxy status` shows who enrolled it", cgroup)
+	}
+	return m.replace(rest)
+}
+
+func (m *Manual) without(cgroup string) []Claim {
+	return slices.DeleteFunc(slices.Clone(m.claims), func(c Claim) bool { return c.Cgroup == cgroup })
+}
+
+// replace writes the file whole, by rename, before anything changes.
+func (m *Manual) replace(claims []Claim) error {
+	data, err := json.MarshalIndent(claims, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(m.path), 0o700); err != nil {
+		return fmt.Errorf("store workloads enrolled by hand: %w", err)
+	}
+	aside := m.path + ".new"
+	if err := os.WriteFile(aside, data, 0o600); err != nil {
+		return fmt.Errorf("store workloads enrolled by hand: %w", err)
+	}
+	if err := os.Rename(aside, m.path); err != nil {
+		return fmt.Errorf("store workloads enrolled by hand: %w", err)
+	}
+	m.claims = claims
+	if m.claim != nil {
+		m.claim(claims)
+	}
+	return nil
+}

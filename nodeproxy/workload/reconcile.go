@@ -1,0 +1,310 @@
+package workload
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"nodeproxy.io/redirect"
+)
+
+// reconcile compares what should be with what is, once, and repairs it. Order matters: listeners exist before anything is
+// redirected to them, guards and ids before a workload is switched on.
+func (m *Manager) reconcile() {
+	m.follow()
+	for _, e := range m.workloads {
+		m.scan(e)
+	}
+	m.watchNamespaces()
+	next := m.assign()
+	if m.complete() {
+		m.protect(next)
+	} else {
+		next.index(m.workloads) // an earlier daemon's guards stay as they are until we know better
+	}
+	m.closeNamespaces()
+	shown := *next
+	shown.states, shown.refused = m.states(), slices.Clone(m.refused)
+	m.view.Store(&shown)
+}
+
+// complete reports whether every provider has spoken and a snapshot is there: only then it is known what is not wanted.
+func (m *Manager) complete() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.snap != nil && len(m.claims) == len(m.cfg.Providers)
+}
+
+// protect guards and switches on what is ready to be, and removes what an earlier daemon enrolled and nobody claims.
+func (m *Manager) protect(next *view) {
+	ready := m.enrollable(next)
+	for _, e := range ready {
+		id, err := m.redirect.NewWorkload()
+		if err != nil {
+			e.problem = err
+		}
+		e.ID = id
+	}
+	next.index(m.workloads)
+	m.view.Store(next)
+	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
+		m.log.Error("inbound rules are incomplete", "error", err)
+	}
+	for _, e := range ready {
+		m.enroll(e)
+	}
+	m.settleNesting()
+	m.prune()
+}
+
+// scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
+func (m *Manager) scan(e *entry) {
+	e.processes, e.inodes, e.subtree = 0, nil, make(map[uint64]bool)
+	err := filepath.WalkDir(e.Cgroup, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return skipGone(err)
+		}
+		if !d.IsDir() {
+			return nil
+		}
+		id, err := redirect.CgroupID(path)
+		if err != nil {
+			return skipGone(err)
+		}
+		e.subtree[id] = true
+		if path != e.Cgroup && m.workloads[path] != nil {
+			return m.scanIDs(e, path) // an inner workload's processes are its own
+		}
+		return m.scanProcesses(e, path)
+	})
+	e.problem = err
+	slices.Sort(e.inodes)
+	e.inodes = slices.Compact(e.inodes)
+}
+
+func skipGone(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+// scanIDs adds the ids below an inner workload's cgroup and leaves its processes alone.
+func (m *Manager) scanIDs(e *entry, root string) error {
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return skipGone(err)
+		}
+		id, err := redirect.CgroupID(path)
+		if err == nil {
+			e.subtree[id] = true
+		}
+		return skipGone(err)
+	})
+	if err != nil {
+		return err
+	}
+	return fs.SkipDir
+}
+
+func (m *Manager) scanProcesses(e *entry, dir string) error {
+	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		if errors.Is(err, unix.EOPNOTSUPP) {
+			return nil // a threaded cgroup: its processes are listed at the domain above
+		}
+		return skipGone(err)
+	}
+	for line := range strings.Lines(string(procs)) {
+		pid := strings.TrimSpace(line)
+		var st unix.Stat_t
+		if err := unix.Stat("/proc/"+pid+"/ns/net", &st); err != nil {
+			continue // it ended meanwhile
+		}
+		e.processes++
+		e.inodes = append(e.inodes, st.Ino)
+		if _, open := m.namespaces[st.Ino]; !open {
+			m.openNamespace(e, pid)
+		}
+	}
+	return nil
+}
+
+// openNamespace listens in the namespace of a process, unless the process has left it meanwhile.
+func (m *Manager) openNamespace(e *entry, pid string) {
+	f, err := os.Open("/proc/" + pid + "/ns/net")
+	if err != nil {
+		return
+	}
+	ns, err := m.redirect.OpenNamespace(f)
+	if err != nil {
+		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
+		return
+	}
+	if _, open := m.namespaces[ns.Inode]; open {
+		return // the process has moved to one we know
+	}
+	s := &space{Namespace: ns, public: &Namespace{Cookie: ns.Cookie, Inode: ns.Inode, Host: ns.Host}}
+	m.namespaces[ns.Inode] = s
+	m.serve(ns, s.public)
+	m.log.Debug("listening in network namespace", "inode", ns.Inode, "host", ns.Host)
+}
+
+// watchNamespaces reads the addresses of the open namespaces and counts for how long each has been without a process.
+func (m *Manager) watchNamespaces() {
+	used := make(map[uint64]bool)
+	for _, e := range m.workloads {
+		for _, inode := range e.inodes {
+			used[inode] = true
+		}
+	}
+	for inode, s := range m.namespaces {
+		s.unused++
+		if used[inode] || s.Host && len(m.workloads) > 0 {
+			s.unused = 0
+		}
+		addrs, err := s.Addresses()
+		if err != nil {
+			m.log.Error("cannot see a network namespace's addresses; keeping the last", "inode", inode, "error", err)
+			continue
+		}
+		s.addrs = addrs
+	}
+}
+
+func (m *Manager) closeNamespaces() {
+	for inode, s := range m.namespaces {
+		if s.unused < namespaceGrace {
+			continue
+		}
+		delete(m.namespaces, inode)
+		if err := s.Close(); err != nil {
+			m.log.Error("closing a network namespace left something behind", "inode", inode, "error", err)
+		}
+	}
+}
+
+// enrollable lists the workloads to switch on now: the cgroup is there and so is the certificate, unless an earlier
+// daemon had enrolled it already, which must never lapse.
+func (m *Manager) enrollable(v *view) []*entry {
+	pinned := make(map[uint64]bool)
+	for _, e := range m.redirect.Enrolled() {
+		pinned[e.Cgroup] = true
+	}
+	var ready []*entry
+	for _, e := range m.workloads {
+		if e.enrolled || e.cgroup == 0 || e.problem != nil {
+			continue
+		}
+		if pinned[e.cgroup] || v.hasLeaf(e.Service) {
+			ready = append(ready, e)
+		}
+	}
+	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	return ready
+}
+
+func (m *Manager) enroll(e *entry) {
+	if e.ID == 0 {
+		return
+	}
+	e.enrolled = true // counts in the nesting of the others already
+	m.settleNesting()
+	if err := m.redirect.Enroll(e.Cgroup, e.ID, m.nesting(e)); err != nil {
+		e.enrolled, e.problem, e.ID = false, err, 0
+		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
+		return
+	}
+	delete(m.warned, e.Cgroup)
+	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mode", e.Mode.String(), "provider", e.Provider)
+}
+
+// settleNesting tells every enrolled cgroup what is enrolled around it.
+func (m *Manager) settleNesting() {
+	for _, e := range m.workloads {
+		if !e.enrolled {
+			continue
+		}
+		if err := m.redirect.SetNesting(e.cgroup, m.nesting(e)); err != nil {
+			m.log.Error("nested workloads may be taken for each other", "cgroup", e.Cgroup, "error", err)
+		}
+	}
+}
+
+func (m *Manager) nesting(e *entry) redirect.Nesting {
+	var n redirect.Nesting
+	for _, other := range m.workloads {
+		if other == e || !other.enrolled {
+			continue
+		}
+		n.Outer = n.Outer || within(e.Cgroup, other.Cgroup)
+		n.Inner = n.Inner || within(other.Cgroup, e.Cgroup)
+	}
+	return n
+}
+
+// prune removes, once, what an earlier daemon enrolled and nobody claims any more.
+func (m *Manager) prune() {
+	if m.pruned {
+		return
+	}
+	m.pruned = true
+	claimed := make(map[uint64]bool)
+	for _, e := range m.workloads {
+		claimed[e.cgroup] = true
+	}
+	if err := m.redirect.Prune(func(cgroup uint64) bool { return claimed[cgroup] }); err != nil {
+		m.log.Error("removing what an earlier daemon left", "error", err)
+	}
+}
+
+// warn logs a problem of a cgroup once until it changes.
+func (m *Manager) warn(cgroup, msg string, err error, args ...any) {
+	if m.warned[cgroup] == err.Error() {
+		return
+	}
+	m.warned[cgroup] = err.Error()
+	m.log.Warn(msg, append(args, "cgroup", cgroup, "error", err)...)
+}
+
+func (m *Manager) states() []WorkloadState {
+	states := make([]WorkloadState, 0, len(m.workloads))
+	for _, e := range m.workloads {
+		w := e.Workload
+		s := WorkloadState{Workload: &w, Processes: e.processes, Instances: e.instances}
+		for _, inode := range e.inodes {
+			if ns := m.namespaces[inode]; ns != nil {
+				s.Namespaces = append(s.Namespaces, ns.public)
+			}
+		}
+		s.State, s.Detail = e.state(len(s.Namespaces))
+		states = append(states, s)
+	}
+	slices.SortFunc(states, func(a, b WorkloadState) int { return strings.Compare(a.Workload.Cgroup, b.Workload.Cgroup) })
+	return states
+}
+
+func (e *entry) state(open int) (state, detail string) {
+	switch {
+	case e.cgroup == 0:
+		return "empty", "the cgroup does not exist yet"
+	case e.problem != nil:
+		return "unprotected", e.problem.Error()
+	case !e.enrolled:
+		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", e.Service)
+	case open < len(e.inodes):
+		return "unprotected", "no listener in " + strconv.Itoa(len(e.inodes)-open) + " of its network namespaces: see the daemon's log"
+	case e.processes == 0:
+		return "empty", "no process in it"
+	case len(e.misplaced) > 0:
+		return "protected", "not served from here: " + strings.Join(e.misplaced, "; ")
+	}
+	return "protected", ""
+}

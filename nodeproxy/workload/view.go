@@ -1,0 +1,225 @@
+package workload
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/redirect"
+)
+
+// view is what the data path reads: immutable, replaced whole by reconcile.
+type view struct {
+	snap    *catalog.Snapshot
+	byID    map[uint32]*Workload
+	subtree map[uint32]map[uint64]bool // cgroup ids by workload
+	spaces  map[uint64]*space          // by cookie
+	served  map[servedKey]*served
+	states  []WorkloadState
+	refused []RefusedClaim
+}
+
+type servedKey struct {
+	namespace uint64 // cookie
+	mesh      netip.AddrPort
+}
+
+// served is a Served with what delivery needs.
+type served struct {
+	Served
+	instance *catalog.Instance
+	space    *space
+}
+
+func (v *view) hasLeaf(service string) bool {
+	return v.snap != nil && v.snap.Leaves[service] != nil
+}
+
+// assign finds, for each local instance, the workloads and the namespace that serve it.
+func (m *Manager) assign() *view {
+	m.mu.Lock()
+	v := &view{snap: m.snap, spaces: make(map[uint64]*space), served: make(map[servedKey]*served)}
+	m.mu.Unlock()
+	for _, s := range m.namespaces {
+		v.spaces[s.Cookie] = s
+	}
+	for _, e := range m.workloads {
+		e.instances, e.misplaced = nil, nil
+	}
+	if v.snap == nil {
+		return v
+	}
+	for _, inst := range v.snap.LocalInstances() {
+		if inst.Mesh == inst.Address {
+			continue // a native service speaks TLS itself
+		}
+		for _, e := range m.workloads {
+			if e.Service == inst.Service {
+				m.assignTo(v, e, inst)
+			}
+		}
+	}
+	return v
+}
+
+// assignTo makes e serve inst from each of its namespaces that has the instance's address.
+func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
+	found := false
+	for _, inode := range e.inodes {
+		s := m.namespaces[inode]
+		if s == nil || !slices.Contains(s.addrs, inst.Address.Addr()) {
+			continue
+		}
+		found = true
+		key := servedKey{s.Cookie, inst.Mesh}
+		sv := v.served[key]
+		if sv == nil {
+			sv = &served{instance: inst, space: s, Served: Served{Instance: inst.ID, Service: inst.Service, Namespace: s.public}}
+			v.served[key] = sv
+		}
+		sv.Workloads = append(sv.Workloads, &e.Workload)
+	}
+	if found {
+		e.instances = append(e.instances, inst.ID)
+	} else if e.processes > 0 {
+		e.misplaced = append(e.misplaced, fmt.Sprintf("address %s of instance %s is in none of its network namespaces", inst.Address.Addr(), inst.ID))
+	}
+}
+
+// index fills what depends on workload ids, and freezes the workloads that the view shows.
+func (v *view) index(workloads map[string]*entry) {
+	v.byID = make(map[uint32]*Workload)
+	v.subtree = make(map[uint32]map[uint64]bool)
+	frozen := make(map[*Workload]*Workload)
+	for _, e := range workloads {
+		w := e.Workload
+		frozen[&e.Workload] = &w
+		if w.ID != 0 {
+			v.byID[w.ID] = &w
+			v.subtree[w.ID] = e.subtree
+		}
+	}
+	for _, s := range v.served {
+		for i, w := range s.Workloads {
+			s.Workloads[i] = frozen[w]
+		}
+		s.Workloads = slices.DeleteFunc(s.Workloads, func(w *Workload) bool { return w.ID == 0 })
+	}
+}
+
+// destinations lists what is redirected: virtual IPs on every port, and instances by their exact address.
+func destinations(snap *catalog.Snapshot) []redirect.Destination {
+	var all []redirect.Destination
+	for _, svc := range snap.Services {
+		for _, ip := range svc.Virtual {
+			all = append(all, redirect.Destination{Addr: ip})
+		}
+		for _, inst := range svc.Instances {
+			ip := inst.Address.Addr()
+			native := inst.Mesh == inst.Address
+			if native || !inst.Mesh.IsValid() || !inst.Address.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() {
+				continue
+			}
+			all = append(all, redirect.Destination{Addr: ip, Port: inst.Address.Port(), Instance: true})
+		}
+	}
+	return all
+}
+
+// rules lists what inbound connections meet. ready are about to be enrolled: their guards come first.
+func (m *Manager) rules(v *view, ready []*entry) []redirect.Rule {
+	var all []redirect.Rule
+	for _, s := range m.namespaces {
+		if r, ok := m.namespaceRule(s, ready); ok {
+			all = append(all, r)
+		}
+	}
+	for _, s := range v.served {
+		if len(s.Workloads) == 0 {
+			continue
+		}
+		w, ns := s.Workloads[0], s.space.Cookie
+		all = append(all, redirect.Rule{Namespace: ns, Addr: s.instance.Mesh.Addr(), Port: s.instance.Mesh.Port(), Action: redirect.Steer, Workload: w.ID})
+		action := redirect.Strict
+		if w.Mode == Permissive || s.instance.Permissive {
+			action = redirect.Permissive
+		}
+		ports := []uint16{s.instance.Address.Port(), s.instance.Delivery.Port()}
+		for _, port := range slices.Compact(ports) {
+			if port != 0 {
+				all = append(all, redirect.Rule{Namespace: ns, Port: port, Action: action, Workload: w.ID})
+			}
+		}
+	}
+	return all
+}
+
+// namespaceRule guards every port of a private namespace in which a workload lives: strictly, if one of them is strict.
+func (m *Manager) namespaceRule(s *space, ready []*entry) (redirect.Rule, bool) {
+	if s.Host {
+		return redirect.Rule{}, false
+	}
+	rule := redirect.Rule{Namespace: s.Cookie, Action: redirect.Permissive}
+	for _, e := range m.workloads {
+		if !slices.Contains(e.inodes, s.Inode) || !e.enrolled && !slices.Contains(ready, e) {
+			continue
+		}
+		if rule.Workload == 0 || e.Mode == Strict && rule.Action == redirect.Permissive {
+			rule.Workload = e.ID
+		}
+		if e.Mode == Strict {
+			rule.Action = redirect.Strict
+		}
+	}
+	return rule, rule.Workload != 0
+}
+
+// Origin implements the proxy's Kernel.
+func (m *Manager) Origin(ns *Namespace, conn *net.TCPConn) (*Origin, error) {
+	o, err := m.redirect.Origin(conn)
+	if err != nil {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownOrigin, Err: err}
+	}
+	v := m.view.Load()
+	w := v.byID[o.Workload]
+	if w == nil {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownWorkload, Err: fmt.Errorf("workload %d of process %d (%s) is not enrolled any more", o.Workload, o.PID, o.Comm)}
+	}
+	client, err := netip.ParseAddrPort(conn.RemoteAddr().String())
+	if err != nil {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownOrigin, Err: err}
+	}
+	return &Origin{
+		Workload: w, Namespace: ns, Client: client, Destination: o.Destination, PID: o.PID, Comm: o.Comm, Cookie: o.Cookie,
+	}, nil
+}
+
+// Served implements the proxy's Kernel.
+func (m *Manager) Served(ns *Namespace, at netip.AddrPort) (*Served, error) {
+	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
+	s := m.view.Load().served[servedKey{ns.Cookie, at}]
+	if s == nil {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownService, Err: fmt.Errorf("no instance of this node is served at %s in network namespace %d", at, ns.Inode)}
+	}
+	if len(s.Workloads) == 0 {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownWorkload, Err: fmt.Errorf("no enrolled workload serves instance %s", s.Instance)}
+	}
+	return &s.Served, nil
+}
+
+// State implements the proxy's Kernel.
+func (m *Manager) State() State {
+	v := m.view.Load()
+	state := State{Workloads: v.states, Refused: v.refused, Pins: m.cfg.Pins}
+	fills, err := m.redirect.Fills()
+	if err != nil {
+		m.log.Error("cannot read the maps for status", "error", err)
+	}
+	for _, f := range fills {
+		state.Maps = append(state.Maps, MapFill(f))
+	}
+	state.Heartbeat, state.Links = m.redirect.Pulse()
+	return state
+}
