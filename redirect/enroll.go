@@ -165,7 +165,7 @@ func (r *Redirect) Enrolled() []Enrolled {
 // attach attaches every hook, switched off, and pins them under a temporary name that is renamed last.
 func (r *Redirect) attach(cgroup string, id uint64) (_ *enrolment, err error) {
 	dir := filepath.Join(r.dir, "cgroups", strconv.FormatUint(id, 10))
-	aside := dir + ".new"
+	aside := filepath.Join(r.dir, "cgroups", "new-"+strconv.FormatUint(id, 10)) // bpffs takes no dots
 	e := &enrolment{dir: aside}
 	defer func() {
 		if err != nil {

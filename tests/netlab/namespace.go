@@ -42,21 +42,25 @@ func (l *Lab) Namespace() (*Namespace, error) {
 	return n, nil
 }
 
-// unshareNet makes a namespace on a thread that is thrown away with it.
+// unshareNet makes a namespace and returns to the caller's. A thread is not simply thrown away with its goroutine: the
+// process's first thread cannot be, and would hold the namespace for ever.
 func unshareNet() (*os.File, error) {
-	var file *os.File
-	var err error
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			err = fmt.Errorf("make a network namespace: %w", err)
-			return
-		}
-		file, err = os.Open("/proc/thread-self/ns/net")
-	}()
-	<-done
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return nil, err
+	}
+	defer home.Close()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return nil, fmt.Errorf("make a network namespace: %w", err)
+	}
+	file, err := os.Open("/proc/thread-self/ns/net")
+	if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+		return nil, errors.Join(err, fmt.Errorf("leave the new network namespace: %w", back)) // the thread stays locked
+	}
+	runtime.UnlockOSThread()
 	return file, err
 }
 
