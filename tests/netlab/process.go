@@ -213,11 +213,15 @@ func newStarter() *starter {
 	ready := make(chan struct{})
 	go func() {
 		defer close(s.done)
-		runtime.LockOSThread() // never unlocked: the thread's namespace is whatever the last start needed
+		runtime.LockOSThread() // the thread's namespace is whatever the last start needed
 		s.home, _ = os.Open("/proc/thread-self/ns/net")
 		close(ready)
 		for job := range s.jobs {
 			job()
+		}
+		// The process's first thread cannot end with its goroutine, and would hold the last namespace for ever.
+		if s.enter(nil) == nil {
+			runtime.UnlockOSThread()
 		}
 	}()
 	<-ready
