@@ -27,9 +27,10 @@ const (
 	accessQueue    = 4096 // lines; beyond it they are counted and lost
 )
 
-// AccessLog writes one line per connection, when it ends or is denied. Of denials only the first per reason, source and
-// destination each minute is written; the others are counted in the next line, or in one of their own once the minute
-// is over. Memory is bounded: maxDenialPairs entries and accessQueue lines.
+// AccessLog writes one line per connection, when it ends, is denied, or is let in as plaintext by the kernel, which does
+// not tell when it ends. Of denials only the first per reason, source and destination each minute is written; the others
+// are counted in the next line, or in one of their own once the minute is over. Memory is bounded: maxDenialPairs entries
+// and accessQueue lines.
 //
 // Observe never waits for the log's writer: Run does. docs/access-log.md documents the fields.
 type AccessLog struct {
@@ -70,11 +71,11 @@ func NewAccessLog(log *slog.Logger, level AccessLevel) (*AccessLog, error) {
 
 // Observe queues a line for c if it deserves one.
 func (a *AccessLog) Observe(c Connection) {
-	denied := c.Verdict == Denied && c.Event != EventOpen
+	over := c.Event == EventClose || c.Event == EventDenied || c.Event == EventOpen && c.ID == 0
 	switch {
-	case a.level == AccessNone || c.Event != EventClose && c.Event != EventDenied:
+	case a.level == AccessNone || !over:
 		return
-	case denied:
+	case c.Verdict == Denied:
 		if !a.first(&c) {
 			return
 		}
@@ -205,6 +206,8 @@ func (a *AccessLog) write(c *Connection) {
 	switch {
 	case c.Event == EventDenied:
 		message = "connection denied"
+	case c.Event == EventOpen:
+		message = "connection let in"
 	case c.Verdict == Denied:
 		message = "connection cut"
 	}

@@ -52,10 +52,11 @@ func TestAccessLogWritesWhatItsLevelAsksFor(t *testing.T) {
 	for level, want := range map[AccessLevel]string{
 		AccessNone:   "",
 		AccessDenied: "connection cut,connection denied",
-		AccessAll:    "connection closed,connection cut,connection denied",
+		AccessAll:    "connection let in,connection closed,connection cut,connection denied",
 	} {
 		lines := accessLines(t, level, func(a *AccessLog) {
-			a.Observe(Connection{Event: EventOpen, Verdict: Allowed})
+			a.Observe(Connection{Event: EventOpen, Verdict: Allowed, ID: 1})
+			a.Observe(Connection{Event: EventOpen, Verdict: Allowed, Path: PathPlaintext})
 			a.Observe(closed)
 			a.Observe(cut)
 			a.Observe(denial("web"))

@@ -83,8 +83,11 @@ func (m *Metrics) Observe(c Connection) {
 	case EventOpen:
 		key, s := m.seriesOf(&c)
 		s.opened++
-		s.active++
 		s.observe(&c)
+		if c.ID == 0 { // let in by the kernel, which does not tell when it ends
+			return
+		}
+		s.active++
 		m.live[c.ID] = &liveConnection{key: key}
 	case EventDenied:
 		_, s := m.seriesOf(&c)

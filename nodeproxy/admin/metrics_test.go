@@ -84,6 +84,20 @@ func TestRefusedAndCutConnectionsAreDenied(t *testing.T) {
 	wantSample(t, scrape(t, m), "nodeproxy_denied_total"+strings.Replace(webToAPI, `,source`, `,reason="intention",source`, 1)+" 2")
 }
 
+func TestPlaintextLetInByTheKernelIsCountedButNeverActive(t *testing.T) {
+	m := newTestMetrics("web", "api")
+	for range 2 {
+		m.Observe(event(EventOpen, 0, "web", "api"))
+	}
+	text := scrape(t, m)
+	wantSample(t, text, "nodeproxy_connections_opened_total"+webToAPI+" 2")
+	wantSample(t, text, "nodeproxy_connections_active"+webToAPI+" 0")
+	m.Apply(snapshotOf())
+	if len(m.series) != 0 {
+		t.Error("its series outlives the service")
+	}
+}
+
 func TestBytesOfLiveConnectionsAreCountedOnce(t *testing.T) {
 	live := event(EventOpen, 1, "web", "api")
 	m := NewMetrics(func() Status { return Status{} }, func() []Connection { return []Connection{live} })
