@@ -120,6 +120,13 @@ static __always_inline int announced(const struct flow *f, const struct rule *r)
 	return 1;
 }
 
+static __always_inline int may_be_plaintext(const struct flow *f, const struct rule *r)
+{
+	struct range_key key = { .prefixlen = 128, .ip = f->t.src };
+
+	return r->action == RULE_PERMISSIVE || bpf_map_lookup_elem(&plaintext_from, &key);
+}
+
 SEC("sk_lookup")
 int lookup(struct bpf_sk_lookup *ctx)
 {
@@ -147,7 +154,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 		count(STAT_DELIVERED);
 		return SK_PASS;
 	}
-	if (r->action == RULE_PERMISSIVE) {
+	if (may_be_plaintext(&f, r)) {
 		count(STAT_PLAINTEXT_ALLOWED);
 		report(&f, r, REASON_PLAINTEXT, EVENT_ALLOWED);
 		return SK_PASS;

@@ -91,6 +91,15 @@ struct {
 	__type(value, __u32);
 } virtual_ranges SEC(".maps");
 
+/* The networks whose plaintext a strict port takes (inbound.plaintext_from). Written by the daemon; read by lookup. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct range_key);
+	__type(value, __u32);
+} plaintext_from SEC(".maps");
+
 /* Where a redirected connection was going and whose it is. */
 enum origin_flag {
 	ORIGIN_REDIRECTED = 1,	/* else the socket was only marked as seen by this workload */

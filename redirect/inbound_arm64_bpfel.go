@@ -136,6 +136,7 @@ const (
 	inboundMapMemberships     = "memberships"
 	inboundMapNsReady         = "ns_ready"
 	inboundMapPending         = "pending"
+	inboundMapPlaintextFrom   = "plaintext_from"
 	inboundMapRules           = "rules"
 	inboundMapSkAccepted      = "sk_accepted"
 	inboundMapSkOut           = "sk_out"
@@ -216,6 +217,7 @@ type inboundMapSpecs struct {
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
+	PlaintextFrom *ebpf.MapSpec `ebpf:"plaintext_from"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	SkAccepted    *ebpf.MapSpec `ebpf:"sk_accepted"`
 	SkOut         *ebpf.MapSpec `ebpf:"sk_out"`
@@ -272,6 +274,7 @@ type inboundMaps struct {
 	Memberships   *ebpf.Map `ebpf:"memberships"`
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
+	PlaintextFrom *ebpf.Map `ebpf:"plaintext_from"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	SkAccepted    *ebpf.Map `ebpf:"sk_accepted"`
 	SkOut         *ebpf.Map `ebpf:"sk_out"`
@@ -291,6 +294,7 @@ func (m *inboundMaps) Close() error {
 		m.Memberships,
 		m.NsReady,
 		m.Pending,
+		m.PlaintextFrom,
 		m.Rules,
 		m.SkAccepted,
 		m.SkOut,

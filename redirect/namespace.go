@@ -260,7 +260,7 @@ func (ns *Namespace) loadLookup() (*ebpf.Program, error) {
 	var obj inboundPrograms
 	err = spec.LoadAndAssign(&obj, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
 		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct,
-		"heartbeat": shared.Heartbeat, "events": shared.Events, "stats": shared.Stats,
+		"heartbeat": shared.Heartbeat, "plaintext_from": shared.PlaintextFrom, "events": shared.Events, "stats": shared.Stats,
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("load guard of network namespace %d: %w", ns.Inode, err)

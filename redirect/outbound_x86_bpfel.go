@@ -239,6 +239,7 @@ const (
 	outboundMapMemberships      = "memberships"
 	outboundMapNsReady          = "ns_ready"
 	outboundMapPending          = "pending"
+	outboundMapPlaintextFrom    = "plaintext_from"
 	outboundMapRules            = "rules"
 	outboundMapSkAccepted       = "sk_accepted"
 	outboundMapSkOut            = "sk_out"
@@ -327,6 +328,7 @@ type outboundMapSpecs struct {
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
+	PlaintextFrom *ebpf.MapSpec `ebpf:"plaintext_from"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	SkAccepted    *ebpf.MapSpec `ebpf:"sk_accepted"`
 	SkOut         *ebpf.MapSpec `ebpf:"sk_out"`
@@ -381,6 +383,7 @@ type outboundMaps struct {
 	Memberships   *ebpf.Map `ebpf:"memberships"`
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
+	PlaintextFrom *ebpf.Map `ebpf:"plaintext_from"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	SkAccepted    *ebpf.Map `ebpf:"sk_accepted"`
 	SkOut         *ebpf.Map `ebpf:"sk_out"`
@@ -400,6 +403,7 @@ func (m *outboundMaps) Close() error {
 		m.Memberships,
 		m.NsReady,
 		m.Pending,
+		m.PlaintextFrom,
 		m.Rules,
 		m.SkAccepted,
 		m.SkOut,

@@ -53,6 +53,7 @@ type Redirect struct {
 	namespaces map[uint64]*Namespace // by cookie
 	dests      shadow[outboundDestinationKey, outboundDestination]
 	ranges     shadow[outboundRangeKey, uint32]
+	plaintext  shadow[outboundRangeKey, uint32]
 	rules      shadow[outboundRuleKey, outboundRule]
 }
 

@@ -410,11 +410,21 @@ func TestStrictPortsAdmitOnlyWhatIsAnnounced(t *testing.T) {
 	if got := server.dialFrom(nil, "tcp4", server.v4.String()+":8080"); !strings.Contains(got, `got "hello"`) {
 		t.Errorf("a stranger at the permissive port: %s", got)
 	}
+	rule.Action = redirect.Strict
+	if err := errors.Join(n.r.SetRules([]redirect.Rule{rule}), n.r.SetPlaintextFrom([]netip.Prefix{netip.PrefixFrom(server.v4, 24)})); err != nil {
+		t.Fatal(err)
+	}
+	if got := server.dialFrom(nil, "tcp4", server.v4.String()+":8080"); !strings.Contains(got, `got "hello"`) {
+		t.Errorf("a network that may speak plaintext: %s", got)
+	}
+	if got := server.dialFrom(nil, "tcp6", "["+server.v6.String()+"]:8080"); !strings.Contains(got, "connection refused") {
+		t.Errorf("a network that may not: %s", got)
+	}
 	counts, err := n.r.Counters()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if counts["plaintext_refused"] != 1 || counts["plaintext_allowed"] != 1 {
+	if counts["plaintext_refused"] != 2 || counts["plaintext_allowed"] != 2 {
 		t.Errorf("counted %v", counts)
 	}
 	n.drained()

@@ -51,20 +51,31 @@ func (r *Redirect) SetDestinations(dests []Destination, ranges []netip.Prefix) e
 		}
 		want[outboundDestinationKey{Ip: toAddr(d.Addr), Workload: d.Workload, Port: swap(d.Port)}] = v
 	}
-	wantRanges := make(map[outboundRangeKey]uint32, len(ranges))
-	for _, p := range ranges {
-		bits := p.Bits()
-		if p.Addr().Is4() {
-			bits += 96
-		}
-		wantRanges[outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}] = 1
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return errors.Join(
 		r.dests.sync("destinations", r.obj.Destinations, want),
-		r.ranges.sync("virtual ranges", r.obj.VirtualRanges, wantRanges),
+		r.ranges.sync("virtual ranges", r.obj.VirtualRanges, rangeKeys(ranges)),
 	)
+}
+
+// SetPlaintextFrom makes the networks whose plaintext strict ports take exactly those given, by diff.
+func (r *Redirect) SetPlaintextFrom(networks []netip.Prefix) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.plaintext.sync("plaintext networks", r.obj.PlaintextFrom, rangeKeys(networks))
+}
+
+func rangeKeys(ranges []netip.Prefix) map[outboundRangeKey]uint32 {
+	keys := make(map[outboundRangeKey]uint32, len(ranges))
+	for _, p := range ranges {
+		bits := p.Bits()
+		if p.Addr().Is4() {
+			bits += 96 // of the v4-mapped form
+		}
+		keys[outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}] = 1
+	}
+	return keys
 }
 
 // SetRules makes the inbound rules exactly those given, by diff.
@@ -91,6 +102,9 @@ func (r *Redirect) loadShadows() error {
 		return err
 	}
 	if r.ranges, err = loadShadow[outboundRangeKey, uint32](r.obj.VirtualRanges); err != nil {
+		return err
+	}
+	if r.plaintext, err = loadShadow[outboundRangeKey, uint32](r.obj.PlaintextFrom); err != nil {
 		return err
 	}
 	r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules)

@@ -27,8 +27,9 @@ type Config struct {
 	Node      string
 	Pins      string // directory on bpffs
 	FailOpen  bool
-	Mode      Mode       // inbound.mode
-	Providers []Provider // in order of precedence where their claims conflict
+	Mode      Mode           // inbound.mode
+	Plaintext []netip.Prefix // inbound.plaintext_from
+	Providers []Provider     // in order of precedence where their claims conflict
 	Log       *slog.Logger
 }
 
@@ -102,6 +103,9 @@ func NewManager(cfg Config) (*Manager, error) {
 	r, err := redirect.Open(redirect.Config{Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen})
 	if err != nil {
 		return nil, err
+	}
+	if err := r.SetPlaintextFrom(cfg.Plaintext); err != nil {
+		return nil, errors.Join(fmt.Errorf("apply inbound.plaintext_from: %w", err), r.Close())
 	}
 	m := &Manager{
 		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount,
