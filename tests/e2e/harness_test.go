@@ -1,0 +1,409 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/tests/meshlab"
+	"nodeproxy.io/tests/netlab"
+)
+
+const (
+	// patience is how long a test waits for what must happen. It is long because the machine may be busy.
+	patience = 30 * time.Second
+	port     = 8080
+)
+
+// mesh is two nodes under test. Its methods fail the test.
+type mesh struct {
+	*meshlab.Mesh
+	t         *testing.T
+	virtual   map[string]netip.Addr
+	baselines [2]*footprint // of daemons that must return to it; nil: not measured
+}
+
+// newMesh makes two nodes. At the end of the test it asserts that the daemons are back at their baseline, end well, and
+// that nothing remains of them.
+func newMesh(t *testing.T) *mesh {
+	t.Helper()
+	netlab.Require(t)
+	if testing.Short() {
+		t.Skip("slow: end to end")
+	}
+	lab, err := meshlab.New(programs.nodeproxy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mesh{Mesh: lab, t: t, virtual: make(map[string]netip.Addr)}
+	for _, d := range m.Daemons {
+		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66"}
+	}
+	t.Cleanup(m.finish)
+	return m
+}
+
+// in returns m for a subtest.
+func (m *mesh) in(t *testing.T) *mesh {
+	sub := *m
+	sub.t = t
+	return &sub
+}
+
+var errNotYet = errors.New("not yet")
+
+// pair is the mesh of most tests: web on node 1, api on node 2, web may connect to api, both run and are protected.
+func pair(t *testing.T) (m *mesh, web, api *netlab.Workload) {
+	t.Helper()
+	m = newMesh(t)
+	web, api = m.place(0, "web"), m.place(1, "api")
+	m.allow("api", "web")
+	m.start()
+	return m, web, api
+}
+
+func (m *mesh) finish() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for i, d := range m.Daemons {
+		if d.Process == nil || d.Process.ExitCode() >= 0 {
+			continue
+		}
+		if m.baselines[i] != nil && !m.t.Failed() {
+			m.awaitBaseline(ctx, i)
+		}
+		if err := d.Stop(ctx); err != nil {
+			m.t.Errorf("stop the daemon of %s: %v", d.Node.Name, err)
+		}
+		if strings.Contains(d.Process.Output(), "DATA RACE") {
+			m.t.Errorf("the daemon of %s has a data race:\n%s", d.Node.Name, d.Process.Output())
+		}
+	}
+	if m.t.Failed() {
+		for _, d := range m.Daemons {
+			if d.Process != nil {
+				m.t.Logf("output of the daemon of %s:\n%s", d.Node.Name, d.Process.Output())
+			}
+		}
+	}
+	if err := m.Close(); err != nil {
+		m.t.Errorf("close the lab: %v", err)
+	}
+	if leaks := m.Leaks(); len(leaks) > 0 {
+		m.t.Errorf("after close there remain: %s", strings.Join(leaks, ", "))
+	}
+	m.eventually("no program, map or link remains", func() error {
+		objects, err := m.KernelObjects()
+		if err == nil && len(objects) > 0 {
+			err = fmt.Errorf("%v remain", objects)
+		}
+		return err
+	})
+}
+
+// place makes a workload with its own namespace that is enrolled and defined as service, and runs the test application in
+// it, on both address families.
+func (m *mesh) place(node int, service string) *netlab.Workload {
+	m.t.Helper()
+	w, err := m.Place(node, service, port)
+	m.must(err)
+	m.serve(w, fmt.Sprintf(":%d", port))
+	return w
+}
+
+// define defines the instances of a service on a node: one for each address.
+func (m *mesh) define(node int, service string, port uint16, addresses ...netip.Addr) {
+	m.t.Helper()
+	var text strings.Builder
+	for i, a := range addresses {
+		text.WriteString(meshlab.Service(service, fmt.Sprintf("%s-%d", service, i+1), a.String(), port, ""))
+	}
+	m.must(m.Define(node, service, text.String()))
+}
+
+// serve runs the test application in a workload, until the test ends, and returns when it listens.
+func (m *mesh) serve(w *netlab.Workload, args ...string) *netlab.Process {
+	m.t.Helper()
+	p, err := w.Start(netlab.Command{Path: programs.app, Args: append([]string{"serve"}, args...)})
+	m.must(err)
+	m.must(p.WaitOutput(m.ctx(), "ready"))
+	return p
+}
+
+// start starts both daemons, waits until all is protected, knows the virtual IPs, and takes the baselines.
+func (m *mesh) start() {
+	m.t.Helper()
+	for _, d := range m.Daemons {
+		m.must(d.Start(m.ctx()))
+	}
+	for i := range m.Daemons {
+		m.settle(i)
+	}
+}
+
+// settle waits until the workloads of a node are protected and takes its daemon's baseline.
+func (m *mesh) settle(node int) {
+	m.t.Helper()
+	d := m.Daemons[node]
+	status, err := d.AwaitProtected(m.ctx())
+	m.must(err)
+	for _, svc := range status.Services {
+		for _, text := range svc.Virtual {
+			if ip, err := netip.ParseAddr(text); err == nil && ip.Is4() {
+				m.virtual[svc.Name] = ip
+			}
+		}
+		m.must(d.AwaitInstances(m.ctx(), svc.Name, len(svc.Instances)))
+	}
+	m.baselines[node], err = measure(m.ctx(), d)
+	m.must(err)
+}
+
+// vip is the virtual IP of a service, with the port that all tests use.
+func (m *mesh) vip(service string) string {
+	m.t.Helper()
+	ip, ok := m.virtual[service]
+	if !ok {
+		m.t.Fatalf("service %s has no virtual IP", service)
+	}
+	return netip.AddrPortFrom(ip, 80).String()
+}
+
+func at(ip netip.Addr, port uint16) string { return netip.AddrPortFrom(ip, port).String() }
+
+func (m *mesh) allow(destination string, sources ...string) { m.intend(destination, "allow", sources) }
+func (m *mesh) deny(destination string, sources ...string)  { m.intend(destination, "deny", sources) }
+
+func (m *mesh) intend(destination, action string, sources []string) {
+	m.t.Helper()
+	var list []meshlab.Source
+	for _, name := range sources {
+		list = append(list, meshlab.Source{Name: name, Action: action})
+	}
+	m.must(m.Intentions(destination, list...))
+}
+
+func (m *mesh) must(err error) {
+	m.t.Helper()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// ctx ends with the test, or when patience does.
+func (m *mesh) ctx() context.Context {
+	ctx, cancel := context.WithTimeoutCause(m.t.Context(), patience, fmt.Errorf("not within %s", patience))
+	m.t.Cleanup(cancel)
+	return ctx
+}
+
+// eventually repeats check until it returns nil. It is for states that nothing announces.
+func (m *mesh) eventually(what string, check func() error) {
+	m.t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			m.t.Errorf("%s: not within %s: %v", what, patience, err)
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// dial runs the test application's client in a workload and returns its output: see package app.
+func (m *mesh) dial(w *netlab.Workload, args ...string) string {
+	m.t.Helper()
+	p, err := w.Start(netlab.Command{Path: programs.app, Args: append([]string{"dial"}, args...)})
+	m.must(err)
+	m.must(p.Wait(m.ctx()))
+	return p.Output()
+}
+
+// startDial is dial for a client that goes on; it returns once the client has printed text.
+func (m *mesh) startDial(w *netlab.Workload, text string, args ...string) *netlab.Process {
+	m.t.Helper()
+	p, err := w.Start(netlab.Command{Path: programs.app, Args: append([]string{"dial", "-timeout", "5m"}, args...)})
+	m.must(err)
+	m.t.Cleanup(p.Kill) // before finish, which looks for what connections leave behind
+	m.must(p.WaitOutput(m.ctx(), text))
+	return p
+}
+
+// reaches asserts that an echo of a workload comes back whole.
+func (m *mesh) reaches(w *netlab.Workload, args ...string) {
+	m.t.Helper()
+	out := m.dial(w, append(args, "peer")...)
+	if !strings.Contains(out, "accept=") || !strings.Contains(out, "end: eof") {
+		m.t.Errorf("%s does not reach %s: %s", w.Name, args, out)
+	}
+}
+
+// getsNothing asserts that not one byte of an answer comes back.
+func (m *mesh) getsNothing(w *netlab.Workload, args ...string) {
+	m.t.Helper()
+	out := m.dial(w, append(args, "peer")...)
+	if strings.Contains(out, "accept=") || strings.Contains(out, "end: eof") {
+		m.t.Errorf("%s reaches %s: %s", w.Name, args, out)
+	}
+}
+
+// traced follows a node's trace and returns a function that waits for an event that match accepts.
+func (m *mesh) traced(node int) func(what string, match func(admin.Connection) bool) admin.Connection {
+	m.t.Helper()
+	events := make(chan admin.Connection, 4096)
+	ctx, cancel := context.WithCancel(m.t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- m.Daemons[node].Admin().Trace(ctx, admin.Filter{}, func(c admin.Connection) error {
+			select {
+			case events <- c:
+				return nil
+			default:
+				return errors.New("more events than the test reads")
+			}
+		})
+	}()
+	m.t.Cleanup(func() { cancel(); <-done })
+	var seen []admin.Connection
+	return func(what string, match func(admin.Connection) bool) admin.Connection {
+		m.t.Helper()
+		for deadline := time.After(patience); ; {
+			select {
+			case c := <-events:
+				if match(c) {
+					return c
+				}
+				seen = append(seen, c)
+			case <-deadline:
+				m.t.Fatalf("trace shows no %s; it shows %+v", what, seen)
+			}
+		}
+	}
+}
+
+// denials is the sum of a node's counter of denials for a reason.
+func (m *mesh) denials(node int, reason catalog.Reason) float64 {
+	m.t.Helper()
+	return m.metric(node, "nodeproxy_denied_total", fmt.Sprintf("reason=%q", reason))
+}
+
+// metric sums the series of a metric whose labels contain all of labels.
+func (m *mesh) metric(node int, name string, labels ...string) float64 {
+	m.t.Helper()
+	text, err := scrape(m.ctx(), m.Daemons[node])
+	m.must(err)
+	return sum(text, name, labels...)
+}
+
+func sum(text, name string, labels ...string) (total float64) {
+lines:
+	for line := range strings.Lines(text) {
+		series, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if found, _, _ := strings.Cut(series, "{"); found != name {
+			continue
+		}
+		for _, label := range labels {
+			if !strings.Contains(series, label) {
+				continue lines
+			}
+		}
+		v, _ := strconv.ParseFloat(value, 64)
+		total += v
+	}
+	return total
+}
+
+// scrape reads the daemon's metrics from inside its node.
+func scrape(ctx context.Context, d *meshlab.Daemon) (string, error) {
+	conn, err := d.Node.Namespace.Dial(ctx, "tcp", "127.0.0.1:20210")
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:20210/metrics", nil)
+	if err != nil {
+		return "", err
+	}
+	req.Close = true
+	if err := req.Write(conn); err != nil {
+		return "", err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return string(text), err
+}
+
+// footprint is what a daemon holds on to when no connection is open.
+type footprint struct {
+	files      int
+	goroutines int
+	entries    map[string]int // by map
+}
+
+func measure(ctx context.Context, d *meshlab.Daemon) (*footprint, error) {
+	text, err := scrape(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	status, err := d.Admin().Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	files, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(d.Process.PID()), "fd"))
+	if err != nil {
+		return nil, err
+	}
+	f := &footprint{files: len(files), goroutines: int(sum(text, "go_goroutines")), entries: make(map[string]int)}
+	for _, m := range status.Kernel.Maps {
+		f.entries[m.Name] = m.Entries
+	}
+	return f, nil
+}
+
+// exceeds says what of f is more than in base.
+func (f *footprint) exceeds(base *footprint) error {
+	var errs []error
+	if f.files > base.files {
+		errs = append(errs, fmt.Errorf("%d file descriptors, %d before", f.files, base.files))
+	}
+	if f.goroutines > base.goroutines {
+		errs = append(errs, fmt.Errorf("%d goroutines, %d before", f.goroutines, base.goroutines))
+	}
+	for name, n := range f.entries {
+		if n > base.entries[name] {
+			errs = append(errs, fmt.Errorf("%d entries in map %s, %d before", n, name, base.entries[name]))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// awaitBaseline asserts that a daemon lets go of all that its connections took, once their clients are gone.
+func (m *mesh) awaitBaseline(ctx context.Context, node int) {
+	m.eventually("the daemon of "+m.Nodes[node].Name+" is back at its baseline", func() error {
+		now, err := measure(ctx, m.Daemons[node])
+		if err != nil {
+			return err
+		}
+		return now.exceeds(m.baselines[node])
+	})
+}

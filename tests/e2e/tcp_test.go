@@ -1,0 +1,91 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+func TestTCPBehavesAsWithoutAProxy(t *testing.T) {
+	m := newMesh(t)
+	web, err := m.Place(0, "web", 0)
+	m.must(err)
+	m.serve(web, ":8080")
+	api, err := m.Place(1, "api", port)
+	m.must(err)
+	server := m.serve(api, ":8080")
+	first, err := m.Place(1, "first", port)
+	m.must(err)
+	m.serve(first, "-first", ":8080")
+	m.allow("api", "web")
+	m.allow("first", "web")
+	m.start()
+	vip := m.vip("api")
+
+	for _, tc := range []struct {
+		name   string
+		args   []string
+		want   []string // of the client
+		server string   // of the server
+	}{
+		{name: "a client that half-closes still gets the answer",
+			args: []string{"-half", "-payload", "1000000", vip, "sum"}, want: []string{"sum 1000000 ", "end: eof"}, server: "received 1000000 by sum: eof"},
+		{name: "a server that half-closes still gets the rest",
+			args: []string{"-half", "-payload", "2000000", vip, "half"}, want: []string{"bye\n", "end: eof"}, server: "received 2000000 by half: eof"},
+		{name: "an echo of many segments is whole",
+			args: []string{"-half", "-payload", "50000", vip, "echo"}, want: []string{"end: eof"}, server: "received 50000 by echo: eof"},
+		{name: "the server may speak first",
+			args: []string{"-half", m.vip("first")}, want: []string{"220 hello " + hostPrefix(web.IPv4), "end: eof"}},
+		{name: "a client that closes first is seen to close",
+			args: []string{"-close", vip, "hold"}, server: "received 0 by hold: eof"},
+		{name: "a client's reset arrives as a reset",
+			args: []string{"-reset", vip, "hold"}, server: "received 0 by hold: ECONNRESET"},
+		{name: "a server's reset arrives as a reset",
+			args: []string{vip, "reset"}, want: []string{"end: reset"}},
+		{name: "a non-blocking connect",
+			args: []string{"-nonblocking", vip, "peer"}, want: []string{"accept=" + hostPrefix(web.IPv4), "end: eof"}},
+		{name: "TCP fast open",
+			args: []string{"-fastopen", vip, "peer"}, want: []string{"accept=" + hostPrefix(web.IPv4), "end: eof"}},
+		{name: "a source bound before connect",
+			args: []string{"-bind", at(web.IPv4, 5555), vip, "peer"}, want: []string{"connected local=" + at(web.IPv4, 5555), "accept=" + at(web.IPv4, 5555), "end: eof"}},
+		{name: "the client's peer is what it dialled",
+			args: []string{vip, "peer"}, want: []string{"peer=" + vip}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			m := m.in(t)
+			before := strings.Count(server.Output(), tc.server)
+			out := m.dial(web, tc.args...)
+			for _, want := range tc.want {
+				if !strings.Contains(out, want) {
+					t.Errorf("the client does not print %q: %s", want, out)
+				}
+			}
+			if tc.server != "" {
+				m.eventually("the server prints "+tc.server, func() error {
+					if strings.Count(server.Output(), tc.server) == before {
+						return errNotYet
+					}
+					return nil
+				})
+			}
+		})
+	}
+}
+
+func TestASocketBoundToADeviceIsRefusedWithAReason(t *testing.T) {
+	m, web, _ := pair(t)
+	traced := m.traced(0)
+	if out := m.dial(web, "-device", "eth0", m.vip("api"), "peer"); !strings.Contains(out, "refused: ") {
+		t.Errorf("the connection is not refused: %s", out)
+	}
+	c := traced("refusal", func(c admin.Connection) bool { return c.Reason == catalog.ReasonBoundDevice })
+	if c.Verdict != admin.Denied || c.Source.Comm != "app" || c.Destination.Address != m.vip("api") {
+		t.Errorf("the refusal is traced as %+v", c)
+	}
+	if n := m.denials(0, catalog.ReasonBoundDevice); n < 1 {
+		t.Errorf("the counter says %v", n)
+	}
+	m.reaches(web, m.vip("api"))
+}
