@@ -1,0 +1,91 @@
+package nodeproxy
+
+import (
+	"context"
+	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls"
+)
+
+// retryApply is how long after a failure the kernel is asked again to apply the same snapshot.
+const retryApply = time.Second
+
+// offer leaves snap for the loop in the place of an older one that it has not taken yet. The source calls it, one call
+// at a time.
+func (p *Proxy) offer(snap *catalog.Snapshot) {
+	for {
+		select {
+		case p.offers <- snap:
+			return
+		default:
+		}
+		select {
+		case <-p.offers:
+		default:
+		}
+	}
+}
+
+// applyAll applies snapshots until ctx ends. kernelCtx ends earlier: policy is in force while connections drain, steering
+// is not changed any more.
+func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
+	retry := time.NewTimer(0)
+	retry.Stop()
+	defer retry.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case snap := <-p.offers:
+			p.putInForce(snap)
+		case <-retry.C:
+		}
+		retry.Stop()
+		current := p.gate.current()
+		if current == nil || kernelCtx.Err() != nil {
+			continue
+		}
+		err := p.cfg.Kernel.Apply(kernelCtx, current.snap)
+		p.setApplying(err)
+		if err != nil && kernelCtx.Err() == nil {
+			p.cfg.Log.Error("apply the snapshot to the kernel: it is tried again", "generation", current.snap.Generation, "error", err)
+			retry.Reset(retryApply)
+		}
+	}
+}
+
+// putInForce makes snap decide: certificates and policy with one swap, then every live connection again. Steering comes
+// after it, so that nothing is steered to us before we have its certificate.
+func (p *Proxy) putInForce(snap *catalog.Snapshot) {
+	if current := p.gate.current(); current != nil && snap.Generation <= current.snap.Generation {
+		p.cfg.Log.Error("drop a snapshot that is not newer than the one in force", "generation", snap.Generation, "in force", current.snap.Generation)
+		return
+	}
+	p.gate.swap(&state{snap: snap, credentials: mtls.New(snap)})
+	p.recheck()
+	p.balancer.prune(snap)
+}
+
+// recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
+// the policy in force denies.
+func (p *Proxy) recheck() {
+	for _, c := range p.live.all() {
+		source, service, known := c.pair()
+		if !known {
+			continue // it will be evaluated by the policy in force, or a newer one
+		}
+		v := p.gate.decide(source, service)
+		if v.Allowed {
+			c.record(v)
+			continue
+		}
+		c.cutOff(denial(source, service, v), &v)
+	}
+}
+
+func (p *Proxy) setApplying(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.applying = err
+}

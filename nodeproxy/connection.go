@@ -1,0 +1,227 @@
+package nodeproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
+)
+
+// connection is one connection of an application or a peer, from accept to close. Its owner is the goroutine that serves
+// it; cutOff, recheck and line may be called by any.
+type connection struct {
+	id      uint64
+	started time.Time
+
+	ctx    context.Context // ends when the connection is cut off
+	cancel context.CancelFunc
+
+	sent, received atomic.Uint64
+
+	mu       sync.Mutex
+	about    admin.Connection // all but the event, the bytes and the duration
+	source   policy.Identity
+	service  string // the destination; "" while source and service are not known
+	sockets  []net.Conn
+	releases []func()
+	opened   bool
+	ended    error // why we ended it, set once
+}
+
+func newConnection(id uint64, direction admin.Direction) *connection {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &connection{
+		id: id, started: time.Now(), ctx: ctx, cancel: cancel,
+		about: admin.Connection{ID: id, Direction: direction, Path: admin.PathNone, Verdict: admin.Allowed},
+	}
+}
+
+// describe changes what is told about c.
+func (c *connection) describe(change func(*admin.Connection)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(&c.about)
+}
+
+// identify sets whose intention decides. A policy change from here on re-evaluates c.
+func (c *connection) identify(source policy.Identity, service string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.source, c.service = source, service
+	c.about.Source.Service, c.about.Source.Identity = source.Service, source.String()
+	c.about.Destination.Service = service
+}
+
+// pair is what identify set.
+func (c *connection) pair() (source policy.Identity, service string, known bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.source, c.service, c.service != ""
+}
+
+// hold makes conn end with c. When c was cut off already, conn is reset and the reason returned.
+func (c *connection) hold(conn net.Conn) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended != nil {
+		abort(conn)
+		return c.ended
+	}
+	c.sockets = append(c.sockets, conn)
+	return nil
+}
+
+// onEnd calls release when c has ended.
+func (c *connection) onEnd(release func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.releases = append(c.releases, release)
+}
+
+// record notes the verdict that c stands on. A recheck may have noted a newer one already.
+func (c *connection) record(v verdict) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.note(v)
+}
+
+func (c *connection) note(v verdict) {
+	if v.sequence < c.about.Sequence {
+		return
+	}
+	c.about.Sequence, c.about.Generation, c.about.Intention = v.sequence, v.Generation, ""
+	if v.Intention != nil {
+		c.about.Intention = v.Intention.String()
+	}
+}
+
+// denial is the error of a verdict that denies.
+func denial(source policy.Identity, service string, v verdict) error {
+	return &catalog.Refusal{
+		Reason: catalog.ReasonIntention,
+		Err:    fmt.Errorf("connect %q to %q: %s", source.Service, service, v.Why),
+	}
+}
+
+// open says that bytes may flow now. It fails with the reason when c was cut off before.
+func (c *connection) open() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended != nil {
+		return c.ended
+	}
+	c.opened = true
+	c.about.Path = admin.PathMTLS
+	return nil
+}
+
+// cutOff ends c because of err: both sockets are reset, and whatever its owner waits for returns. v is the verdict that
+// demands it, nil when it is none.
+func (c *connection) cutOff(err error, v *verdict) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if v != nil {
+		c.note(*v)
+	}
+	if c.ended != nil {
+		return
+	}
+	c.ended = err
+	c.cancel()
+	c.resetSockets()
+}
+
+func (c *connection) resetSockets() {
+	for _, conn := range c.sockets {
+		abort(conn)
+	}
+	c.sockets = nil
+}
+
+// finish is the owner's last call. It resets what is still open when err is not nil, gives back what c took, and returns
+// what is to be told of the end.
+func (c *connection) finish(err error) admin.Connection {
+	c.cancel()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended == nil {
+		c.ended = err
+	}
+	if c.ended != nil {
+		c.resetSockets()
+		c.about.Detail = c.ended.Error()
+	}
+	if refusal, ok := errors.AsType[*catalog.Refusal](c.ended); ok {
+		c.about.Verdict, c.about.Reason = admin.Denied, refusal.Reason
+	}
+	for _, release := range c.releases {
+		release()
+	}
+	if c.opened {
+		return c.event(admin.EventClose)
+	}
+	c.about.Verdict = admin.Denied
+	if c.about.Reason == "" {
+		c.about.Reason = catalog.ReasonConnectFailed
+		if c.about.Direction == admin.Inbound {
+			c.about.Reason = catalog.ReasonDeliveryFailed
+		}
+	}
+	return c.event(admin.EventDenied)
+}
+
+// line is c as an "open" event with the bytes so far; false when it is not open.
+func (c *connection) line() (admin.Connection, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.event(admin.EventOpen), c.opened
+}
+
+func (c *connection) event(event string) admin.Connection {
+	e := c.about
+	e.Event, e.Time = event, time.Now()
+	e.Duration = e.Time.Sub(c.started)
+	e.Sent, e.Received = c.sent.Load(), c.received.Load()
+	return e
+}
+
+// table holds every connection from its acceptance on.
+type table struct {
+	mu   sync.Mutex
+	live map[uint64]*connection
+}
+
+func (t *table) add(c *connection) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.live[c.id] = c
+}
+
+func (t *table) remove(c *connection) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.live, c.id)
+}
+
+func (t *table) all() []*connection {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := make([]*connection, 0, len(t.live))
+	for _, c := range t.live {
+		all = append(all, c)
+	}
+	return all
+}
+
+func (t *table) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.live)
+}

@@ -1,0 +1,181 @@
+package nodeproxy
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"time"
+)
+
+// leg is one of the two connections that a relay joins. One goroutine calls next, release and watch, another write and
+// closeWrite; close and reset may be called by any.
+type leg interface {
+	// next waits for bytes without holding a buffer, and returns as many as are there. They are valid until release.
+	// io.EOF is an orderly half-close by the peer, any other error the end of the connection.
+	next() ([]byte, error)
+	release()
+	write(p []byte) error
+	// closeWrite tells the peer that there will be no more bytes; it can still be read from.
+	closeWrite() error
+	// watch waits, after next returned io.EOF, until the connection fails or is closed here.
+	watch() error
+
+	close() // orderly: what was written still arrives
+	reset() // the peer sees a reset, and no close_notify
+}
+
+// tune sets what both legs have in common. A peer that vanished is noticed within 90 s, however long it may be idle.
+func tune(conn *net.TCPConn) error {
+	return errors.Join(conn.SetNoDelay(true), conn.SetKeepAliveConfig(net.KeepAliveConfig{
+		Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6,
+	}))
+}
+
+// abort closes conn so that its peer sees a reset. A unix socket has none: its peer gets one only if it left bytes unread.
+func abort(conn net.Conn) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // it fails only when conn is closed already
+	}
+	_ = conn.Close()
+}
+
+// watchRaw returns when the socket has an error pending, or is closed here.
+func watchRaw(raw syscall.RawConn) error {
+	var failed error
+	err := raw.Read(func(fd uintptr) bool {
+		errno, err := syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR)
+		if err == nil && errno != 0 {
+			err = syscall.Errno(errno)
+		}
+		failed = err
+		return err != nil // else until the next event of the socket
+	})
+	return errors.Join(err, failed)
+}
+
+// plainConn is what an application's connection can be.
+type plainConn interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+}
+
+// plainLeg is a connection to an application: a *net.TCPConn or a *net.UnixConn.
+type plainLeg struct {
+	conn plainConn
+	raw  syscall.RawConn
+	pool *buffers
+	held *buffer
+}
+
+func newPlainLeg(conn net.Conn, pool *buffers) (*plainLeg, error) {
+	plain, ok := conn.(plainConn)
+	if !ok {
+		return nil, errors.New("the connection can not be half-closed")
+	}
+	raw, err := plain.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	return &plainLeg{conn: plain, raw: raw, pool: pool}, nil
+}
+
+func (l *plainLeg) next() ([]byte, error) {
+	buf, n, err := l.pool.read(l.raw, plainChunk)
+	if err != nil {
+		return nil, err
+	}
+	l.held = buf
+	return buf[:n], nil
+}
+
+func (l *plainLeg) release() {
+	if l.held != nil {
+		l.pool.put(l.held)
+		l.held = nil
+	}
+}
+
+func (l *plainLeg) write(p []byte) error {
+	_, err := l.conn.Write(p)
+	return err
+}
+
+func (l *plainLeg) closeWrite() error {
+	err := l.conn.CloseWrite()
+	if errors.Is(err, syscall.ENOTCONN) {
+		return nil // reset by its peer: whoever reads it is told
+	}
+	return err
+}
+
+func (l *plainLeg) watch() error { return watchRaw(l.raw) }
+func (l *plainLeg) close()       { _ = l.conn.Close() }
+func (l *plainLeg) reset()       { abort(l.conn) }
+
+// secureLeg is a connection to a peer over TLS, its handshake done.
+type secureLeg struct {
+	tls  *tls.Conn
+	wire *wire
+	held *buffer
+}
+
+// newSecureLeg takes over conn, whose handshake was done over w.
+func newSecureLeg(conn *tls.Conn, w *wire) *secureLeg {
+	w.polling = true
+	return &secureLeg{tls: conn, wire: w}
+}
+
+func (l *secureLeg) next() ([]byte, error) {
+	for {
+		buf := l.wire.pool.get()
+		n, err := l.drain(buf)
+		if n > 0 {
+			l.held = buf
+			return buf[:n], nil // an error comes again with the next call
+		}
+		l.wire.pool.put(buf)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, err
+		}
+		if err := l.wire.fill(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// drain reads all records that have arrived whole and fit.
+func (l *secureLeg) drain(buf *buffer) (n int, err error) {
+	for n < len(buf) && err == nil {
+		var got int
+		got, err = l.tls.Read(buf[n:])
+		n += got
+	}
+	return n, err
+}
+
+func (l *secureLeg) release() {
+	if l.held != nil {
+		l.wire.pool.put(l.held)
+		l.held = nil
+	}
+}
+
+func (l *secureLeg) write(p []byte) error {
+	l.wire.cork()
+	_, err := l.tls.Write(p)
+	return errors.Join(err, l.wire.uncork())
+}
+
+// closeWrite sends a close_notify alone. A FIN after it would say nothing more, and make connection trackers on the way
+// forget a half-closed connection within minutes.
+func (l *secureLeg) closeWrite() error { return l.tls.CloseWrite() }
+func (l *secureLeg) watch() error      { return watchRaw(l.wire.raw) }
+func (l *secureLeg) close()            { _ = l.wire.Close() }
+func (l *secureLeg) reset()            { abort(l.wire.TCPConn) }
+
+// splice copies between two applications' connections inside the kernel, until src ends.
+func splice(dst, src *plainLeg) (int64, error) { return io.Copy(dst.conn, src.conn) }

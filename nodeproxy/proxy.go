@@ -1,0 +1,256 @@
+// Package nodeproxy is the data path: it accepts the redirected connections of workloads and those of Connect peers,
+// identifies both ends, lets intentions decide, dials, copies, and drains.
+//
+// A Proxy lives as long as its Run; when that returns, no goroutine or socket of it is left. It has no kernel code of its
+// own (see Kernel) and keeps nothing on disk.
+package nodeproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/workload"
+)
+
+// Observer is told of every connection: an "open" event when bytes may flow and a "close" event at its end, or one
+// "denied" event. Observe is called concurrently, on the data path: it must not block.
+type Observer interface {
+	Observe(admin.Connection)
+}
+
+// Config is what a Proxy needs; every field but the last three is required.
+type Config struct {
+	Node     string
+	Source   catalog.Source
+	Kernel   Kernel
+	Observer Observer
+	Log      *slog.Logger
+	Limits   Limits
+
+	PreferLocal bool   // instances of this node go first
+	Version     string // shown in status
+	MapABI      int    // shown in status
+}
+
+func (c *Config) validate() error {
+	if c.Source == nil || c.Kernel == nil || c.Observer == nil || c.Log == nil || c.Node == "" {
+		return errors.New("configure the proxy: it needs a node name, a source, a kernel, an observer and a logger")
+	}
+	return c.Limits.validate()
+}
+
+// Proxy is the data path of one node. It implements workload.Handler.
+type Proxy struct {
+	cfg      Config
+	started  time.Time
+	gate     gate
+	slots    slots
+	balancer *balancer
+	buffers  *buffers
+	live     table
+
+	connections sync.WaitGroup // one for each connection in live
+	lastID      atomic.Uint64
+	opened      atomic.Uint64
+	denied      atomic.Uint64
+
+	offers chan *catalog.Snapshot // the newest snapshot not yet applied
+
+	mu       sync.Mutex
+	needed   []string // services that workloads here run as
+	applying error    // what the kernel could not apply
+}
+
+var _ workload.Handler = (*Proxy)(nil)
+
+// New returns a Proxy that does nothing until Run.
+func New(cfg Config) (*Proxy, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	return &Proxy{
+		cfg:      cfg,
+		started:  time.Now(),
+		slots:    slots{taken: make(map[slotKey]int)},
+		balancer: newBalancer(cfg.PreferLocal),
+		buffers:  newBuffers(),
+		live:     table{live: make(map[uint64]*connection)},
+		offers:   make(chan *catalog.Snapshot, 1),
+	}, nil
+}
+
+// Run runs the source and the kernel, applies snapshots and serves, until ctx ends or one of the two fails. It then lets
+// the live connections end by themselves until limits.drain has passed, resets the rest, and returns. Policy changes are
+// in force while it drains. It may be called once.
+func (p *Proxy) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	sourceCtx, stopSource := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopSource()
+
+	var sourceErr error
+	var workers sync.WaitGroup
+	workers.Go(func() {
+		defer stop()
+		if sourceErr = p.cfg.Source.Run(sourceCtx, p.offer); sourceErr != nil {
+			sourceErr = fmt.Errorf("run the source: %w", sourceErr)
+		}
+	})
+	workers.Go(func() { p.applyAll(sourceCtx, ctx) })
+	kernelErr := p.cfg.Kernel.Run(ctx, p)
+	if kernelErr != nil {
+		kernelErr = fmt.Errorf("run the kernel side: %w", kernelErr)
+	}
+	stop()
+	p.drain()
+	stopSource()
+	workers.Wait()
+	return errors.Join(sourceErr, kernelErr)
+}
+
+// drain waits for the live connections, and resets those that are left at the deadline.
+func (p *Proxy) drain() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		p.connections.Wait()
+	}()
+	deadline := time.NewTimer(p.cfg.Limits.Drain)
+	defer deadline.Stop()
+	select {
+	case <-done:
+		return
+	case <-deadline.C:
+	}
+	for _, c := range p.live.all() {
+		c.cutOff(&catalog.Refusal{Reason: catalog.ReasonDrain}, nil)
+	}
+	<-done
+}
+
+// Need implements workload.Handler.
+func (p *Proxy) Need(services []string) {
+	p.mu.Lock()
+	p.needed = services
+	p.mu.Unlock()
+	p.cfg.Source.Need(services)
+}
+
+// begin starts the life of an accepted connection. Every begin is followed by one run.
+func (p *Proxy) begin(direction admin.Direction, conn *net.TCPConn) *connection {
+	c := newConnection(p.lastID.Add(1), direction)
+	_ = c.hold(conn) // c is new: it cannot have been cut off
+	return c
+}
+
+// run registers c and calls serve in a goroutine of c's own. admitted is why c is refused at once, or nil.
+func (p *Proxy) run(c *connection, admitted error, serve func() error) {
+	if admitted != nil {
+		p.end(c, admitted)
+		return
+	}
+	p.live.add(c)
+	p.connections.Go(func() {
+		defer p.live.remove(c)
+		p.end(c, p.protect(serve))
+	})
+}
+
+func (p *Proxy) end(c *connection, err error) {
+	e := c.finish(err)
+	if e.Event == admin.EventDenied {
+		p.denied.Add(1)
+	}
+	p.cfg.Observer.Observe(e)
+}
+
+// open tells that bytes may flow on c now.
+func (p *Proxy) open(c *connection) error {
+	if err := c.open(); err != nil {
+		return err
+	}
+	e, _ := c.line()
+	p.opened.Add(1)
+	p.cfg.Observer.Observe(e)
+	return nil
+}
+
+// protect turns a panic of run into an error. Strangers' bytes reach the code that runs here: a mistake in it must end
+// their connection and not all connections of the node. The stack is logged, so that it is not overlooked.
+func (p *Proxy) protect(run func() error) (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			p.cfg.Log.Error("a connection failed because of a mistake in nodeproxy: please report it", "panic", cause, "stack", string(debug.Stack()))
+			err = fmt.Errorf("serve the connection: internal error: %v", cause)
+		}
+	}()
+	return run()
+}
+
+// authorize evaluates the intention of c, which is registered: a policy change either comes first and decides here, or
+// finds c in the table.
+func (p *Proxy) authorize(c *connection) error {
+	source, service, _ := c.pair()
+	v := p.gate.decide(source, service)
+	c.record(v)
+	if !v.Allowed {
+		return denial(source, service, v)
+	}
+	return nil
+}
+
+// relay copies between the two legs of c. application is the end on this node.
+func (p *Proxy) relay(c *connection, application, peer leg) error {
+	defer p.limitIdle(c)()
+	r := relay{a: application, b: peer, fromA: &c.sent, fromB: &c.received, protect: p.protect}
+	if c.about.Direction == admin.Inbound {
+		r.fromA, r.fromB = &c.received, &c.sent
+	}
+	err := r.run()
+	if remote, ok := errors.AsType[*net.OpError](err); ok && remote.Op == "remote error" && c.received.Load() == 0 {
+		// With TLS 1.3 the client is told only now that its certificate was refused.
+		return &catalog.Refusal{Reason: catalog.ReasonHandshakeFailed, Err: fmt.Errorf("do the TLS handshake: the peer refused it: %w", err)}
+	}
+	return err
+}
+
+// limitIdle cuts c off when limits.idle passed without a byte, give or take a quarter. It looks at the byte counts, so
+// that copying does not have to look at the clock. What it returns ends it.
+func (p *Proxy) limitIdle(c *connection) (stop func()) {
+	limit := p.cfg.Limits.Idle
+	if limit == 0 {
+		return func() {}
+	}
+	const looks = 4
+	done := make(chan struct{})
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		tick := time.NewTicker(max(limit/looks, 1))
+		defer tick.Stop()
+		var last uint64
+		for quiet := 0; quiet < looks; quiet++ {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+			if now := c.sent.Load() + c.received.Load(); now != last {
+				last, quiet = now, -1
+			}
+		}
+		c.cutOff(&catalog.Refusal{Reason: catalog.ReasonIdle}, nil)
+	})
+	return func() {
+		close(done)
+		watcher.Wait()
+	}
+}

@@ -1,0 +1,175 @@
+package nodeproxy
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/workload"
+)
+
+// Verdict implements workload.Handler: what the kernel decided is told like what was decided here.
+func (p *Proxy) Verdict(v workload.KernelVerdict) {
+	e := admin.Connection{
+		Event: admin.EventOpen, Time: time.Now(), Direction: admin.Outbound,
+		Source:      admin.Endpoint{Address: v.Source.String(), PID: v.PID, Comm: v.Comm},
+		Destination: admin.Endpoint{Address: v.Destination.String()},
+		Path:        admin.PathPlaintext, Verdict: admin.Allowed, Reason: v.Reason, Detail: v.Reason.Sentence(),
+	}
+	own := &e.Source
+	if v.Inbound {
+		e.Direction, own = admin.Inbound, &e.Destination
+	}
+	if v.Workload != nil {
+		own.Service, own.Workload = v.Workload.Service, v.Workload.Cgroup
+	}
+	if !v.Allowed {
+		e.Event, e.Verdict = admin.EventDenied, admin.Denied
+		if !v.Inbound {
+			e.Path = admin.PathNone
+		}
+		p.denied.Add(1)
+	}
+	if now := p.gate.current(); now != nil && !v.Inbound {
+		if to, ok := now.snap.Resolve(v.Destination); ok {
+			e.Destination.Service = to.Service.Name
+		}
+	}
+	p.cfg.Observer.Observe(e)
+}
+
+// Connections lists the open connections as "open" events with the bytes so far, by ID.
+func (p *Proxy) Connections() []admin.Connection {
+	open := []admin.Connection{}
+	for _, c := range p.live.all() {
+		if line, ok := c.line(); ok {
+			open = append(open, line)
+		}
+	}
+	slices.SortFunc(open, func(a, b admin.Connection) int { return int(a.ID) - int(b.ID) })
+	return open
+}
+
+// Status is everything that GET /v1/status shows. Its lists are empty, never nil, and sorted.
+func (p *Proxy) Status() admin.Status {
+	kernel := p.cfg.Kernel.State()
+	s := admin.Status{
+		Version: p.cfg.Version, MapABI: p.cfg.MapABI, Node: p.cfg.Node, Started: p.started,
+		Source:    p.sourceStatus(),
+		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
+		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Maps: []admin.KernelMap{}},
+		Connections: admin.Connections{
+			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+		},
+		Problems: []admin.Problem{},
+	}
+	for _, w := range kernel.Workloads {
+		s.Workloads = append(s.Workloads, workloadStatus(w))
+	}
+	for _, r := range kernel.Refused {
+		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Provider: r.Claim.Provider, Why: r.Why})
+	}
+	for _, m := range kernel.Maps {
+		s.Kernel.Maps = append(s.Kernel.Maps, admin.KernelMap{Name: m.Name, Entries: m.Entries, Max: m.Max})
+	}
+	now := p.gate.current()
+	s.Certificates = p.certificates(now)
+	if err := p.applyError(); err != nil {
+		s.Problems = append(s.Problems, admin.Problem{Kind: "kernel", Text: fmt.Sprintf("the newest snapshot is not wholly applied to the kernel, which is tried again: %v", err)})
+	}
+	if now == nil {
+		return s
+	}
+	s.Policy = admin.PolicyStatus{Generation: now.snap.Policy.Generation(), Default: now.snap.Policy.Default().String(), Intentions: now.snap.Policy.Len()}
+	for _, name := range slices.Sorted(maps.Keys(now.snap.Services)) {
+		svc := now.snap.Services[name]
+		s.Services = append(s.Services, admin.Service{Name: name, Virtual: texts(svc.Virtual), Instances: p.instances(svc.Instances)})
+	}
+	for _, problem := range now.snap.Problems {
+		s.Problems = append(s.Problems, admin.Problem(problem))
+	}
+	return s
+}
+
+func (p *Proxy) applyError() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.applying
+}
+
+func (p *Proxy) sourceStatus() admin.SourceStatus {
+	health := p.cfg.Source.Health()
+	s := admin.SourceStatus{Kind: health.Kind, Location: health.Location, Updated: health.Updated}
+	if health.Err != nil {
+		s.Error = health.Err.Error()
+	}
+	if now := p.gate.current(); now != nil {
+		s.Generation = now.snap.Generation
+	}
+	return s
+}
+
+func workloadStatus(w workload.WorkloadState) admin.Workload {
+	s := admin.Workload{
+		ID: w.Workload.ID, Service: w.Workload.Service, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
+		Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
+		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...),
+	}
+	for _, ns := range w.Namespaces {
+		s.Namespaces = append(s.Namespaces, ns.Inode)
+	}
+	return s
+}
+
+// certificates lists the leaves of all services that have one or need one.
+func (p *Proxy) certificates(now *state) []admin.Certificate {
+	p.mu.Lock()
+	services := slices.Clone(p.needed)
+	p.mu.Unlock()
+	if now != nil {
+		services = slices.AppendSeq(services, maps.Keys(now.snap.Leaves))
+	}
+	slices.Sort(services)
+	list := []admin.Certificate{}
+	for _, service := range slices.Compact(services) {
+		cert := admin.Certificate{Service: service}
+		if now == nil {
+			cert.Error = "the source has delivered no snapshot yet"
+			list = append(list, cert)
+			continue
+		}
+		cert.Identity = now.snap.Identity(service).String()
+		if leaf := now.snap.Leaves[service]; leaf != nil && leaf.Leaf != nil {
+			cert.NotAfter = leaf.Leaf.NotAfter
+		}
+		if _, err := now.credentials.Leaf(service); err != nil {
+			cert.Error = err.Error()
+		}
+		list = append(list, cert)
+	}
+	return list
+}
+
+func (p *Proxy) instances(of []*catalog.Instance) []admin.Instance {
+	list := []admin.Instance{}
+	for _, inst := range of {
+		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: inst.Address.String(), Healthy: inst.Healthy, Ejected: p.balancer.why(inst)}
+		if inst.Mesh.IsValid() {
+			s.Mesh = inst.Mesh.String()
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
+func texts(addrs []netip.Addr) []string {
+	list := []string{}
+	for _, addr := range addrs {
+		list = append(list, addr.String())
+	}
+	return list
+}
