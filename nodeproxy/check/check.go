@@ -1,5 +1,5 @@
 // Package check is the preflight: it asks the host, the configuration, the source and the running daemon whether the mesh
-// would work here, and says for each question that it does, or what to do. It changes nothing.
+// would work here, and says for each question that it does, or what to do.
 package check
 
 import (
@@ -57,11 +57,12 @@ func Worst(results []Result) Verdict {
 func Kernel(features []redirect.Feature) []Result {
 	var results []Result
 	for _, f := range features {
+		name := "kernel " + strings.TrimPrefix(f.Name, "kernel ")
 		if f.Err == nil {
-			results = append(results, ok("kernel: "+f.Name, "available"))
+			results = append(results, ok(name, "available"))
 			continue
 		}
-		results = append(results, failed("kernel: "+f.Name, "%s; %s: run as root on a kernel that has it", f.Err, f.Costs))
+		results = append(results, failed(name, "%s; %s: run as root on a kernel that has it", f.Err, f.Costs))
 	}
 	return results
 }
@@ -90,7 +91,8 @@ func Source(ctx context.Context, load func(context.Context) (*catalog.Snapshot, 
 	return snap, results
 }
 
-// Service reports what of the service's configuration is ignored, and which connections to it would be denied or fail.
+// Service reports what of the service's configuration is ignored, and which connections to it would be denied or fail
+// whatever its health, which a preflight does not know.
 func Service(snap *catalog.Snapshot, name string) []Result {
 	label := "service " + name
 	svc := snap.Services[name]
@@ -123,8 +125,6 @@ func instances(label string, svc *catalog.Service) []Result {
 		switch {
 		case !inst.Mesh.IsValid():
 			results = append(results, warning(label, "instance %s on %s speaks no mTLS: connections to it are denied", inst.ID, inst.Node))
-		case !inst.Healthy:
-			results = append(results, warning(label, "instance %s on %s is not healthy: it gets no connection until its checks pass", inst.ID, inst.Node))
 		default:
 			dialable++
 		}

@@ -78,8 +78,8 @@ func bpffs(pins string) Result {
 	return ok(name, "state.pins %s", pins)
 }
 
-// descriptorsPerConnection: two sockets and the pipe that splice(2) needs where both ends are plain.
-const descriptorsPerConnection = 4
+// descriptorsPerConnection: the sockets of its two legs.
+const descriptorsPerConnection = 2
 
 func fileLimit(connections int) Result {
 	const name = "RLIMIT_NOFILE"
