@@ -3,9 +3,11 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -226,6 +228,14 @@ func (m *mesh) eventually(what string, check func() error) {
 	}
 }
 
+// workload is a shorthand.
+type workload = *netlab.Workload
+
+// app is a command of the test application.
+func (m *mesh) app(args ...string) netlab.Command {
+	return netlab.Command{Path: programs.app, Args: args}
+}
+
 // dial runs the test application's client in a workload and returns its output: see package app.
 func (m *mesh) dial(w *netlab.Workload, args ...string) string {
 	m.t.Helper()
@@ -258,41 +268,55 @@ func (m *mesh) reaches(w *netlab.Workload, args ...string) {
 func (m *mesh) getsNothing(w *netlab.Workload, args ...string) {
 	m.t.Helper()
 	out := m.dial(w, append(args, "peer")...)
-	if strings.Contains(out, "accept=") || strings.Contains(out, "end: eof") {
+	if strings.Contains(out, "accept=") {
 		m.t.Errorf("%s reaches %s: %s", w.Name, args, out)
 	}
 }
 
-// traced follows a node's trace and returns a function that waits for an event that match accepts.
-func (m *mesh) traced(node int) func(what string, match func(admin.Connection) bool) admin.Connection {
+// tracer reads what a node's trace shows from the moment it was made.
+type tracer struct {
+	t      *testing.T
+	events chan admin.Connection
+}
+
+// traced follows a node's trace until the test ends. Nothing that happens after it returns is missed.
+func (m *mesh) traced(node int) *tracer {
 	m.t.Helper()
-	events := make(chan admin.Connection, 4096)
-	ctx, cancel := context.WithCancel(m.t.Context())
-	done := make(chan error, 1)
+	conn, err := net.Dial("unix", m.Daemons[node].Socket())
+	m.must(err)
+	_, err = io.WriteString(conn, "GET /v1/trace HTTP/1.1\r\nHost: nodeproxy\r\n\r\n")
+	m.must(err)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil) // answered once the daemon has subscribed us
+	m.must(err)
+	tr := &tracer{t: m.t, events: make(chan admin.Connection, 1<<16)}
+	done := make(chan struct{})
 	go func() {
-		done <- m.Daemons[node].Admin().Trace(ctx, admin.Filter{}, func(c admin.Connection) error {
-			select {
-			case events <- c:
-				return nil
-			default:
-				return errors.New("more events than the test reads")
+		defer close(done)
+		for dec := json.NewDecoder(resp.Body); ; {
+			var c admin.Connection
+			if dec.Decode(&c) != nil {
+				return
 			}
-		})
+			tr.events <- c
+		}
 	}()
-	m.t.Cleanup(func() { cancel(); <-done })
+	m.t.Cleanup(func() { conn.Close(); <-done; resp.Body.Close() })
+	return tr
+}
+
+// await waits for an event that match accepts. Those before it are not seen again.
+func (tr *tracer) await(what string, match func(admin.Connection) bool) admin.Connection {
+	tr.t.Helper()
 	var seen []admin.Connection
-	return func(what string, match func(admin.Connection) bool) admin.Connection {
-		m.t.Helper()
-		for deadline := time.After(patience); ; {
-			select {
-			case c := <-events:
-				if match(c) {
-					return c
-				}
-				seen = append(seen, c)
-			case <-deadline:
-				m.t.Fatalf("trace shows no %s; it shows %+v", what, seen)
+	for deadline := time.After(patience); ; {
+		select {
+		case c := <-tr.events:
+			if match(c) {
+				return c
 			}
+			seen = append(seen, c)
+		case <-deadline:
+			tr.t.Fatalf("the trace shows no %s; it shows %+v", what, seen)
 		}
 	}
 }

@@ -46,7 +46,7 @@ func TestEveryFamilyAndNodeIsCapturedWhenInTheMeshAndUntouchedWhenNot(t *testing
 				to := at(family.to, port)
 				out := m.dial(web, append(family.flags, to, "peer")...)
 				for _, want := range []string{
-					"accept=" + hostPrefix(family.from), "getpeername=" + hostPrefix(family.from), "local=" + to, "end: eof",
+					"peer=" + to, "accept=" + hostPrefix(family.from), "getpeername=" + hostPrefix(family.from), "end: eof",
 				} {
 					if !strings.Contains(unmapped(out), want) {
 						t.Errorf("the exchange does not show %q: %s", want, out)
@@ -55,7 +55,7 @@ func TestEveryFamilyAndNodeIsCapturedWhenInTheMeshAndUntouchedWhenNot(t *testing
 				if !strings.HasSuffix(name, ", captured") {
 					return
 				}
-				traced("open connection to "+to, func(c admin.Connection) bool {
+				traced.await("closed connection to "+to, func(c admin.Connection) bool {
 					return c.Event == "close" && c.Destination.Address == to && c.Path == admin.PathMTLS && c.Verdict == admin.Allowed
 				})
 			})

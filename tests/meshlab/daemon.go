@@ -30,18 +30,23 @@ type Daemon struct {
 	lab      *netlab.Lab
 	cgroup   *netlab.Cgroup
 	meshD    string
-	enrolled []enrolment
+	enrolled []Enrolment
 }
 
-type enrolment struct {
-	workload *netlab.Workload
-	service  string
+// Enrolment is a cgroup block of the configuration.
+type Enrolment struct {
+	Cgroup  *netlab.Cgroup
+	Service string
+	Mode    string // "": the node's
 }
 
 // Enroll adds a workload to the configuration that the next Start reads.
 func (d *Daemon) Enroll(w *netlab.Workload, service string) {
-	d.enrolled = append(d.enrolled, enrolment{w, service})
+	d.EnrollCgroup(Enrolment{Cgroup: w.Cgroup, Service: service})
 }
+
+// EnrollCgroup is Enroll for what is not a whole workload of the lab.
+func (d *Daemon) EnrollCgroup(e Enrolment) { d.enrolled = append(d.enrolled, e) }
 
 // Socket is the path of the admin socket.
 func (d *Daemon) Socket() string { return filepath.Join(d.Node.Dir, "admin.sock") }
@@ -58,8 +63,12 @@ func (d *Daemon) WriteConfig() error {
 	fmt.Fprintf(&b, "node {\n  name    = %q\n  address = %q\n}\n\n", d.Node.Name, d.Node.IPv4)
 	fmt.Fprintf(&b, "source \"file\" {\n  path        = %q\n  virtual_ips = %q\n}\n\n", d.meshD, VirtualIPs)
 	b.WriteString("workloads {\n")
-	for _, e := range d.enrolled {
-		fmt.Fprintf(&b, "  cgroup %q {\n    path    = %q\n    service = %q\n  }\n", e.workload.Name, e.workload.Cgroup.Path(), e.service)
+	for i, e := range d.enrolled {
+		fmt.Fprintf(&b, "  cgroup \"%s-%d\" {\n    path    = %q\n    service = %q\n", e.Service, i, e.Cgroup.Path(), e.Service)
+		if e.Mode != "" {
+			fmt.Fprintf(&b, "    mode    = %q\n", e.Mode)
+		}
+		b.WriteString("  }\n")
 	}
 	fmt.Fprintf(&b, "}\n\nadmin {\n  socket  = %q\n  metrics = \"127.0.0.1:20210\"\n}\n\n", d.Socket())
 	fmt.Fprintf(&b, "state {\n  dir  = %q\n  pins = %q\n}\n\n", filepath.Join(d.Node.Dir, "state"), d.Pins)
@@ -113,8 +122,7 @@ func (d *Daemon) Await(ctx context.Context, check func(*admin.Status) error) (*a
 	}
 }
 
-// AwaitProtected waits until every enrolled workload that has a process is protected and has all of its cgroup's network
-// namespaces served.
+// AwaitProtected waits until every enrolled workload that has a process is protected.
 func (d *Daemon) AwaitProtected(ctx context.Context) (*admin.Status, error) {
 	return d.Await(ctx, func(s *admin.Status) error {
 		states := make(map[string]admin.Workload)
@@ -122,12 +130,12 @@ func (d *Daemon) AwaitProtected(ctx context.Context) (*admin.Status, error) {
 			states[w.Cgroup] = w
 		}
 		for _, e := range d.enrolled {
-			pids, err := e.workload.Cgroup.PIDs()
+			pids, err := e.Cgroup.PIDs()
 			if err != nil || len(pids) == 0 {
 				continue
 			}
-			if w := states[e.workload.Cgroup.Path()]; w.State != "protected" {
-				return fmt.Errorf("workload %s is %q: %s", e.workload.Name, w.State, w.Detail)
+			if w := states[e.Cgroup.Path()]; w.State != "protected" {
+				return fmt.Errorf("workload %s is %q: %s", e.Cgroup.Path(), w.State, w.Detail)
 			}
 		}
 		return nil

@@ -1,0 +1,145 @@
+package e2e
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+)
+
+func TestAnIntentionFlipCutsLiveConnectionsInBothDirections(t *testing.T) {
+	m := newMesh(t)
+	a, b := m.place(0, "a"), m.place(1, "b")
+	m.allow("a", "b")
+	m.allow("b", "a")
+	m.start()
+	streams := map[string]func() string{}
+	for name, client := range map[string]func() string{
+		"a downloads from b": m.background(a, "a line", m.vip("b"), "stream"),
+		"b downloads from a": m.background(b, "a line", m.vip("a"), "stream"),
+		"a is idle":          m.background(a, "held", m.vip("b"), "hold"),
+		"b is idle":          m.background(b, "held", m.vip("a"), "hold"),
+		"a uploads to b":     m.background(a, "connected", "-payload", "1000000000000", m.vip("b"), "sum"),
+	} {
+		streams[name] = client
+	}
+	written := time.Now()
+	m.deny("a", "b")
+	m.deny("b", "a")
+	for name, ended := range streams {
+		out := ended()
+		if !strings.Contains(out, "end: reset") && !strings.Contains(out, "send: ") {
+			t.Errorf("%s: the connection is not reset: %.200s", name, out)
+		}
+	}
+	t.Logf("all were cut within %v", time.Since(written))
+	m.getsNothing(a, m.vip("b"))
+	m.getsNothing(b, m.vip("a"))
+}
+
+// background starts a client and returns a function that waits for its end.
+func (m *mesh) background(w workload, text string, args ...string) func() string {
+	p := m.startDial(w, text, args...)
+	return func() string {
+		m.t.Helper()
+		if err := p.Wait(m.ctx()); err != nil {
+			m.t.Error(err)
+		}
+		return p.Output()
+	}
+}
+
+func TestAFlipOfAnotherPairsIntentionLeavesAConnectionAlone(t *testing.T) {
+	m, web, _ := pair(t)
+	p := m.startDial(web, "a line", m.vip("api"), "stream")
+	m.deny("api", "other")
+	m.allow("api", "web", "other")
+	m.awaitGeneration(0)
+	lines := strings.Count(p.Output(), "a line")
+	m.eventually("the stream goes on", func() error {
+		if strings.Count(p.Output(), "a line") < lines+20 {
+			return errNotYet
+		}
+		return nil
+	})
+	m.allow("api", "web")
+}
+
+// awaitGeneration waits until a node has applied what the mesh directory says now.
+func (m *mesh) awaitGeneration(node int) {
+	m.t.Helper()
+	status, err := m.Daemons[node].Admin().Status(m.ctx())
+	m.must(err)
+	generation := status.Policy.Generation
+	m.must(m.ConfigEntry("marker", fmt.Sprintf("Kind = \"service-intentions\"\nName = \"marker\"\nSources = [\n  {\n    Name = \"at-%d\"\n    Action = \"deny\"\n  },\n]\n", generation)))
+	_, err = m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.Policy.Generation <= generation {
+			return errNotYet
+		}
+		return nil
+	})
+	m.must(err)
+}
+
+func TestNoVerdictOfAnOlderPolicyFollowsOneOfANewer(t *testing.T) {
+	m, web, _ := pair(t)
+	traced := m.traced(0)
+	const clients, flips = 4, 20
+	done := make(chan struct{})
+	ended := make(chan error, clients)
+	for range clients {
+		go func() {
+			for {
+				select {
+				case <-done:
+					ended <- nil
+					return
+				default:
+				}
+				p, err := web.Start(m.app("dial", m.vip("api"), "peer"))
+				if err == nil {
+					err = p.Wait(t.Context())
+				}
+				if err != nil {
+					ended <- err
+					return
+				}
+			}
+		}()
+	}
+	for i := range flips {
+		if i%2 == 0 {
+			m.deny("api", "web")
+		} else {
+			m.allow("api", "web")
+		}
+		m.awaitGeneration(0)
+	}
+	close(done)
+	for range clients {
+		m.must(<-ended)
+	}
+	last := fmt.Sprintf("%d", flips)
+	m.reaches(web, m.vip("api"))
+	var verdicts []admin.Connection
+	traced.await("event of the last policy "+last, func(c admin.Connection) bool {
+		if c.Sequence > 0 && c.Event != "close" {
+			verdicts = append(verdicts, c)
+		}
+		return c.Event == "close" && c.Verdict == admin.Allowed && len(verdicts) > 0 && len(traced.events) == 0
+	})
+	slices.SortFunc(verdicts, func(a, b admin.Connection) int { return int(a.Sequence) - int(b.Sequence) })
+	seen := map[admin.Verdict]int{}
+	for i, c := range verdicts {
+		seen[c.Verdict]++
+		if i > 0 && c.Generation < verdicts[i-1].Generation {
+			t.Errorf("verdict %d is of policy %d and follows %d of policy %d", c.Sequence, c.Generation, verdicts[i-1].Sequence, verdicts[i-1].Generation)
+		}
+	}
+	if seen[admin.Allowed] == 0 || seen[admin.Denied] == 0 {
+		t.Errorf("only one kind of verdict was seen: %v", seen)
+	}
+}
