@@ -79,11 +79,8 @@ func (c *checker) notLanded() {
 	if r.Tunnels {
 		refuse(key("tunnels"), "remove it, or set it to false")
 	}
-	if len(r.Inbound.PlaintextFrom) > 0 {
-		refuse(key("inbound", "plaintext_from"), "remove it, or leave it empty")
-	}
 	if len(r.Inbound.Probers) > 0 {
-		refuse(key("inbound", "probers"), "remove it, or leave it empty")
+		refuse(key("inbound", "probers"), "remove it, and name the probers' networks in inbound.plaintext_from")
 	}
 	if len(r.VirtualCIDRs) > 0 {
 		refuse(key("virtual_cidrs"), "remove it, or leave it empty")
@@ -173,6 +170,14 @@ func (c *checker) inbound() Inbound {
 	var err error
 	if in.FirstPort, in.LastPort, err = portRange(r.Ports); err != nil {
 		c.fail(key("inbound", "ports"), "is %q: %w", r.Ports, err)
+	}
+	for _, text := range r.PlaintextFrom {
+		network, err := netip.ParsePrefix(text)
+		if err != nil || network != network.Masked() || network.Addr().Is4In6() {
+			c.fail(key("inbound", "plaintext_from"), `has %q: it must be a list of networks, as ["10.0.0.0/8", "fd00::/64"]`, text)
+			continue
+		}
+		in.PlaintextFrom = append(in.PlaintextFrom, network)
 	}
 	return in
 }

@@ -58,6 +58,8 @@ type Cgroup struct {
 type Inbound struct {
 	Mode                Mode
 	FirstPort, LastPort uint16 // given to local instances to speak mTLS on
+
+	PlaintextFrom []netip.Prefix // networks whose plaintext strict ports take: probers, say
 }
 
 // Limits bound what the daemon holds and how long it waits.

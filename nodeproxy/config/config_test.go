@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -73,7 +74,7 @@ func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 }
 
 func equal(a, b Config) bool {
-	return a.Node == b.Node && a.Source == b.Source && a.Inbound == b.Inbound && a.PreferLocal == b.PreferLocal &&
+	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.PreferLocal == b.PreferLocal &&
 		a.FailOpen == b.FailOpen && a.Limits == b.Limits && a.Log == b.Log && a.Admin == b.Admin && a.State == b.State
 }
 
@@ -82,7 +83,7 @@ func TestEveryKeyOfTheDocumentationThatHasLandedIsHonoured(t *testing.T) {
 	c := mustLoad(t, `node { name = "n2"  address = "fd00::1" }
 source "file" { path = "/m"  virtual_ips = "fd01::/64" }
 workloads { cgroup "web" { path = "`+web+`"  service = "web"  mode = "permissive" } }
-inbound { mode = "permissive"  ports = "22000-22001"  plaintext_from = []  probers = [] }
+inbound { mode = "permissive"  ports = "22000-22001"  plaintext_from = ["10.0.0.0/8", "fd00::/64"]  probers = [] }
 same_node = "mtls"
 tunnels = false
 prefer_local = false
@@ -96,9 +97,10 @@ admin { socket = "/run/a.sock"  metrics = "" }
 state { dir = "/s"  pins = "/p" }
 `)
 	want := Config{
-		Node:     Node{Name: "n2", Address: netip.MustParseAddr("fd00::1")},
-		Source:   FileSource{Path: "/m", VirtualIPs: netip.MustParsePrefix("fd01::/64")},
-		Inbound:  Inbound{Mode: Permissive, FirstPort: 22000, LastPort: 22001},
+		Node:   Node{Name: "n2", Address: netip.MustParseAddr("fd00::1")},
+		Source: FileSource{Path: "/m", VirtualIPs: netip.MustParsePrefix("fd01::/64")},
+		Inbound: Inbound{Mode: Permissive, FirstPort: 22000, LastPort: 22001,
+			PlaintextFrom: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/64")}},
 		FailOpen: true,
 		Limits: Limits{Connections: 10, PerWorkload: 5, Handshake: time.Second, Connect: 2 * time.Second, Idle: 3 * time.Second,
 			Drain: 4 * time.Second},
@@ -196,7 +198,7 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 		"one port":            {minimal + "inbound { ports = \"22000\" }", "c.hcl:3: inbound.ports "},
 		"port 0":              {minimal + "inbound { ports = \"0-5\" }", "c.hcl:3: inbound.ports "},
 		"unknown mode":        {minimal + "inbound { mode = \"lax\" }", "c.hcl:3: inbound.mode "},
-		"plaintext_from":      {minimal + "inbound { plaintext_from = [\"10.0.0.0/8\"] }", "c.hcl:3: inbound.plaintext_from is not supported"},
+		"plaintext_from":      {minimal + "inbound { plaintext_from = [\"10.0.0.0/8\", \"10.0.0.1/8\"] }", `c.hcl:3: inbound.plaintext_from has "10.0.0.1/8"`},
 		"probers":             {minimal + "inbound { probers = [\"/x\"] }", "c.hcl:3: inbound.probers is not supported"},
 		"unknown on_failure":  {minimal + "on_failure = \"ignore\"", "c.hcl:3: on_failure "},
 		"bad existing":        {minimal + "existing_connections = \"drop\"", "c.hcl:3: existing_connections is \"drop\""},
