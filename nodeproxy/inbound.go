@@ -98,7 +98,7 @@ func (in *inbound) serve() error {
 	return in.relay(in.c, application, peer)
 }
 
-// handshake authenticates the peer and notes who it is. On error the connection is closed in order and not reset, so
+// handshake authenticates the peer and notes who it is. When it fails the connection is closed in order and not reset, so
 // that the TLS alert, which says why, arrives.
 func (in *inbound) handshake(now *state) (*secureLeg, error) {
 	begin := time.Now()
@@ -112,7 +112,9 @@ func (in *inbound) handshake(now *state) (*secureLeg, error) {
 	secure, source, err := now.credentials.Accept(w, in.served.Service)
 	in.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
 	if err != nil {
-		_ = in.conn.Close()
+		if catalog.ReasonOf(err, "") != catalog.ReasonNoCertificate {
+			_ = in.conn.Close()
+		}
 		return nil, err
 	}
 	in.c.identify(source, in.served.Service)

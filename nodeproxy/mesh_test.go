@@ -122,12 +122,24 @@ func (k *fakeKernel) Deliver(ctx context.Context, s *workload.Served, client net
 	k.mu.Lock()
 	k.delivered++
 	k.clients = append(k.clients, client)
-	app := k.apps[s.Instance]
 	k.mu.Unlock()
 	if k.deliver != nil {
 		return k.deliver(ctx, s, client)
 	}
-	return dialTCP(ctx, app)
+	return dialTCP(ctx, k.app(s.Instance))
+}
+
+func (k *fakeKernel) app(instance string) string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.apps[instance]
+}
+
+// forget is what happens when all instances go.
+func (k *fakeKernel) forget() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	clear(k.served)
 }
 
 func (k *fakeKernel) deliveries() int {
@@ -519,6 +531,19 @@ func hear(t testing.TB, conn net.Conn, text string) {
 	if _, err := io.ReadFull(conn, buf); err != nil || string(buf) != text {
 		t.Fatalf("read %q, %v; want %q", buf, err, text)
 	}
+}
+
+// wantRefused connects to at, and wants a reset: of the connect itself, where it is quick, or of the connection.
+func (m *mesh) wantRefused(at string) {
+	m.t.Helper()
+	conn, err := net.DialTimeout("tcp", at, patience)
+	if errors.Is(err, syscall.ECONNRESET) {
+		return
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	wantReset(m.t, m.owned(conn))
 }
 
 // wantReset reads until the end, which must be a reset and not an orderly close.
