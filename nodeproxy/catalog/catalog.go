@@ -98,6 +98,10 @@ type Instance struct {
 	Delivery       netip.AddrPort
 	DeliverySocket string
 
+	// Native is a service that speaks Connect mTLS itself, at Mesh: its port is never steered and nothing is delivered to it,
+	// and it has no Address, for plaintext must never be sent there.
+	Native bool
+
 	Permissive bool // plaintext is let in on the application's own port
 	Tags       []string
 	Meta       map[string]string

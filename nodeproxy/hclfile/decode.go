@@ -425,10 +425,9 @@ func (d *decoder) repeated(items []item) any {
 		return d.anyOf(items[0].value)
 	}
 	var all []any
-	for _, it := range items {
-		if it.value.kind != object {
+	for i, it := range items {
+		if i > 0 && (it.value.kind != object || items[0].value.kind != object) {
 			d.errorf(it.line, "%q is set twice, first at line %d: remove one of them", it.key, items[0].line)
-			return nil
 		}
 		all = append(all, d.anyOf(it.value))
 	}

@@ -299,6 +299,13 @@ func TestPosAndMap(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(m, want) {
 		t.Errorf("Map() = %#v, %v", m, err)
 	}
+	g, err = Parse("g.hcl", []byte("a = [1]\na = 2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Map(); err == nil || err.Error() != `g.hcl:2: "a" is set twice, first at line 1: remove one of them` {
+		t.Errorf("a key set twice: %v", err)
+	}
 }
 
 func TestReadRefusesWhatIsNoFile(t *testing.T) {

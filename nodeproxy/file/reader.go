@@ -1,0 +1,154 @@
+package file
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/hclfile"
+)
+
+const (
+	nodesDir  = "nodes"
+	configDir = "config"
+
+	// maxFiles and maxBytes bound what a mesh directory may hold.
+	maxFiles = 10_000
+	maxBytes = 64 << 20
+)
+
+// mesh is what the files of a mesh directory say, checked.
+type mesh struct {
+	instances []*instance
+	entries   entries
+	problems  []catalog.Problem
+}
+
+// reader reads a mesh directory. It collects all errors, so that the operator sees them at once.
+type reader struct {
+	dir     string
+	mesh    *mesh
+	byID    map[[2]string]*instance   // by node and ID
+	byKind  map[[2]string]hclfile.Pos // by kind and name
+	origins []hclfile.Pos             // of the intentions
+	count   int                       // of files
+	bytes   int64
+	errs    []error
+}
+
+// readMesh reads nodes/ and config/ of the mesh directory dir. Either both are good, or there is an error that names
+// file and line of all that is wrong.
+func readMesh(dir string) (*mesh, error) {
+	if info, err := os.Stat(dir); err != nil {
+		return nil, fmt.Errorf("read mesh directory: %w: create it, or correct source \"file\" { path }", err)
+	} else if !info.IsDir() {
+		return nil, fmt.Errorf("read mesh directory: %s is not a directory", dir)
+	}
+	r := &reader{dir: dir, mesh: &mesh{}, byID: make(map[[2]string]*instance), byKind: make(map[[2]string]hclfile.Pos)}
+	for _, entry := range r.list(dir) {
+		if entry.Name() != stateJSON && !entry.IsDir() {
+			r.misplaced(filepath.Join(dir, entry.Name()), entry)
+		}
+	}
+	r.readNodes()
+	r.readConfig()
+	r.strangers()
+	if err := hclfile.Join(r.errs...); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(r.mesh.problems, func(a, b catalog.Problem) int {
+		return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Text, b.Text))
+	})
+	return r.mesh, nil
+}
+
+func (r *reader) fail(err error) { r.errs = append(r.errs, err) }
+
+// list is the content of a directory, sorted, without what editors and mounts hide. A directory that is not there is empty.
+func (r *reader) list(dir string) []fs.DirEntry {
+	all, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		r.fail(err)
+	}
+	return slices.DeleteFunc(all, func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".") })
+}
+
+func isDefinition(name string) bool {
+	ext := filepath.Ext(name)
+	return ext == ".hcl" || ext == ".json"
+}
+
+// files reads every .hcl and .json file of a directory; others are no concern of ours, as with Consul.
+func (r *reader) files(dir string) []*hclfile.File {
+	var files []*hclfile.File
+	for _, entry := range r.list(dir) {
+		if !isDefinition(entry.Name()) {
+			continue
+		}
+		path := filepath.Join(dir, entry.Name())
+		info, err := os.Stat(path)
+		if err != nil {
+			r.fail(err)
+			continue
+		}
+		r.count++
+		r.bytes += info.Size()
+		if r.count > maxFiles || r.bytes > maxBytes && info.Size() <= hclfile.MaxSize {
+			r.fail(hclfile.Pos{File: path}.Errorf("with this file the directory holds more than %d files or %d MiB", maxFiles, maxBytes>>20))
+			return files
+		}
+		f, err := hclfile.Read(path)
+		if err != nil {
+			r.fail(err)
+			continue
+		}
+		files = append(files, f)
+	}
+	return files
+}
+
+func hasPort(address string) bool {
+	host, port, err := net.SplitHostPort(address)
+	n, perr := strconv.ParseUint(port, 10, 16)
+	return err == nil && perr == nil && host != "" && n > 0
+}
+
+// fingerprint changes whenever a file below dir that is read here does. It is never "". It is for changes that no event
+// told of.
+func fingerprint(dir string) string {
+	var b strings.Builder
+	fmt.Fprintln(&b, dir)
+	for _, d := range directories(dir) {
+		entries, _ := os.ReadDir(d)
+		for _, e := range entries {
+			if info, err := os.Stat(filepath.Join(d, e.Name())); err == nil && info.Mode().IsRegular() && !strings.HasPrefix(e.Name(), ".") {
+				inode := info.Sys().(*syscall.Stat_t).Ino
+				fmt.Fprintln(&b, d, e.Name(), info.Size(), info.ModTime().UnixNano(), info.Mode(), inode)
+			}
+		}
+		fmt.Fprintln(&b, d, len(entries))
+	}
+	return b.String()
+}
+
+// directories lists the directories below dir that hold what is read here.
+func directories(dir string) []string {
+	dirs := []string{dir, filepath.Join(dir, caDir), filepath.Join(dir, configDir), filepath.Join(dir, nodesDir)}
+	nodes, _ := os.ReadDir(filepath.Join(dir, nodesDir))
+	for _, n := range nodes {
+		dirs = append(dirs, filepath.Join(dir, nodesDir, n.Name()))
+	}
+	return slices.DeleteFunc(dirs, func(d string) bool {
+		info, err := os.Stat(d)
+		return err != nil || !info.IsDir()
+	})
+}

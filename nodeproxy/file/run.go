@@ -1,0 +1,234 @@
+package file
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+// run is one run of a Source. Its fields belong to the goroutine of loop.
+type run struct {
+	*Source
+	deliver func(*catalog.Snapshot)
+	checker *checker
+	leaves  *leaves
+	watcher *fsnotify.Watcher // nil: there is none, only rescans
+
+	generation  uint64
+	world       *world // the last good one, nil at first
+	fingerprint string // of the directory when it was last read; "" to read it again in any case
+	readErr     error  // what is wrong with the directory
+	leafErr     error  // what keeps leaves from being issued
+}
+
+// watch starts to watch for events. Without a watcher, which the kernel may refuse, only rescans remain.
+func (r *run) watch() (events <-chan fsnotify.Event, stop func()) {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		r.cfg.Log.Warn("watch mesh directory: changes are seen by looking at it only, raise fs.inotify.max_user_instances", "every", rescan, "error", err)
+		return nil, func() {}
+	}
+	r.watcher = w
+	errs := make(chan struct{})
+	go func() { // an overflow of the queue is no more than an event lost: the next rescan finds the change
+		defer close(errs)
+		for err := range w.Errors {
+			r.cfg.Log.Warn("watch mesh directory", "error", err)
+		}
+	}()
+	return w.Events, func() {
+		_ = w.Close()
+		<-errs
+	}
+}
+
+func (r *run) loop(ctx context.Context, events <-chan fsnotify.Event) {
+	look := time.NewTicker(rescan)
+	defer look.Stop()
+	quiet := time.NewTimer(0)
+	defer quiet.Stop()
+	renew := time.NewTimer(0)
+	defer renew.Stop()
+	var since time.Time // of the first event that has not been acted on
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case event, ok := <-events:
+			if !ok {
+				events = nil
+				continue
+			}
+			if filepath.Base(event.Name) == lockFile {
+				continue
+			}
+			if since.IsZero() {
+				since = time.Now()
+			}
+			quiet.Reset(min(settleTime, max(0, settleMax-time.Since(since))))
+			continue
+		case <-quiet.C:
+			since, r.fingerprint = time.Time{}, ""
+			r.refresh(ctx)
+		case <-look.C:
+			r.refresh(ctx)
+		case <-r.checker.changed:
+			r.rebuild(true)
+		case <-r.needed:
+			r.rebuild(false)
+		case <-renew.C:
+			r.rebuild(false)
+		}
+		renew.Reset(r.leaves.untilRenewal())
+	}
+}
+
+// refresh reads the directory, unless it looks as it did, and delivers what has changed.
+func (r *run) refresh(ctx context.Context) {
+	if r.watcher != nil {
+		for _, dir := range directories(r.cfg.Dir) {
+			_ = r.watcher.Add(dir) // one that is gone by now is seen by the next look
+		}
+	}
+	seen := fingerprint(r.cfg.Dir)
+	if seen != r.fingerprint {
+		r.fingerprint = "" // what is wrong need not be in the files: look again
+		if r.readErr = r.reread(ctx); r.readErr == nil {
+			r.fingerprint = seen
+		}
+	}
+	r.report()
+}
+
+func (r *run) reread(ctx context.Context) error {
+	next, err := r.read(ctx)
+	if err != nil {
+		return err
+	}
+	if r.world != nil && next.equal(r.world) {
+		return nil
+	}
+	if err := r.adopt(next); err != nil {
+		return err
+	}
+	r.checker.set(ctx, next.local(r.cfg.Node))
+	return nil
+}
+
+// read reads all of the directory.
+func (r *run) read(ctx context.Context) (*world, error) {
+	m, err := readMesh(r.cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	next := &world{mesh: m}
+	var known *state
+	if r.world != nil {
+		known = r.world.state
+		if err := r.vanished(); err != nil {
+			return nil, err
+		}
+	}
+	if next.authority, err = openAuthority(ctx, r.cfg.Dir, r.now(), r.world == nil); err != nil {
+		return nil, err
+	}
+	if r.world != nil && next.authority.trustDomain != r.world.authority.trustDomain {
+		return nil, fmt.Errorf("read CA: its trust domain is %s now and was %s: restore it, or restart every daemon to change meshes",
+			next.authority.trustDomain, r.world.authority.trustDomain)
+	}
+	next.state, err = settle(ctx, r.cfg.Dir, demandOf(&r.cfg, m), known)
+	return next, err
+}
+
+// vanished says what whole directory is gone. That is a mistake, or a copy in progress, and not a mesh with nothing in it.
+func (r *run) vanished() error {
+	for dir, had := range map[string]int{nodesDir: len(r.world.mesh.instances), configDir: len(r.world.mesh.entries.intentions)} {
+		if _, err := os.Stat(filepath.Join(r.cfg.Dir, dir)); had > 0 && err != nil {
+			return fmt.Errorf("read mesh directory: %w: restore it, or create it empty to say that nothing is left", err)
+		}
+	}
+	return nil
+}
+
+// adopt delivers a snapshot of next and makes it the world, or leaves all as it was.
+func (r *run) adopt(next *world) error {
+	if r.world != nil && reflect.DeepEqual(next.mesh, r.world.mesh) {
+		next.policy = r.world.policy
+	} else {
+		var err error
+		if next.policy, err = compile(&r.cfg, next.mesh, next.authority.trustDomain, r.generation+1); err != nil {
+			return err
+		}
+	}
+	if _, err := r.snapshot(next); err != nil { // before leaves are issued for it
+		return err
+	}
+	_, r.leafErr = r.leaves.ensure(next.authority, r.cfg.Datacenter, r.wanted())
+	if err := r.send(next); err != nil {
+		return err
+	}
+	r.world = next
+	return nil
+}
+
+// rebuild delivers the world again if its leaves have changed, or in any case when always is set.
+func (r *run) rebuild(always bool) {
+	if r.world == nil {
+		return
+	}
+	changed, err := r.leaves.ensure(r.world.authority, r.cfg.Datacenter, r.wanted())
+	r.leafErr = err
+	if changed || always {
+		if err := r.send(r.world); err != nil {
+			r.readErr = err
+		}
+	}
+	r.report()
+}
+
+func (r *run) snapshot(w *world) (*catalog.Snapshot, error) {
+	return build(&r.cfg, w, r.leaves.current(), r.checker.healthy, r.generation+1, r.now())
+}
+
+func (r *run) send(w *world) error {
+	snap, err := r.snapshot(w)
+	if err != nil {
+		return err
+	}
+	r.generation++
+	r.deliver(snap)
+	return nil
+}
+
+func (r *run) wanted() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.need)
+}
+
+// report brings Health up to date and logs an error when it is a new one.
+func (r *run) report() {
+	err := errors.Join(r.readErr, r.leafErr)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	before := r.health.Err
+	if r.readErr == nil {
+		r.health.Updated = r.now()
+	}
+	r.health.Err = err
+	switch {
+	case err != nil && (before == nil || before.Error() != err.Error()):
+		r.cfg.Log.Error("mesh directory is not applied, the last good state stays in force", "directory", r.cfg.Dir, "error", err)
+	case err == nil && before != nil:
+		r.cfg.Log.Info("mesh directory is applied", "directory", r.cfg.Dir, "generation", r.generation)
+	}
+}
