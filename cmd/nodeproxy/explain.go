@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"nodeproxy.io/nodeproxy/admin"
+)
+
+func newExplain(e *env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "explain SOURCE DESTINATION",
+		Short:   "Say which intention decides a connection, why, and what is missing if it would fail",
+		Example: "  nodeproxy explain web api",
+		Args:    exactly("SOURCE", "DESTINATION"),
+	}
+	client, asJSON := socketFlag(cmd), jsonFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		x, err := client().Explain(cmd.Context(), args[0], args[1])
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return e.json(x)
+		}
+		printExplanation(e, x)
+		return nil
+	}
+	return cmd
+}
+
+func printExplanation(e *env, x *admin.Explanation) {
+	s := e.style()
+	verdict := s.red("denied")
+	if x.Allowed {
+		verdict = s.green("allowed")
+	}
+	e.printf("%s → %s is %s: %s\n", s.bold(clean(x.Source)), s.bold(clean(x.Destination)), verdict, clean(x.Why))
+	list := func(title string, lines []string, paint func(string) string) {
+		if len(lines) == 0 {
+			return
+		}
+		e.printf("\n%s\n", s.bold(title))
+		for _, line := range lines {
+			e.printf("  %s\n", paint(clean(line)))
+		}
+	}
+	plain := func(text string) string { return text }
+	list("Intentions that match, the deciding one first", x.Considered, plain)
+	list("Virtual IPs", x.Virtual, plain)
+	var instances []string
+	for _, i := range x.Instances {
+		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, i.Address)
+		if i.Mesh != "" {
+			line += ", mTLS at " + i.Mesh
+		}
+		switch {
+		case i.Ejected != "":
+			line += ", ejected: " + i.Ejected
+		case !i.Healthy:
+			line += ", unhealthy"
+		}
+		instances = append(instances, line)
+	}
+	list("Instances", instances, plain)
+	if x.Allowed {
+		e.printf("\nThe bytes go as %s. Decided by policy generation %d.\n", x.Path, x.Generation)
+	}
+	list("Missing: the connection would fail now", x.Missing, s.red)
+}

@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
+	"nodeproxy.io/nodeproxy/config"
+)
+
+func newRun(e *env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the daemon",
+		Long: "Runs the daemon of this node. SIGTERM or SIGINT lets live connections end until limits.drain has passed; a second one\n" +
+			"ends it at once. Either way what is pinned in the kernel stays in force: enrolled workloads connect again when a\n" +
+			"daemon runs again, or after \"nodeproxy cleanup\".",
+		Example: "  nodeproxy run --config /etc/nodeproxy/nodeproxy.hcl",
+		Args:    exactly(),
+	}
+	path := configFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		cfg, err := config.Load(*path)
+		if err != nil {
+			return err
+		}
+		return runDaemon(cmd.Context(), cfg, e.stderr)
+	}
+	return cmd
+}
+
+// newLogs returns the daemon's log, and that of connections, which has a level of its own (log.access).
+func newLogs(cfg config.Log, out io.Writer) (log, access *slog.Logger) {
+	handler := func(level slog.Level) slog.Handler {
+		opts := &slog.HandlerOptions{Level: level}
+		if cfg.Format == "json" {
+			return slog.NewJSONHandler(out, opts)
+		}
+		return slog.NewTextHandler(out, opts)
+	}
+	return slog.New(handler(cfg.Level)), slog.New(handler(slog.LevelInfo))
+}
+
+// runDaemon runs until ctx ends, drains, and returns.
+func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
+	log, access := newLogs(cfg.Log, out)
+	d, err := newNode(cfg, log, access)
+	if err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	log.Info("started", "version", version, "commit", commit, "node", cfg.Node.Name, "source", cfg.Source.Path, "socket", cfg.Admin.Socket)
+	notify(log, daemon.SdNotifyReady)
+	stopping := context.AfterFunc(ctx, func() {
+		notify(log, daemon.SdNotifyStopping)
+		log.Info("stopping: live connections may end by themselves", "deadline", cfg.Limits.Drain)
+	})
+	defer stopping()
+	err = d.run(ctx)
+	log.Info("stopped: what is pinned stays in force")
+	return err
+}
+
+// notify tells the service manager, if there is one.
+func notify(log *slog.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.Warn("tell the service manager", "state", state, "error", err)
+	}
+}

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"nodeproxy.io/nodeproxy/admin"
+)
+
+// expiresSoon is when an expiry is worth a colour; leaves are renewed long before.
+const expiresSoon = 12 * time.Hour
+
+func newStatus(e *env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "status",
+		Short:   "Show workloads, services, certificates, the control plane's age, what is pinned",
+		Example: "  nodeproxy status\n  nodeproxy status --json | jq '.workloads[] | select(.state != \"protected\")'",
+		Args:    exactly(),
+	}
+	client, asJSON := socketFlag(cmd), jsonFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		status, err := client().Status(cmd.Context())
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return e.json(status)
+		}
+		v := statusView{env: e, style: e.style(), s: status, now: time.Now()}
+		v.print()
+		return nil
+	}
+	return cmd
+}
+
+// statusView prints a status for people.
+type statusView struct {
+	*env
+	style
+	s   *admin.Status
+	now time.Time
+}
+
+func (v *statusView) print() {
+	v.summary()
+	v.workloads()
+	v.services()
+	v.certificates()
+	v.maps()
+	v.problems()
+}
+
+func (v *statusView) ago(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return span(v.now.Sub(t)) + " ago"
+}
+
+func (v *statusView) summary() {
+	s := v.s
+	source := cell{fmt.Sprintf("%s %s, generation %d, current %s", s.Source.Kind, s.Source.Location, s.Source.Generation, v.ago(s.Source.Updated)), nil}
+	if s.Source.Error != "" || s.Source.Generation == 0 {
+		source.paint = v.red
+	}
+	var t table
+	t.add(cell{"node", v.dim}, cell{s.Node, v.bold})
+	t.add(cell{"daemon", v.dim}, cell{fmt.Sprintf("%s, map ABI %d, up %s", s.Version, s.MapABI, span(v.now.Sub(s.Started))), nil})
+	t.add(cell{"source", v.dim}, source)
+	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %d intentions, default %s", s.Policy.Generation, s.Policy.Intentions, s.Policy.Default), nil})
+	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%d links pinned at %s, heartbeat %s", s.Kernel.Links, s.Kernel.Pins, v.ago(s.Kernel.Heartbeat)), nil})
+	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
+	t.write(v.stdout, "")
+}
+
+// section prints a title and a table, or the word none.
+func (v *statusView) section(title string, t *table) {
+	v.printf("\n%s\n", v.bold(title))
+	if len(t.rows) < 2 {
+		v.printf("  %s\n", v.dim("none"))
+		return
+	}
+	t.write(v.stdout, "  ")
+}
+
+func (v *statusView) workloads() {
+	var t table
+	t.header(v.style, "SERVICE", "STATE", "MODE", "PROCESSES", "INSTANCES", "BY", "CGROUP")
+	for _, w := range v.s.Workloads {
+		state := cell{w.State, v.green}
+		switch {
+		case w.Unprotected():
+			state.paint = v.red
+		case w.State != "protected":
+			state.paint = v.yellow
+		}
+		t.add(cell{w.Service, nil}, state, cell{w.Mode, nil}, cell{fmt.Sprint(w.Processes), nil},
+			cell{cmp.Or(strings.Join(w.Instances, ","), "-"), nil}, cell{w.Provider, nil}, cell{w.Cgroup, nil})
+	}
+	v.section("Workloads", &t)
+}
+
+func (v *statusView) services() {
+	var t table
+	t.header(v.style, "SERVICE", "VIRTUAL IP", "INSTANCE", "NODE", "ADDRESS", "MTLS", "HEALTH")
+	for _, svc := range v.s.Services {
+		name, virtual := svc.Name, cmp.Or(strings.Join(svc.Virtual, ","), "-")
+		for _, inst := range svc.Instances {
+			node := inst.Node
+			if inst.Local {
+				node += " (here)"
+			}
+			t.add(cell{name, nil}, cell{virtual, nil}, cell{inst.ID, nil}, cell{node, nil}, cell{inst.Address, nil},
+				cell{cmp.Or(inst.Mesh, "-"), nil}, v.health(&inst))
+			name, virtual = "", ""
+		}
+		if len(svc.Instances) == 0 {
+			t.add(cell{name, nil}, cell{virtual, nil}, cell{"no instance", v.yellow})
+		}
+	}
+	v.section("Services", &t)
+}
+
+func (v *statusView) health(inst *admin.Instance) cell {
+	switch {
+	case inst.Ejected != "":
+		return cell{"ejected: " + inst.Ejected, v.red}
+	case !inst.Healthy:
+		return cell{"unhealthy", v.red}
+	}
+	return cell{"healthy", v.green}
+}
+
+func (v *statusView) certificates() {
+	var t table
+	t.header(v.style, "SERVICE", "EXPIRES", "IDENTITY")
+	for _, c := range v.s.Certificates {
+		t.add(cell{c.Service, nil}, v.expiry(&c), cell{c.Identity, nil})
+	}
+	v.section("Certificates", &t)
+}
+
+func (v *statusView) expiry(c *admin.Certificate) cell {
+	left := c.NotAfter.Sub(v.now)
+	switch {
+	case c.Error != "" || c.NotAfter.IsZero():
+		return cell{cmp.Or(c.Error, "no certificate"), v.red}
+	case left <= 0:
+		return cell{"expired " + v.ago(c.NotAfter), v.red}
+	case left < expiresSoon:
+		return cell{"in " + span(left), v.yellow}
+	}
+	return cell{"in " + span(left), nil}
+}
+
+func (v *statusView) maps() {
+	var t table
+	t.header(v.style, "MAP", "ENTRIES", "OF")
+	for _, m := range v.s.Kernel.Maps {
+		entries := cell{fmt.Sprint(m.Entries), nil}
+		if m.Max > 0 && m.Entries*10 >= m.Max*9 {
+			entries.paint = v.red
+		}
+		t.add(cell{m.Name, nil}, entries, cell{fmt.Sprint(m.Max), nil})
+	}
+	v.section("Kernel maps", &t)
+}
+
+// problems lists all that the operator should look at, also what only coloured a cell above.
+func (v *statusView) problems() {
+	var lines []string
+	say := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	if v.s.Source.Error != "" {
+		say("source: %s", v.s.Source.Error)
+	}
+	for _, w := range v.s.Workloads {
+		if w.Unprotected() || w.Detail != "" && w.State != "empty" {
+			say("workload %s (%s) is %s: %s", w.Cgroup, w.Service, w.State, w.Detail)
+		}
+	}
+	for _, r := range v.s.Refused {
+		say("claim refused: %s may not be %s (%s): %s", r.Cgroup, r.Service, r.Provider, r.Why)
+	}
+	for _, p := range v.s.Problems {
+		say("%s: %s", strings.Join(slices.DeleteFunc([]string{p.Service, p.Kind}, func(s string) bool { return s == "" }), ", "), p.Text)
+	}
+	if len(lines) == 0 {
+		v.printf("\n%s\n", v.green("No problems."))
+		return
+	}
+	v.printf("\n%s\n", v.bold(v.red("Problems")))
+	for _, line := range lines {
+		v.printf("  %s\n", v.red(clean(strings.ReplaceAll(line, "\n", "; "))))
+	}
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"nodeproxy.io/nodeproxy"
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/config"
+	"nodeproxy.io/nodeproxy/file"
+	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/redirect"
+)
+
+// node is everything that runs on a node. It is the backend of the admin API.
+type node struct {
+	*nodeproxy.Proxy
+	manager  *workload.Manager
+	manual   *workload.Manual
+	recorder *admin.Recorder
+	server   *admin.Server
+	metrics  *admin.MetricsServer // nil for none
+	log      *slog.Logger
+}
+
+// newNode builds all parts, what can be refused first and the kernel's state last. On error nothing is left open.
+func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) {
+	d := &node{log: log}
+	defer func() {
+		if err != nil {
+			d.close()
+		}
+	}()
+	if d.manual, err = workload.NewManual(filepath.Join(cfg.State.Dir, "enrolled.json")); err != nil {
+		return nil, err
+	}
+	accessLog, err := admin.NewAccessLog(access, admin.AccessLevel(cfg.Log.Access))
+	if err != nil {
+		return nil, err
+	}
+	metrics := admin.NewMetrics(func() admin.Status { return d.Status() }, func() []admin.Connection { return d.Connections() })
+	d.recorder = &admin.Recorder{Hub: admin.NewHub(), Access: accessLog, Metrics: metrics}
+	if err := d.listen(cfg.Admin); err != nil {
+		return nil, err
+	}
+	source, err := newSource(cfg, log, func(ctx context.Context, instance, network, address string) (net.Conn, error) {
+		return d.manager.DialCheck(ctx, instance, network, address)
+	})
+	if err != nil {
+		return nil, err
+	}
+	if d.manager, err = newManager(cfg, log, d.manual); err != nil {
+		return nil, err
+	}
+	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
+		Node: cfg.Node.Name, Source: &meteredSource{source, metrics}, Kernel: d.manager, Observer: d.recorder, Log: log,
+		Limits: nodeproxy.Limits{
+			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
+			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
+		},
+		PreferLocal: cfg.PreferLocal, Version: version, MapABI: redirect.MapABI,
+	})
+	return d, err
+}
+
+func (d *node) listen(cfg config.Admin) (err error) {
+	d.server, err = admin.Listen(admin.ServerConfig{Socket: cfg.Socket, Backend: d, Hub: d.recorder.Hub, Log: d.log})
+	if err != nil || cfg.Metrics == "" {
+		return err
+	}
+	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.recorder.Metrics, d.log)
+	return err
+}
+
+func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (*workload.Manager, error) {
+	var configured workload.Configured
+	for _, c := range cfg.Cgroups {
+		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode)})
+	}
+	return workload.NewManager(workload.Config{
+		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom,
+		Providers: []workload.Provider{configured, manual}, Log: log,
+	})
+}
+
+// modeOf is nil for "".
+func modeOf[M ~string](m M) *workload.Mode {
+	var mode workload.Mode
+	switch config.Mode(m) {
+	case "":
+		return nil
+	case config.Permissive:
+		mode = workload.Permissive
+	case config.Strict:
+		mode = workload.Strict
+	}
+	return &mode
+}
+
+// dialFunc dials for a check of an instance.
+type dialFunc = func(ctx context.Context, instance, network, address string) (net.Conn, error)
+
+func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Source, error) {
+	return file.New(file.Config{
+		Dir: cfg.Source.Path, Node: cfg.Node.Name, NodeAddress: cfg.Node.Address,
+		VirtualRange: cfg.Source.VirtualIPs, Ports: file.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort},
+		Permissive: cfg.Inbound.Mode == config.Permissive, DialContext: dial, Log: log,
+	})
+}
+
+// meteredSource tells the metrics which services there are.
+type meteredSource struct {
+	catalog.Source
+	metrics *admin.Metrics
+}
+
+func (s *meteredSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
+	return s.Source.Run(ctx, func(snap *catalog.Snapshot) {
+		s.metrics.Apply(snap)
+		deliver(snap)
+	})
+}
+
+// run serves until ctx ends and live connections have drained. The admin API answers meanwhile; that it fails is
+// logged, and stops nothing.
+func (d *node) run(ctx context.Context) error {
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	var servers sync.WaitGroup
+	serve := func(name string, serve func(context.Context) error) {
+		servers.Go(func() {
+			if err := serve(background); err != nil {
+				d.log.Error("serve "+name, "error", err)
+			}
+		})
+	}
+	servers.Go(func() { d.recorder.Access.Run(background) })
+	serve("the admin API", d.server.Serve)
+	if d.metrics != nil {
+		serve("metrics", d.metrics.Serve)
+	}
+	err := d.Proxy.Run(ctx)
+	stop()
+	servers.Wait()
+	return errors.Join(err, d.manager.Close())
+}
+
+// close gives up what newNode opened.
+func (d *node) close() {
+	if d.server != nil {
+		_ = d.server.Close()
+	}
+	if d.metrics != nil {
+		_ = d.metrics.Close()
+	}
+	if d.manager != nil {
+		_ = d.manager.Close()
+	}
+}
+
+// Enroll implements admin.Backend.
+func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
+	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
+	if err := d.manager.Check(c); err != nil {
+		return fmt.Errorf("%w: %w", err, admin.ErrRefused)
+	}
+	return d.manual.Enroll(c)
+}
+
+// Unenroll implements admin.Backend.
+func (d *node) Unenroll(_ context.Context, req admin.EnrollRequest) error {
+	return d.manual.Unenroll(req.Cgroup)
+}
+
+const (
+	readTimeout  = 10 * time.Second
+	readInterval = 20 * time.Millisecond
+)
+
+// readSource returns the source's first snapshot, or what keeps it from making one.
+func readSource(ctx context.Context, cfg *config.Config) (*catalog.Snapshot, error) {
+	source, err := newSource(cfg, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	first := make(chan *catalog.Snapshot, 1)
+	done := make(chan error, 1)
+	unread := source.Health().Err
+	go func() {
+		done <- source.Run(ctx, func(snap *catalog.Snapshot) {
+			select {
+			case first <- snap:
+			default:
+			}
+		})
+	}()
+	defer func() { cancel(); <-done }()
+	tick := time.NewTicker(readInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case snap := <-first:
+			return snap, nil
+		case <-tick.C:
+			if err := source.Health().Err; err != nil && !errors.Is(err, unread) {
+				return nil, err
+			}
+		case <-ctx.Done():
+			return nil, fmt.Errorf("read the source: no answer within %s: %w", readTimeout, source.Health().Err)
+		}
+	}
+}
