@@ -57,7 +57,7 @@ func (s *show) deny(ctx context.Context) error {
 	denied := make(chan admin.Connection, 1)
 	ended := make(chan error, 1)
 	go func() { ended <- s.traceDenied(ctx, denied) }()
-	defer func() { cancel(); <-ended }()
+	defer func() { cancel(); _ = <-ended }()
 
 	url := fmt.Sprintf("http://%s/", s.virtual)
 	answer, err := s.get(ctx, s.batch, url)
