@@ -17,6 +17,7 @@ type view struct {
 	subtree map[uint32]map[uint64]bool // cgroup ids by workload
 	spaces  map[uint64]*space          // by cookie
 	served  map[servedKey]*served
+	native  []redirect.Rule // ports on which a service speaks mTLS itself
 	states  []WorkloadState
 	refused []RefusedClaim
 }
@@ -52,8 +53,8 @@ func (m *Manager) assign() *view {
 		return v
 	}
 	for _, inst := range v.snap.LocalInstances() {
-		if inst.Mesh == inst.Address {
-			continue // a native service speaks TLS itself
+		if !inst.Mesh.IsValid() {
+			continue // it only calls others
 		}
 		for _, e := range m.workloads {
 			if e.Service == inst.Service {
@@ -69,10 +70,14 @@ func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
 	found := false
 	for _, inode := range e.inodes {
 		s := m.namespaces[inode]
-		if s == nil || !slices.Contains(s.addrs, inst.Address.Addr()) {
+		if s == nil || !slices.Contains(s.addrs, inst.Mesh.Addr()) {
 			continue
 		}
 		found = true
+		if inst.Native {
+			v.native = append(v.native, redirect.Rule{Namespace: s.Cookie, Port: inst.Mesh.Port(), Action: redirect.Untouched})
+			continue
+		}
 		key := servedKey{s.Cookie, inst.Mesh}
 		sv := v.served[key]
 		if sv == nil {
@@ -84,7 +89,7 @@ func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
 	if found {
 		e.instances = append(e.instances, inst.ID)
 	} else if e.processes > 0 {
-		e.misplaced = append(e.misplaced, fmt.Sprintf("address %s of instance %s is in none of its network namespaces", inst.Address.Addr(), inst.ID))
+		e.misplaced = append(e.misplaced, fmt.Sprintf("address %s of instance %s is in none of its network namespaces", inst.Mesh.Addr(), inst.ID))
 	}
 }
 
@@ -118,8 +123,7 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 		}
 		for _, inst := range svc.Instances {
 			ip := inst.Address.Addr()
-			native := inst.Mesh == inst.Address
-			if native || !inst.Mesh.IsValid() || !inst.Address.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() {
+			if inst.Native || !inst.Mesh.IsValid() || !inst.Address.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() {
 				continue
 			}
 			all = append(all, redirect.Destination{Addr: ip, Port: inst.Address.Port(), Instance: true})
@@ -130,7 +134,7 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 
 // rules lists what inbound connections meet. ready are about to be enrolled: their guards come first.
 func (m *Manager) rules(v *view, ready []*entry) []redirect.Rule {
-	var all []redirect.Rule
+	all := slices.Clone(v.native)
 	for _, s := range m.namespaces {
 		if r, ok := m.namespaceRule(s, ready); ok {
 			all = append(all, r)
