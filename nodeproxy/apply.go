@@ -38,14 +38,16 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 		case <-ctx.Done():
 			return
 		case snap := <-p.offers:
-			p.putInForce(snap)
+			if !p.putInForce(snap) {
+				continue
+			}
 		case <-retry.C:
 		}
-		retry.Stop()
 		current := p.gate.current()
 		if current == nil || kernelCtx.Err() != nil {
 			continue
 		}
+		retry.Stop()
 		err := p.cfg.Kernel.Apply(kernelCtx, current.snap)
 		p.setApplying(err)
 		if err != nil && kernelCtx.Err() == nil {
@@ -56,15 +58,16 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 }
 
 // putInForce makes snap decide: certificates and policy with one swap, then every live connection again. Steering comes
-// after it, so that nothing is steered to us before we have its certificate.
-func (p *Proxy) putInForce(snap *catalog.Snapshot) {
+// after it, so that nothing is steered to us before we have its certificate. It returns false when it dropped snap.
+func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 	if current := p.gate.current(); current != nil && snap.Generation <= current.snap.Generation {
 		p.cfg.Log.Error("drop a snapshot that is not newer than the one in force", "generation", snap.Generation, "in force", current.snap.Generation)
-		return
+		return false
 	}
 	p.gate.swap(&state{snap: snap, credentials: mtls.New(snap)})
 	p.recheck()
 	p.balancer.prune(snap)
+	return true
 }
 
 // recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
