@@ -56,15 +56,6 @@ type cell struct {
 
 func (t *table) add(cells ...cell) { t.rows = append(t.rows, cells) }
 
-// row adds plain cells.
-func (t *table) row(texts ...string) {
-	cells := make([]cell, len(texts))
-	for i, text := range texts {
-		cells[i].text = text
-	}
-	t.rows = append(t.rows, cells)
-}
-
 func (t *table) header(s style, names ...string) {
 	cells := make([]cell, len(names))
 	for i, name := range names {

@@ -146,7 +146,7 @@ func (d *node) run(ctx context.Context) error {
 	if d.metrics != nil {
 		serve("metrics", d.metrics.Serve)
 	}
-	err := d.Proxy.Run(ctx)
+	err := d.Run(ctx)
 	stop()
 	servers.Wait()
 	return errors.Join(err, d.manager.Close())
@@ -190,15 +190,17 @@ func readSource(ctx context.Context, cfg *config.Config) (*catalog.Snapshot, err
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	first := make(chan *catalog.Snapshot, 1)
-	done := make(chan error, 1)
 	unread := source.Health().Err
+	first := make(chan *catalog.Snapshot, 1)
+	done := make(chan struct{})
+	var runErr error
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	go func() {
-		done <- source.Run(ctx, func(snap *catalog.Snapshot) {
+		defer close(done)
+		runErr = source.Run(ctx, func(snap *catalog.Snapshot) {
 			select {
 			case first <- snap:
-			default:
+			default: // one is enough
 			}
 		})
 	}()
@@ -213,8 +215,8 @@ func readSource(ctx context.Context, cfg *config.Config) (*catalog.Snapshot, err
 			if err := source.Health().Err; err != nil && !errors.Is(err, unread) {
 				return nil, err
 			}
-		case <-ctx.Done():
-			return nil, fmt.Errorf("read the source: no answer within %s: %w", readTimeout, source.Health().Err)
+		case <-done: // by itself, or because ctx has ended
+			return nil, fmt.Errorf("read the source: there is no snapshot: %w", errors.Join(runErr, ctx.Err(), source.Health().Err))
 		}
 	}
 }

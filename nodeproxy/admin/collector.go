@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -14,8 +15,10 @@ type collector struct {
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
 }
 
+var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
+
 func newCollector(m *Metrics) *collector {
-	pair := []string{"source_service", "destination_service", "direction", "path"}
+	pair := pairLabels[:]
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc("nodeproxy_"+name, help, labels, nil)
 	}
@@ -25,7 +28,7 @@ func newCollector(m *Metrics) *collector {
 		closed:    desc("connections_closed_total", "Opened connections that ended.", pair...),
 		active:    desc("connections_active", "Connections that are open.", pair...),
 		bytes:     desc("bytes_total", "Application bytes carried, both ways.", pair...),
-		denied:    desc("denied_total", "Connections refused or cut, by reason.", append(pair[:len(pair):len(pair)], "reason")...),
+		denied:    desc("denied_total", "Connections refused or cut, by reason.", append(slices.Clip(pair), "reason")...),
 		handshake: desc("handshake_seconds", "Duration of TLS handshakes.", pair...),
 
 		certificateExpiry: desc("certificate_expiry_seconds", "Seconds until the certificate of a local service expires.", "source_service"),
@@ -66,7 +69,7 @@ func (c *collector) collectSeries(ch chan<- prometheus.Metric, key seriesKey, s 
 		ch <- gauge(c.active, float64(s.active), labels...)
 	}
 	for reason, n := range s.denied {
-		ch <- counter(c.denied, n, append(labels[:len(labels):len(labels)], string(reason))...)
+		ch <- counter(c.denied, n, append(slices.Clip(labels), string(reason))...)
 	}
 	if h := &s.handshake; h.count > 0 {
 		buckets := make(map[float64]uint64, len(handshakeBuckets))

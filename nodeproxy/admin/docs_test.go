@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"log/slog"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"nodeproxy.io/nodeproxy/catalog"
 )
@@ -57,6 +60,31 @@ func TestEveryReasonIsDocumentedInItsOwnWords(t *testing.T) {
 		row := "| `" + string(r) + "` | " + r.Sentence() + " |"
 		if !strings.Contains(strings.ReplaceAll(string(doc), "`limits.idle`", "limits.idle"), row) {
 			t.Errorf("no row %q", row)
+		}
+	}
+}
+
+func TestEveryMetricIsDocumentedWithItsLabels(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	descs := make(chan *prometheus.Desc, 100)
+	newCollector(newTestMetrics()).Describe(descs)
+	close(descs)
+	parts := regexp.MustCompile(`fqName: "([a-z0-9_]+)".*variableLabels: {([a-z_,]*)}`)
+	for d := range descs {
+		found := parts.FindStringSubmatch(d.String())
+		if found == nil {
+			t.Fatalf("no name and labels in %s", d)
+		}
+		labels := strings.Replace(found[2], strings.Join(pairLabels[:], ","), "pair", 1)
+		for _, alone := range []string{"source_service", "destination_service", "reason"} {
+			labels = strings.Replace(labels, alone, "`"+alone+"`", 1)
+		}
+		row := "| `" + found[1] + "` | " + strings.ReplaceAll(labels, ",", ", ")
+		if !strings.Contains(string(doc), strings.TrimSuffix(row, " ")+" | ") {
+			t.Errorf("no row %q in docs/metrics.md", row)
 		}
 	}
 }

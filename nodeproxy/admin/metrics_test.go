@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -211,6 +212,35 @@ func TestMetricsServerServesTwoPathsOnly(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("Serve: %v", err)
 	}
+}
+
+func TestEventsScrapesAndTracesDoNotDisturbEachOther(t *testing.T) {
+	access, err := NewAccessLog(slog.New(slog.DiscardHandler), AccessAll)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := Recorder{Hub: NewHub(), Access: access, Metrics: newTestMetrics("web", "api")}
+	const workers, each = 4, 200
+	var wg sync.WaitGroup
+	for w := range uint64(workers) {
+		wg.Go(func() {
+			for i := range uint64(each) {
+				r.Observe(event(EventOpen, 1+w*each+i, "web", "api"))
+				r.Observe(event(EventClose, 1+w*each+i, "web", "api"))
+			}
+		})
+		wg.Go(func() {
+			for range 5 {
+				r.Hub.Subscribe(Filter{}, 1).Close()
+				r.Metrics.Apply(snapshotOf("web", "api"))
+				scrape(t, r.Metrics)
+			}
+		})
+	}
+	wg.Wait()
+	text := scrape(t, r.Metrics)
+	wantSample(t, text, fmt.Sprintf("nodeproxy_connections_closed_total%s %d", webToAPI, workers*each))
+	wantSample(t, text, "nodeproxy_connections_active"+webToAPI+" 0")
 }
 
 func TestRecorderTellsAllThree(t *testing.T) {
