@@ -424,14 +424,15 @@ func TestADirectoryThatIsDeletedKeepsTheLastGoodState(t *testing.T) {
 	s.untilError("mesh: no such file")
 	put(t, d, "mesh/nodes/node-1/web.hcl", webHCL)
 	s.untilError("config: no such file", "restore it")
+	put(t, d, "mesh/nodes/node-2/api.hcl", apiHCL)
 	put(t, d, "mesh/config/api.hcl", webNoAPI)
-	s.untilError("ca/root.pem is gone")
+	s.untilError("ca/root.pem is gone", "restore it")
+	s.until("a denied web", func(s *catalog.Snapshot) bool { return !allow(s, "web", "api") })
 	if err := errors.Join(os.RemoveAll(mesh), os.Rename(away, mesh)); err != nil {
 		t.Fatal(err)
 	}
 	s.untilHealthy()
-	put(t, d, "mesh/config/api.hcl", webNoAPI)
-	after := s.until("a denied web", func(s *catalog.Snapshot) bool { return !allow(s, "web", "api") })
+	after := s.until("an allowed web", func(s *catalog.Snapshot) bool { return allow(s, "web", "api") })
 	if after.TrustDomain != before.TrustDomain || after.Services["api"].Virtual[0] != before.Services["api"].Virtual[0] {
 		t.Error("the mesh is another one")
 	}

@@ -27,6 +27,7 @@ type run struct {
 	world       *world // the last good one, nil at first
 	fingerprint string // of the directory when it was last read; "" to read it again in any case
 	readErr     error  // what is wrong with the directory
+	caErr       error  // what is wrong with the CA, while an older one is in force
 	leafErr     error  // what keeps leaves from being issued
 }
 
@@ -102,7 +103,7 @@ func (r *run) refresh(ctx context.Context) {
 	seen := fingerprint(r.cfg.Dir)
 	if seen != r.fingerprint {
 		r.fingerprint = "" // what is wrong need not be in the files: look again
-		if r.readErr = r.reread(ctx); r.readErr == nil {
+		if r.readErr = r.reread(ctx); r.readErr == nil && r.caErr == nil {
 			r.fingerprint = seen
 		}
 	}
@@ -126,6 +127,7 @@ func (r *run) reread(ctx context.Context) error {
 
 // read reads all of the directory.
 func (r *run) read(ctx context.Context) (*world, error) {
+	r.caErr = nil
 	m, err := readMesh(r.cfg.Dir)
 	if err != nil {
 		return nil, err
@@ -138,15 +140,28 @@ func (r *run) read(ctx context.Context) (*world, error) {
 			return nil, err
 		}
 	}
-	if next.authority, err = openAuthority(ctx, r.cfg.Dir, r.now(), r.world == nil); err != nil {
-		return nil, err
-	}
-	if r.world != nil && next.authority.trustDomain != r.world.authority.trustDomain {
-		return nil, fmt.Errorf("read CA: its trust domain is %s now and was %s: restore it, or restart every daemon to change meshes",
-			next.authority.trustDomain, r.world.authority.trustDomain)
+	if next.authority, r.caErr = r.openAuthority(ctx); next.authority == nil {
+		return nil, r.caErr
 	}
 	next.state, err = settle(ctx, r.cfg.Dir, demandOf(&r.cfg, m), known)
 	return next, err
+}
+
+// openAuthority reads the CA. When that fails, the one in force is returned with the error: definitions are applied
+// all the same, above all intentions that deny.
+func (r *run) openAuthority(ctx context.Context) (*authority, error) {
+	if r.world == nil {
+		return openAuthority(ctx, r.cfg.Dir, r.now(), true)
+	}
+	old := r.world.authority
+	a, err := openAuthority(ctx, r.cfg.Dir, r.now(), false)
+	if err != nil {
+		return old, err
+	}
+	if a.trustDomain != old.trustDomain {
+		return old, fmt.Errorf("read CA: its trust domain is %s now and was %s: restore it, or restart every daemon to change meshes", a.trustDomain, old.trustDomain)
+	}
+	return a, nil
 }
 
 // vanished says what whole directory is gone. That is a mistake, or a copy in progress, and not a mesh with nothing in it.
@@ -217,7 +232,11 @@ func (r *run) wanted() []string {
 
 // report brings Health up to date and logs an error when it is a new one.
 func (r *run) report() {
-	err := errors.Join(r.readErr, r.leafErr)
+	err := r.readErr
+	if !errors.Is(err, r.caErr) {
+		err = errors.Join(err, r.caErr)
+	}
+	err = errors.Join(err, r.leafErr)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before := r.health.Err
