@@ -34,7 +34,7 @@ type mesh struct {
 	*meshlab.Mesh
 	t         *testing.T
 	virtual   map[string]netip.Addr
-	baselines [2]*footprint // of daemons that must return to it; nil: not measured
+	baselines [2]*footprint // of daemons that must return to it; nil: not measured, or ended by the test
 }
 
 // newMesh makes two nodes. At the end of the test it asserts that the daemons are back at their baseline, end well, and
@@ -80,10 +80,10 @@ func (m *mesh) finish() {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	for i, d := range m.Daemons {
-		if d.Process == nil || d.Process.ExitCode() >= 0 {
+		if m.baselines[i] == nil {
 			continue
 		}
-		if m.baselines[i] != nil && !m.t.Failed() {
+		if !m.t.Failed() {
 			m.awaitBaseline(ctx, i)
 		}
 		if err := d.Stop(ctx); err != nil {
@@ -153,6 +153,27 @@ func (m *mesh) start() {
 	for i := range m.Daemons {
 		m.settle(i)
 	}
+}
+
+// kill ends a node's daemon with SIGKILL.
+func (m *mesh) kill(node int) {
+	m.t.Helper()
+	m.baselines[node] = nil
+	m.Daemons[node].Process.Kill()
+}
+
+// stop ends a node's daemon with SIGTERM.
+func (m *mesh) stop(node int) {
+	m.t.Helper()
+	m.baselines[node] = nil
+	m.must(m.Daemons[node].Stop(m.ctx()))
+}
+
+// restart starts a node's daemon again.
+func (m *mesh) restart(node int) {
+	m.t.Helper()
+	m.must(m.Daemons[node].Start(m.ctx()))
+	m.settle(node)
 }
 
 // settle waits until the workloads of a node are protected and takes its daemon's baseline.

@@ -1,10 +1,10 @@
 // Command app is the application of the end-to-end tests: a server that does as the first line of a connection says, and
 // a client that can open a socket in every way that matters to a redirect.
 //
-//	app serve [-first] [-uid N] ADDRESS...   serves; -first speaks before the client does
-//	app dial [flags] ADDRESS [COMMAND]       connects, sends COMMAND, prints what comes back and how it ended
-//	app hold -n N ADDRESS                    opens N connections and holds them until its stdin ends
-//	app udp ADDRESS [TEXT]                   without TEXT: answers every datagram; with TEXT: sends it and prints the answer
+//	app serve [-first] [-unix] ADDRESS...   serves; -first speaks before the client does
+//	app dial [flags] ADDRESS [COMMAND]      connects, sends COMMAND, prints what comes back and how it ended
+//	app hold -n N ADDRESS                   opens N connections and holds them until its stdin ends
+//	app udp ADDRESS [TEXT]                  without TEXT: answers every datagram; with TEXT: sends it and prints the answer
 package main
 
 import (

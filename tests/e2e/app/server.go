@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,12 +33,17 @@ import (
 func serve(args []string) error {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	first := flags.Bool("first", false, "speak before the client does")
+	unixSocket := flags.Bool("unix", false, "the addresses are paths of unix sockets")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
+	network := "tcp"
+	if *unixSocket {
+		network = "unix"
+	}
 	var serving sync.WaitGroup
 	for _, address := range flags.Args() {
-		ln, err := net.Listen("tcp", address)
+		ln, err := net.Listen(network, address)
 		if err != nil {
 			return err
 		}
@@ -64,12 +70,19 @@ func accept(ln net.Listener, first bool) {
 			if first {
 				fmt.Fprintf(conn, "220 hello %s\n", conn.RemoteAddr())
 			}
-			answer(conn.(*net.TCPConn))
+			answer(conn.(stream))
 		}()
 	}
 }
 
-func answer(conn *net.TCPConn) {
+// stream is a TCP or a unix connection.
+type stream interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+}
+
+func answer(conn stream) {
 	in := bufio.NewReader(conn)
 	line, err := in.ReadString('\n')
 	if err != nil {
@@ -95,7 +108,9 @@ func answer(conn *net.TCPConn) {
 		_ = conn.CloseWrite()
 		n, err = io.Copy(io.Discard, in)
 	case "reset":
-		_ = conn.SetLinger(0)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0)
+		}
 		_ = conn.Close()
 	case "stream":
 		for err = nil; err == nil; time.Sleep(5 * time.Millisecond) {
@@ -123,7 +138,7 @@ func (pattern) Read(b []byte) (int, error) {
 }
 
 // peerName asks the kernel, where net.Conn remembers what accept said.
-func peerName(conn *net.TCPConn) string {
+func peerName(conn syscall.Conn) string {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return err.Error()

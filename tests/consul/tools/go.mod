@@ -1,0 +1,3 @@
+module nodeproxy.io/tests/consul/tools
+
+go 1.26.8

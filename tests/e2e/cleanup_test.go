@@ -1,0 +1,89 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"nodeproxy.io/tests/netlab"
+)
+
+func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
+	for name, end := range map[string]func(m *mesh, node int){
+		"after an orderly stop": func(m *mesh, node int) { m.stop(node) },
+		"after a SIGKILL":       func(m *mesh, node int) { m.kill(node) },
+		"after the workloads' cgroups are gone, too": func(m *mesh, node int) {
+			m.kill(node)
+			m.must(m.Nodes[node].Cgroup.Remove())
+		},
+		"after the configuration is gone, too": func(m *mesh, node int) {
+			m.kill(node)
+			m.must(os.RemoveAll(m.Daemons[node].ConfigPath()))
+			m.must(os.RemoveAll(m.MeshD))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, web, api := pair(t)
+			m.reaches(web, m.vip("api"))
+			for node := range m.Daemons {
+				end(m, node)
+			}
+			pins := m.Daemons[0].Pins
+			out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", pins}, Env: []string{"HOME=/nonexistent"}})
+			m.must(err)
+			for _, node := range m.Nodes {
+				if !strings.Contains(out, node.Name) {
+					t.Errorf("it does not say that it removed what is of %s: %s", node.Name, out)
+				}
+			}
+			if left, _ := filepath.Glob(filepath.Join(pins, "*")); len(left) > 0 {
+				t.Errorf("pins remain: %v", left)
+			}
+			m.eventually("no program, map or link remains", func() error {
+				objects, err := m.KernelObjects()
+				if err == nil && len(objects) > 0 {
+					err = fmt.Errorf("%v remain", objects)
+				}
+				return err
+			})
+			if strings.Contains(name, "cgroups") {
+				return
+			}
+			if out := m.dial(web, at(api.IPv4, port), "peer"); !strings.Contains(out, "accept="+hostPrefix(web.IPv4)) {
+				t.Errorf("without nodeproxy web does not reach api directly: %s", out)
+			}
+		})
+	}
+}
+
+func TestCleanupRefusesWhileADaemonRuns(t *testing.T) {
+	m, web, _ := pair(t)
+	out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", m.Daemons[0].Pins}})
+	if err == nil {
+		t.Errorf("it removed what a running daemon needs: %s", out)
+	}
+	m.reaches(web, m.vip("api"))
+}
+
+func TestCleanupOfOneNodeLeavesTheOtherAlone(t *testing.T) {
+	m, web, _ := pair(t)
+	m.kill(1)
+	d := m.Daemons[1]
+	_, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", d.Pins, "--node", d.Node.Name}})
+	m.must(err)
+	if left, _ := filepath.Glob(filepath.Join(d.Pins, d.Node.Name, "*")); len(left) > 0 {
+		t.Errorf("pins of node-2 remain: %v", left)
+	}
+	if left, _ := filepath.Glob(filepath.Join(d.Pins, m.Nodes[0].Name, "*")); len(left) == 0 {
+		t.Error("the pins of node-1 are gone")
+	}
+	m.restart(1)
+	m.eventually("the mesh works again", func() error {
+		if out := m.dial(web, m.vip("api"), "peer"); !strings.Contains(out, "accept=") {
+			return errNotYet
+		}
+		return nil
+	})
+}
