@@ -81,38 +81,39 @@ func removeStale(path string) error {
 	return nil
 }
 
-// guardedListener accepts only root (or the daemon's own user), and no more than max connections at a time. Others are
-// closed at once.
+// guardedListener accepts no more than max connections at a time, and only those that admit, which may be nil, lets in.
+// Others are closed at once, so that no stranger can use up the daemon's descriptors.
 type guardedListener struct {
-	*net.UnixListener
-	log  *slog.Logger
-	mu   sync.Mutex
-	open int
-	max  int
+	net.Listener
+	log   *slog.Logger
+	admit func(net.Conn) error
+
+	mu     sync.Mutex
+	open   int
+	max    int
+	warned time.Time
 }
 
 func (l *guardedListener) Accept() (net.Conn, error) {
 	for {
-		conn, err := l.AcceptUnix()
+		conn, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
 		}
-		if err := l.admit(conn); err != nil {
-			l.log.Warn("admin client turned away", "error", err)
+		if err := l.take(conn); err != nil {
+			l.warn(err)
 			_ = conn.Close()
 			continue
 		}
-		return &guardedConn{UnixConn: conn, release: sync.OnceFunc(l.release)}, nil
+		return &guardedConn{Conn: conn, release: sync.OnceFunc(l.release)}, nil
 	}
 }
 
-func (l *guardedListener) admit(conn *net.UnixConn) error {
-	uid, err := peerUID(conn)
-	if err != nil {
-		return err
-	}
-	if uid != 0 && int(uid) != os.Geteuid() {
-		return fmt.Errorf("uid %d is not root", uid)
+func (l *guardedListener) take(conn net.Conn) error {
+	if l.admit != nil {
+		if err := l.admit(conn); err != nil {
+			return err
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -123,6 +124,19 @@ func (l *guardedListener) admit(conn *net.UnixConn) error {
 	return nil
 }
 
+// warn logs at most once a minute: strangers must not fill the log either.
+func (l *guardedListener) warn(err error) {
+	l.mu.Lock()
+	due := time.Since(l.warned) >= time.Minute
+	if due {
+		l.warned = time.Now()
+	}
+	l.mu.Unlock()
+	if due {
+		l.log.Warn("client turned away", "listener", l.Addr().String(), "error", err)
+	}
+}
+
 func (l *guardedListener) release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -130,13 +144,25 @@ func (l *guardedListener) release() {
 }
 
 type guardedConn struct {
-	*net.UnixConn
+	net.Conn
 	release func()
 }
 
 func (c *guardedConn) Close() error {
 	defer c.release()
-	return c.UnixConn.Close()
+	return c.Conn.Close()
+}
+
+// rootOnly admits root, and the daemon's own user.
+func rootOnly(conn net.Conn) error {
+	uid, err := peerUID(conn.(*net.UnixConn))
+	if err != nil {
+		return err
+	}
+	if uid != 0 && int(uid) != os.Geteuid() {
+		return fmt.Errorf("uid %d is not root", uid)
+	}
+	return nil
 }
 
 func peerUID(conn *net.UnixConn) (uint32, error) {

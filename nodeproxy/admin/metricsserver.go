@@ -26,7 +26,8 @@ func ListenMetrics(address string, m *Metrics, log *slog.Logger) (*MetricsServer
 	if err != nil {
 		return nil, fmt.Errorf("listen on admin.metrics %s: %w (set admin.metrics to another address, or to \"\" for none)", address, err)
 	}
-	return &MetricsServer{ln: ln, srv: &http.Server{
+	guarded := &guardedListener{Listener: ln, log: log, max: maxClients}
+	return &MetricsServer{ln: guarded, srv: &http.Server{
 		Handler:           m.Handler(),
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,

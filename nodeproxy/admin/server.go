@@ -81,7 +81,7 @@ func Listen(cfg ServerConfig) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	guarded := &guardedListener{UnixListener: ln, log: cfg.Log, max: maxClients}
+	guarded := &guardedListener{Listener: ln, log: cfg.Log, admit: rootOnly, max: maxClients}
 	return &Server{cfg: cfg, ln: guarded, traces: make(chan struct{}, maxTraces)}, nil
 }
 

@@ -4,16 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // fakeBackend answers from its fields and records what it was asked.
@@ -263,7 +267,7 @@ func TestClientsBeyondTheLimitAreTurnedAwayAndMakeRoomAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ln := &guardedListener{UnixListener: unixLn, log: slog.New(slog.DiscardHandler), max: 1}
+	ln := &guardedListener{Listener: unixLn, log: slog.New(slog.DiscardHandler), admit: rootOnly, max: 1}
 	defer func() { _ = ln.Close() }()
 	accepted := make(chan net.Conn, 3)
 	go func() {
@@ -287,6 +291,52 @@ func TestClientsBeyondTheLimitAreTurnedAwayAndMakeRoomAgain(t *testing.T) {
 		_ = conn.Close()
 	case <-time.After(10 * time.Second):
 		t.Error("no room after the first client went")
+	}
+}
+
+func TestAStrangerIsTurnedAwayWhateverTheSocketsMode(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to be somebody else")
+	}
+	d := startDaemon(t, &fakeBackend{})
+	if err := os.Chmod(d.socket, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	for dir := filepath.Dir(d.socket); dir != filepath.Clean(os.TempDir()); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asked := make(chan error, 1)
+	go func() {
+		// The raw system call changes this thread alone, which ends with the goroutine as it stays locked to it.
+		runtime.LockOSThread()
+		const nobody = 65534
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); errno != 0 {
+			asked <- fmt.Errorf("become nobody: %w", errno)
+			return
+		}
+		conn, err := net.Dial("unix", d.socket)
+		if err != nil {
+			asked <- fmt.Errorf("dial: %w", err)
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		_, _ = conn.Write([]byte("GET /v1/status HTTP/1.0\r\n\r\n"))
+		answer, err := io.ReadAll(conn)
+		if len(answer) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+			err = fmt.Errorf("got %q, %v", answer, err)
+		} else {
+			err = nil
+		}
+		asked <- err
+	}()
+	if err := <-asked; err != nil {
+		t.Error(err)
+	}
+	if _, err := d.Status(t.Context()); err != nil {
+		t.Errorf("root is turned away too: %v", err)
 	}
 }
 
