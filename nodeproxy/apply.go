@@ -73,6 +73,7 @@ func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 // recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
 // the policy in force denies.
 func (p *Proxy) recheck() {
+	var denied []*connection
 	for _, c := range p.live.all() {
 		source, service, known := c.pair()
 		if !known {
@@ -83,7 +84,11 @@ func (p *Proxy) recheck() {
 			c.record(v)
 			continue
 		}
-		c.cutOff(denial(source, service, v), &v)
+		c.condemn(denial(source, service, v), &v)
+		denied = append(denied, c)
+	}
+	for _, c := range denied {
+		c.cutOff()
 	}
 }
 

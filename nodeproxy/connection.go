@@ -15,7 +15,7 @@ import (
 )
 
 // connection is one connection of an application or a peer, from accept to close. Its owner is the goroutine that serves
-// it; cutOff, recheck and line may be called by any.
+// it; pair, record, condemn, cutOff and line may be called by any.
 type connection struct {
 	id      uint64
 	started time.Time
@@ -66,7 +66,7 @@ func (c *connection) pair() (source policy.Identity, service string, known bool)
 	return c.source, c.service, c.service != ""
 }
 
-// hold makes conn end with c. When c was cut off already, conn is reset and the reason returned.
+// hold makes conn end with c. When c is condemned already, conn is reset and the reason returned.
 func (c *connection) hold(conn net.Conn) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -110,7 +110,7 @@ func denial(source policy.Identity, service string, v verdict) error {
 	}
 }
 
-// open says that bytes may flow now. It fails with the reason when c was cut off before.
+// open says that bytes may flow now. It fails with the reason when c is condemned.
 func (c *connection) open() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -122,18 +122,24 @@ func (c *connection) open() error {
 	return nil
 }
 
-// cutOff ends c because of err: both sockets are reset, and whatever its owner waits for returns. v is the verdict that
-// demands it, nil when it is none.
-func (c *connection) cutOff(err error, v *verdict) {
+// condemn decides that c ends because of err; cutOff must follow. Whoever ends several connections condemns all of them
+// first: two may be the two sides of one, and the second must not take the end of the first for a reset by its peer. v is
+// the verdict that demands it, nil when it is none.
+func (c *connection) condemn(err error, v *verdict) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if v != nil {
 		c.note(*v)
 	}
-	if c.ended != nil {
-		return
+	if c.ended == nil {
+		c.ended = err
 	}
-	c.ended = err
+}
+
+// cutOff ends c, which is condemned: both sockets are reset, and whatever its owner waits for returns.
+func (c *connection) cutOff() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.cancel()
 	c.resetSockets()
 }

@@ -131,8 +131,12 @@ func (p *Proxy) drain() {
 		return
 	case <-deadline.C:
 	}
-	for _, c := range p.live.all() {
-		c.cutOff(&catalog.Refusal{Reason: catalog.ReasonDrain}, nil)
+	late := p.live.all()
+	for _, c := range late {
+		c.condemn(&catalog.Refusal{Reason: catalog.ReasonDrain}, nil)
+	}
+	for _, c := range late {
+		c.cutOff()
 	}
 	<-done
 }
@@ -247,7 +251,8 @@ func (p *Proxy) limitIdle(c *connection) (stop func()) {
 				last, quiet = now, -1
 			}
 		}
-		c.cutOff(&catalog.Refusal{Reason: catalog.ReasonIdle}, nil)
+		c.condemn(&catalog.Refusal{Reason: catalog.ReasonIdle}, nil)
+		c.cutOff()
 	})
 	return func() {
 		close(done)
