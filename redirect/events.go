@@ -135,16 +135,21 @@ type Fill struct {
 
 // Fills counts the entries of the maps that connections and enrolments fill.
 func (r *Redirect) Fills() ([]Fill, error) {
-	var fills []Fill
+	r.mu.Lock()
+	fills := []Fill{
+		{"destinations", len(r.dests), int(r.obj.Destinations.MaxEntries())},
+		{"rules", len(r.rules), int(r.obj.Rules.MaxEntries())},
+		{"virtual_ranges", len(r.ranges), int(r.obj.VirtualRanges.MaxEntries())},
+		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},
+	}
+	r.mu.Unlock()
 	for _, m := range []struct {
 		name string
 		m    *ebpf.Map
 		key  any
 	}{
 		{"workloads", r.obj.Workloads, new(uint32)},
-		{"destinations", r.obj.Destinations, new(outboundDestinationKey)},
-		{"rules", r.obj.Rules, new(outboundRuleKey)},
-		{"namespaces", r.obj.NsReady, new(uint64)},
+		{"ns_ready", r.obj.NsReady, new(uint64)},
 		{"pending", r.obj.Pending, new(outboundTuple)},
 		{"direct", r.obj.Direct, new(outboundTuple)},
 	} {

@@ -116,19 +116,16 @@ func (ns *Namespace) ports() outboundNsReady {
 
 // Do runs f on a thread that is inside the namespace. f must not start goroutines that rely on that.
 func (ns *Namespace) Do(f func() error) error {
-	runtime.LockOSThread()
-	home, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("remember own network namespace: %w", err)
+	if ns.Host {
+		return f()
 	}
-	defer home.Close()
+	runtime.LockOSThread()
 	if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter network namespace %d: %w", ns.Inode, err)
 	}
 	errDo := f()
-	if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+	if err := unix.Setns(int(ns.r.home.Fd()), unix.CLONE_NEWNET); err != nil {
 		// The thread stays locked: it ends with this goroutine instead of serving another one in the wrong namespace.
 		return errors.Join(errDo, fmt.Errorf("leave network namespace %d: %w", ns.Inode, err))
 	}
@@ -142,7 +139,7 @@ func (ns *Namespace) identify() error {
 	if err := unix.Fstat(int(ns.file.Fd()), &st); err != nil {
 		return fmt.Errorf("look at network namespace: %w", err)
 	}
-	if err := unix.Stat("/proc/self/ns/net", &own); err != nil {
+	if err := unix.Fstat(int(ns.r.home.Fd()), &own); err != nil {
 		return fmt.Errorf("look at own network namespace: %w", err)
 	}
 	ns.Inode, ns.Host = st.Ino, st.Ino == own.Ino

@@ -44,6 +44,7 @@ type Config struct {
 type Redirect struct {
 	dir    string
 	lock   *os.File
+	home   *os.File // the daemon's own network namespace
 	obj    outboundObjects
 	own    link.Link // proxy_sockops on the daemon's cgroup
 	events *ringbuf.Reader
@@ -82,6 +83,9 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	}
 	if r.lock, err = lockDir(r.dir); err != nil {
 		return nil, err
+	}
+	if r.home, err = os.Open("/proc/self/ns/net"); err != nil {
+		return nil, fmt.Errorf("remember own network namespace: %w", err)
 	}
 	if err := r.load(); err != nil {
 		return nil, err
@@ -122,8 +126,10 @@ func (r *Redirect) Close() error {
 		errs = append(errs, r.events.Close())
 	}
 	errs = append(errs, r.obj.Close())
-	if r.lock != nil {
-		errs = append(errs, r.lock.Close())
+	for _, f := range []*os.File{r.home, r.lock} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -18,7 +18,8 @@ import (
 
 const (
 	beatEvery      = time.Second
-	reconcileEvery = time.Second // how long a process in a namespace of its own may stay unseen
+	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
+	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
 	namespaceGrace = 3           // reconciliations without a process before a namespace's listeners close
 )
 
@@ -198,6 +199,12 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			h.Need(need)
 		}
 		m.reconcile()
+		pause := time.NewTimer(reconcilePause)
+		select {
+		case <-ctx.Done():
+			return
+		case <-pause.C:
+		}
 		select {
 		case <-ctx.Done():
 			return
