@@ -20,7 +20,7 @@ const (
 	beatEvery      = time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
-	namespaceGrace = 3           // reconciliations without a process before a namespace's listeners close
+	namespaceGrace = 3                     // reconciliations without a process before a namespace's listeners close
 )
 
 // Config is what a Manager needs.
@@ -199,11 +199,10 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			h.Need(need)
 		}
 		m.reconcile()
-		pause := time.NewTimer(reconcilePause)
 		select {
 		case <-ctx.Done():
 			return
-		case <-pause.C:
+		case <-time.After(reconcilePause):
 		}
 		select {
 		case <-ctx.Done():
