@@ -60,6 +60,22 @@ func TestClaimsCarryTheirOwnModeOrNone(t *testing.T) {
 	}
 }
 
+func TestEnrollingByHandDoesNotCompeteWithAnotherProvider(t *testing.T) {
+	state := workload.State{Workloads: []workload.WorkloadState{
+		{Workload: &workload.Workload{Cgroup: "/c/web", Service: "web", Provider: "config"}},
+		{Workload: &workload.Workload{Cgroup: "/c/api", Service: "api", Provider: "enroll"}},
+	}}
+	err := claimedElsewhere(state, workload.Claim{Cgroup: "/c/web", Service: "api", Provider: "enroll"})
+	if err == nil || !strings.Contains(err.Error(), `provider "config" has it as service "web"`) {
+		t.Errorf("error = %v, want one that names the provider", err)
+	}
+	for _, cgroup := range []string{"/c/api", "/c/new"} {
+		if err := claimedElsewhere(state, workload.Claim{Cgroup: cgroup, Service: "x", Provider: "enroll"}); err != nil {
+			t.Errorf("%s: %v", cgroup, err)
+		}
+	}
+}
+
 // oneSnapshot is a source that delivers one snapshot.
 type oneSnapshot struct {
 	catalog.Source

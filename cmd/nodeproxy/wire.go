@@ -168,10 +168,20 @@ func (d *node) close() {
 // Enroll implements admin.Backend.
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
-	if err := d.manager.Check(c); err != nil {
+	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
 		return fmt.Errorf("%w: %w", err, admin.ErrRefused)
 	}
 	return d.manual.Enroll(c)
+}
+
+// claimedElsewhere says which other provider has c's cgroup: two claims of one cgroup are never both granted.
+func claimedElsewhere(state workload.State, c workload.Claim) error {
+	for _, w := range state.Workloads {
+		if w.Workload.Cgroup == c.Cgroup && w.Workload.Provider != c.Provider {
+			return fmt.Errorf("enroll %s: provider %q has it as service %q already: change it there", c.Cgroup, w.Workload.Provider, w.Workload.Service)
+		}
+	}
+	return nil
 }
 
 // Unenroll implements admin.Backend.
