@@ -63,8 +63,8 @@ func (b *backend) Enroll(_ context.Context, r admin.EnrollRequest) error {
 }
 func (b *backend) Unenroll(ctx context.Context, r admin.EnrollRequest) error { return b.Enroll(ctx, r) }
 
-// serve answers on a socket until the test ends, or stop is called.
-func serve(t *testing.T, b *backend) (socket string, stop func()) {
+// serve answers on a socket until the test ends.
+func serve(t *testing.T, b *backend) (socket string) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "admin.sock")
 	srv, err := admin.Listen(admin.ServerConfig{Socket: socket, Backend: b, Hub: admin.NewHub(), Log: slog.New(slog.DiscardHandler)})
@@ -75,7 +75,7 @@ func serve(t *testing.T, b *backend) (socket string, stop func()) {
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(ctx) }()
 	t.Cleanup(func() { cancel(); <-done })
-	return socket, cancel
+	return socket
 }
 
 func wantStatus(t *testing.T, r result, status int) {
@@ -176,7 +176,7 @@ func exampleStatus() admin.Status {
 }
 
 func TestStatusShowsWhatAnOperatorLooksFor(t *testing.T) {
-	socket, _ := serve(t, &backend{status: exampleStatus()})
+	socket := serve(t, &backend{status: exampleStatus()})
 	r := invoke(t, false, nil, "status", "--socket", socket)
 	wantStatus(t, r, exitDone)
 	wantText(t, r.stdout, "node-1", "1.2.3", "/etc/mesh.d", "generation 7", "3s ago", "default deny", "12 intentions",
@@ -192,7 +192,7 @@ func TestStatusShowsWhatAnOperatorLooksFor(t *testing.T) {
 }
 
 func TestStatusColumnsAlign(t *testing.T) {
-	socket, _ := serve(t, &backend{status: exampleStatus()})
+	socket := serve(t, &backend{status: exampleStatus()})
 	r := invoke(t, false, nil, "status", "--socket", socket)
 	column := -1
 	for line := range strings.Lines(r.stdout) {
@@ -212,7 +212,7 @@ func TestStatusColumnsAlign(t *testing.T) {
 
 func TestStatusAsJSONIsTheWireType(t *testing.T) {
 	want := exampleStatus()
-	socket, _ := serve(t, &backend{status: want})
+	socket := serve(t, &backend{status: want})
 	r := invoke(t, true, nil, "status", "--json", "--socket", socket)
 	wantStatus(t, r, exitDone)
 	var got admin.Status
@@ -225,7 +225,7 @@ func TestStatusAsJSONIsTheWireType(t *testing.T) {
 }
 
 func TestColoursAreForTerminalsThatWantThem(t *testing.T) {
-	socket, _ := serve(t, &backend{status: exampleStatus()})
+	socket := serve(t, &backend{status: exampleStatus()})
 	if r := invoke(t, true, nil, "status", "--socket", socket); !strings.Contains(r.stdout, "\x1b[31m") {
 		t.Error("no red on a terminal")
 	}
@@ -241,15 +241,31 @@ func TestTraceShowsOneLinePerEvent(t *testing.T) {
 		Destination: admin.Endpoint{Service: "api", Address: "240.0.0.2:80", Peer: "10.2.0.2:21500"},
 		Intention:   "web => api (allow), intentions.hcl:3",
 	}}}
-	socket, stop := serve(t, b)
-	time.AfterFunc(500*time.Millisecond, stop) // ends the trace; what it showed by then is judged
-	r := invoke(t, false, nil, "trace", "--socket", socket)
-	wantStatus(t, r, exitFailed) // the daemon went away
-	wantText(t, r.stdout, "web → api", "10.1.0.2:41234 → 240.0.0.2:80 (10.2.0.2:21500)", "mtls", "allowed",
-		"web => api (allow), intentions.hcl:3", "pid 42 curl")
-	if n := strings.Count(r.stdout, "\n"); n != 1 {
-		t.Errorf("%d lines, want 1:\n%s", n, r.stdout)
+	socket := serve(t, b)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var out firstWrite
+	out.done = cancel // as Ctrl-C after the first line
+	status := execute(ctx, &env{stdout: &out, stderr: &out, getenv: func(string) string { return "" }}, []string{"trace", "--socket", socket})
+	if status != exitDone {
+		t.Errorf("exit status %d after Ctrl-C, want 0; output %s", status, out.String())
 	}
+	wantText(t, out.String(), "web → api", "10.1.0.2:41234 → 240.0.0.2:80 (10.2.0.2:21500)", "mtls", "allowed",
+		"web => api (allow), intentions.hcl:3", "pid 42 curl")
+	if n := strings.Count(out.String(), "\n"); n != 1 {
+		t.Errorf("%d lines, want 1:\n%s", n, out.String())
+	}
+}
+
+// firstWrite is a stdout that calls done once it was written to.
+type firstWrite struct {
+	bytes.Buffer
+	done func()
+}
+
+func (w *firstWrite) Write(p []byte) (int, error) {
+	defer w.done()
+	return w.Buffer.Write(p)
 }
 
 func TestTraceLineOfADenialSaysWhy(t *testing.T) {
@@ -275,7 +291,7 @@ func TestNamesThatOthersChoseCannotDriveTheTerminal(t *testing.T) {
 	if line := traceLine(false, c); strings.ContainsAny(line, "\x1b\n\u202e") {
 		t.Errorf("line = %q", line)
 	}
-	socket, _ := serve(t, &backend{status: admin.Status{Workloads: []admin.Workload{{Service: evil, State: "waiting", Detail: evil}}}, explanation: admin.Explanation{Why: evil}})
+	socket := serve(t, &backend{status: admin.Status{Workloads: []admin.Workload{{Service: evil, State: "waiting", Detail: evil}}}, explanation: admin.Explanation{Why: evil}})
 	for _, args := range [][]string{{"status"}, {"explain", "a", "b"}} {
 		if r := invoke(t, false, nil, append(args, "--socket", socket)...); strings.ContainsAny(r.stdout, "\x1b\u202e") {
 			t.Errorf("%v: stdout = %q", args, r.stdout)
@@ -286,7 +302,7 @@ func TestNamesThatOthersChoseCannotDriveTheTerminal(t *testing.T) {
 func TestExplainSaysWhichIntentionDecidesAndWhatIsMissing(t *testing.T) {
 	x := admin.Explanation{Source: "web", Destination: "api", Why: "no intention matches", Considered: []string{"* => api (deny), a.hcl:1"},
 		Instances: []admin.Instance{{ID: "api-1", Node: "node-2", Address: "10.2.0.2:80"}}, Missing: []string{"no certificate: wait"}}
-	socket, _ := serve(t, &backend{explanation: x})
+	socket := serve(t, &backend{explanation: x})
 	r := invoke(t, false, nil, "explain", "web", "api", "--socket", socket)
 	wantStatus(t, r, exitDone)
 	wantText(t, r.stdout, "web → api is denied: no intention matches", "* => api (deny), a.hcl:1", "api-1 on node-2", "unhealthy", "no certificate: wait")
@@ -303,7 +319,7 @@ func TestEnrollAndUnenrollNameTheCgroupInFull(t *testing.T) {
 		t.Skip(err)
 	}
 	b := &backend{}
-	socket, _ := serve(t, b)
+	socket := serve(t, b)
 	wantStatus(t, invoke(t, false, nil, "enroll", "demo/web", "--service", "web", "--mode", "permissive", "--socket", socket), exitDone)
 	wantStatus(t, invoke(t, false, nil, "unenroll", "/sys/fs/cgroup/demo/../web/", "--socket", socket), exitDone)
 	want := []admin.EnrollRequest{{Cgroup: mount + "/demo/web", Service: "web", Mode: "permissive"}, {Cgroup: "/sys/fs/cgroup/web"}}
@@ -313,7 +329,7 @@ func TestEnrollAndUnenrollNameTheCgroupInFull(t *testing.T) {
 }
 
 func TestRefusedEnrolmentFailsInTheDaemonsWords(t *testing.T) {
-	socket, _ := serve(t, &backend{err: fmt.Errorf("the daemon itself runs in it: %w", admin.ErrRefused)})
+	socket := serve(t, &backend{err: fmt.Errorf("the daemon itself runs in it: %w", admin.ErrRefused)})
 	r := invoke(t, false, nil, "enroll", "/x", "--service", "web", "--socket", socket)
 	wantStatus(t, r, exitFailed)
 	wantText(t, r.stderr, "the daemon itself runs in it")
@@ -378,7 +394,7 @@ type closedPipe struct{}
 func (closedPipe) Write([]byte) (int, error) { return 0, errors.New("broken pipe") }
 
 func TestTraceEndsWhenNobodyReadsIt(t *testing.T) {
-	socket, _ := serve(t, &backend{live: []admin.Connection{{Event: admin.EventOpen, ID: 1}}})
+	socket := serve(t, &backend{live: []admin.Connection{{Event: admin.EventOpen, ID: 1}}})
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	execute(ctx, &env{stdout: closedPipe{}, stderr: &bytes.Buffer{}, getenv: func(string) string { return "" }}, []string{"trace", "--socket", socket})
