@@ -26,7 +26,8 @@ type connection struct {
 	sent, received atomic.Uint64
 
 	mu       sync.Mutex
-	about    admin.Connection // all but the event, the bytes and the duration
+	about    admin.Connection // all but what event adds
+	verdict  verdict          // the one that c stands on; its sequence is 0 before there is one
 	source   policy.Identity
 	service  string // the destination; "" while source and service are not known
 	sockets  []net.Conn
@@ -93,12 +94,8 @@ func (c *connection) record(v verdict) {
 }
 
 func (c *connection) note(v verdict) {
-	if v.sequence < c.about.Sequence {
-		return
-	}
-	c.about.Sequence, c.about.Generation, c.about.Intention = v.sequence, v.Generation, ""
-	if v.Intention != nil {
-		c.about.Intention = v.Intention.String()
+	if v.sequence > c.verdict.sequence {
+		c.verdict = v
 	}
 }
 
@@ -195,6 +192,10 @@ func (c *connection) event(event string) admin.Connection {
 	e.Event, e.Time = event, time.Now()
 	e.Duration = e.Time.Sub(c.started)
 	e.Sent, e.Received = c.sent.Load(), c.received.Load()
+	e.Sequence, e.Generation = c.verdict.sequence, c.verdict.Generation
+	if c.verdict.Intention != nil {
+		e.Intention = c.verdict.Intention.String()
+	}
 	return e
 }
 

@@ -27,7 +27,7 @@ type leg interface {
 	reset() // the peer sees a reset, and no close_notify
 }
 
-// tune sets what both legs have in common. A peer that vanished is noticed within 90 s, however long it may be idle.
+// tune sets what both legs have in common. A peer that vanished from an idle connection is noticed within 90 s.
 func tune(conn *net.TCPConn) error {
 	return errors.Join(conn.SetNoDelay(true), conn.SetKeepAliveConfig(net.KeepAliveConfig{
 		Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6,

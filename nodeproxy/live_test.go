@@ -357,6 +357,27 @@ func TestRotationDoesNotDisturbLiveConnections(t *testing.T) {
 	hear(t, server, "and still")
 }
 
+func TestTheAddressAndNotTheSNISelectsTheCertificate(t *testing.T) {
+	m := newMesh(t)
+	a := m.app()
+	at := map[string]netip.AddrPort{"api": m.instance("api", "api-1", a.addr()).Mesh, "web": m.instance("web", "web-1", a.addr()).Mesh}
+	m.publish()
+	for service, addr := range at {
+		peer := m.peer(addr, m.leaf("web"))
+		if err := peer.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		if got := peer.ConnectionState().PeerCertificates[0].URIs[0].String(); got != spiffe(service) {
+			t.Errorf("%s shows the certificate of %s", service, got)
+		}
+	}
+	config := &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{*m.leaf("web")}, ServerName: "web.default.dc1.internal." + trustDomain}
+	peer := tls.Client(m.dial(at["api"].String()), config)
+	if err := peer.Handshake(); err == nil {
+		t.Error("the SNI of another service was accepted")
+	}
+}
+
 func TestPerWorkloadCapSparesTheNeighbour(t *testing.T) {
 	m := newMesh(t, func(c *Config, _ *fakeKernel) { c.Limits.PerWorkload = 3 })
 	a := m.app()
