@@ -153,7 +153,7 @@ func naive(def Action, intentions []Intention, src, dst string) (bool, *Intentio
 	for _, pair := range [][2]string{{src, dst}, {Wildcard, dst}, {src, Wildcard}, {Wildcard, Wildcard}} {
 		for i, in := range intentions {
 			if in.Source == pair[0] && in.Destination == pair[1] && in.SourcePeer == "" && in.SourcePartition == "" && in.SourceNamespace == "" {
-				return in.Action == Allow && !in.Permissions && !(in.JWT && dst == "http"), &intentions[i]
+				return in.Action == Allow && !in.Permissions && (!in.JWT || dst != "http"), &intentions[i]
 			}
 		}
 	}

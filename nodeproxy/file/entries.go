@@ -1,6 +1,8 @@
 package file
 
 import (
+	"fmt"
+	"maps"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -30,6 +32,20 @@ type meshEntry struct {
 	api.MeshConfigEntry
 }
 
+// intentionsEntry is the library's struct with the place of each source.
+type intentionsEntry struct {
+	Kind, Name, Namespace, Partition string
+	Sources                          []*intentionSource
+	JWT                              *api.IntentionJWTRequirement
+	Meta                             map[string]string
+	CreateIndex, ModifyIndex         uint64
+}
+
+type intentionSource struct {
+	api.SourceIntention
+	Where hclfile.Block
+}
+
 // The fields of each kind that are honoured, or only say where the entry comes from. All others that are set are reported; those in
 // httpFields as HTTP-level.
 var (
@@ -56,12 +72,7 @@ func (r *reader) readConfig() {
 }
 
 func (r *reader) readEntry(f *hclfile.File) {
-	raw, err := f.Map()
-	if err != nil {
-		r.fail(err)
-		return
-	}
-	kind, name := stringAt(raw, "kind"), stringAt(raw, "name")
+	kind, name := f.String("Kind"), f.String("Name")
 	if kind == "" {
 		r.fail(f.Pos("Kind").Errorf("has no Kind: write Kind = \"service-intentions\", or another config entry's; one entry in each file"))
 		return
@@ -86,68 +97,70 @@ func (r *reader) readEntry(f *hclfile.File) {
 	r.decodeEntry(f, kind, name)
 }
 
-// stringAt finds a key of any spelling.
-func stringAt(raw map[string]any, key string) string {
-	for k, v := range raw {
-		if s, ok := v.(string); ok && strings.EqualFold(k, key) {
-			return s
-		}
-	}
-	return ""
-}
-
 func (r *reader) decodeEntry(f *hclfile.File, kind, name string) {
-	e := &r.mesh.entries
 	switch kind {
 	case api.ServiceIntentions:
-		entry := &api.ServiceIntentionsConfigEntry{}
-		if r.decode(f, entry) {
+		if entry := (&intentionsEntry{}); r.decode(f, entry) {
 			r.addIntentions(f, entry)
 		}
 	case api.ServiceDefaults:
-		entry := &api.ServiceConfigEntry{}
-		if r.decode(f, entry) {
-			r.unhonoured(f, name, entry, "Protocol", "MaxInboundConnections", "MutualTLSMode", transparent(entry.Mode))
-			r.checkMode(f, entry.MutualTLSMode)
-			if entry.MaxInboundConnections < 0 {
-				r.fail(f.Pos("MaxInboundConnections").Errorf("MaxInboundConnections is negative"))
-			}
-			e.defaults[name] = entry
+		if entry := (&api.ServiceConfigEntry{}); r.decode(f, entry) {
+			r.addDefaults(f, entry)
 		}
 	case api.ServiceResolver:
-		entry := &api.ServiceResolverConfigEntry{}
-		if r.decode(f, entry) {
-			r.unhonoured(f, name, entry, "ConnectTimeout")
-			if entry.ConnectTimeout < 0 {
-				r.fail(f.Pos("ConnectTimeout").Errorf("ConnectTimeout is negative"))
-			}
-			e.resolvers[name] = entry
+		if entry := (&api.ServiceResolverConfigEntry{}); r.decode(f, entry) {
+			r.addResolver(f, entry)
 		}
 	case api.ProxyDefaults:
-		entry := &api.ProxyConfigEntry{}
-		if r.decode(f, entry) {
-			r.unhonoured(f, "", entry, "MutualTLSMode", "Config", transparent(entry.Mode))
-			r.checkMode(f, entry.MutualTLSMode)
-			r.checkProxyConfig(f, entry)
-			e.proxy = entry
+		if entry := (&api.ProxyConfigEntry{}); r.decode(f, entry) {
+			r.addProxyDefaults(f, entry)
 		}
 	case api.MeshConfig:
-		entry := &meshEntry{}
-		if r.decode(f, entry) {
+		if entry := (&meshEntry{}); r.decode(f, entry) {
 			r.unhonoured(f, "", entry, "AllowEnablingPermissiveMutualTLS")
-			e.mesh = entry
+			r.mesh.entries.mesh = entry
 		}
 	case api.ServiceSplitter:
-		if entry := (&api.ServiceSplitterConfigEntry{}); r.decode(f, entry) {
+		if r.decode(f, &api.ServiceSplitterConfigEntry{}) {
 			r.ignoreL7(f, name, kind)
 		}
 	case api.ServiceRouter:
-		if entry := (&api.ServiceRouterConfigEntry{}); r.decode(f, entry) {
+		if r.decode(f, &api.ServiceRouterConfigEntry{}) {
 			r.ignoreL7(f, name, kind)
 		}
 	default:
 		r.otherKind(f, kind, name)
 	}
+}
+
+func (r *reader) addDefaults(f *hclfile.File, entry *api.ServiceConfigEntry) {
+	r.unhonoured(f, entry.Name, entry, "Protocol", "MaxInboundConnections", "MutualTLSMode", transparent(entry.Mode))
+	r.checkMode(f, entry.MutualTLSMode)
+	if entry.MaxInboundConnections < 0 {
+		r.fail(f.Pos("MaxInboundConnections").Errorf("MaxInboundConnections is negative"))
+	}
+	r.mesh.entries.defaults[entry.Name] = entry
+}
+
+func (r *reader) addResolver(f *hclfile.File, entry *api.ServiceResolverConfigEntry) {
+	r.unhonoured(f, entry.Name, entry, "ConnectTimeout")
+	if entry.ConnectTimeout < 0 {
+		r.fail(f.Pos("ConnectTimeout").Errorf("ConnectTimeout is negative"))
+	}
+	r.mesh.entries.resolvers[entry.Name] = entry
+}
+
+func (r *reader) addProxyDefaults(f *hclfile.File, entry *api.ProxyConfigEntry) {
+	r.unhonoured(f, "", entry, "MutualTLSMode", "Config", transparent(entry.Mode))
+	r.checkMode(f, entry.MutualTLSMode)
+	for key, value := range entry.Config {
+		if key != "protocol" {
+			r.problem("", "unsupported", "Config %s of proxy-defaults is not honoured (%s)", key, f.Pos("Config", key))
+		} else if _, ok := value.(string); !ok {
+			r.fail(f.Pos("Config", key).Errorf("protocol is not a string"))
+		}
+	}
+	r.mesh.entries.proxy = entry
 }
 
 func (r *reader) ignoreL7(f *hclfile.File, name, kind string) {
@@ -220,19 +233,8 @@ func (r *reader) checkMode(f *hclfile.File, mode api.MutualTLSMode) {
 	}
 }
 
-// checkProxyConfig accepts the one key of the opaque Config that has a meaning here.
-func (r *reader) checkProxyConfig(f *hclfile.File, entry *api.ProxyConfigEntry) {
-	for key, value := range entry.Config {
-		if key != "protocol" {
-			r.problem("", "unsupported", "Config %s of proxy-defaults is not honoured (%s)", key, f.Pos("Config", key))
-		} else if _, ok := value.(string); !ok {
-			r.fail(f.Pos("Config", key).Errorf("protocol is not a string"))
-		}
-	}
-}
-
 // addIntentions files the intentions of one entry, whose name is their destination.
-func (r *reader) addIntentions(f *hclfile.File, entry *api.ServiceIntentionsConfigEntry) {
+func (r *reader) addIntentions(f *hclfile.File, entry *intentionsEntry) {
 	if len(entry.Sources) == 0 {
 		r.fail(f.Pos("Name").Errorf("service-intentions %q has no Sources", entry.Name))
 	}
@@ -241,20 +243,20 @@ func (r *reader) addIntentions(f *hclfile.File, entry *api.ServiceIntentionsConf
 			entry.Name, entry.Name, f.Pos("JWT"))
 		r.mesh.entries.ignoredL7[entry.Name] = append(r.mesh.entries.ignoredL7[entry.Name], "service-intentions JWT")
 	}
-	for i, source := range entry.Sources {
-		pos := f.Pos("Sources", i)
+	for _, source := range entry.Sources {
+		pos := source.Where.Pos
 		in := policy.Intention{
 			Source: source.Name, Destination: entry.Name, Origin: shortPos(pos),
 			SourceNamespace: source.Namespace, SourcePartition: source.Partition, SourcePeer: source.Peer,
 			Permissions: len(source.Permissions) > 0, JWT: entry.JWT != nil,
 		}
-		r.checkSource(pos, source)
+		r.checkSource(pos, &source.SourceIntention)
 		switch {
 		case source.Action == api.IntentionActionAllow:
 			in.Action = policy.Allow
 		case source.Action == api.IntentionActionDeny:
 		case source.Action != "":
-			r.fail(f.Pos("Sources", i, "Action").Errorf("Action %q is neither \"allow\" nor \"deny\"", source.Action))
+			r.fail(source.Where.Key("Action").Errorf("Action %q is neither \"allow\" nor \"deny\"", source.Action))
 		case !in.Permissions:
 			r.fail(pos.Errorf("source %q has no Action: write Action = \"allow\" or \"deny\"", source.Name))
 		}
@@ -297,21 +299,33 @@ func (r *reader) strangers() {
 	for _, inst := range r.mesh.instances {
 		defined[inst.service] = true
 	}
-	const text = "%s names %q, which no node defines: check the name (%s)"
-	for i, in := range r.mesh.entries.intentions {
-		for _, name := range []string{in.Source, in.Destination} {
-			if in.SourcePeer == "" && !defined[name] {
-				r.problem(name, "unknown-service", text, "intention "+in.Source+" => "+in.Destination, name, r.origins[i])
-			}
+	first, more := make(map[string]string), make(map[string]int)
+	names := func(what, name string, pos hclfile.Pos) {
+		switch {
+		case defined[name]:
+		case first[name] == "":
+			first[name] = fmt.Sprintf("%s names %q, which no node defines: check the name (%s)", what, name, pos)
+		default:
+			more[name]++
 		}
 	}
-	for key, pos := range r.byKind {
-		switch kind, name := key[0], key[1]; kind {
-		case api.ServiceDefaults, api.ServiceResolver, api.ServiceRouter, api.ServiceSplitter:
-			if !defined[name] {
-				r.problem(name, "unknown-service", text, kind, name, pos)
-			}
+	for i, in := range r.mesh.entries.intentions {
+		if in.SourcePeer == "" {
+			names("intention "+in.Source+" => "+in.Destination, in.Source, r.origins[i])
 		}
+		names("intention "+in.Source+" => "+in.Destination, in.Destination, r.origins[i])
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(r.byKind), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
+		switch key[0] {
+		case api.ServiceDefaults, api.ServiceResolver, api.ServiceRouter, api.ServiceSplitter:
+			names(key[0], key[1], r.byKind[key])
+		}
+	}
+	for name, text := range first {
+		if n := more[name]; n > 0 {
+			text += fmt.Sprintf(", and %d more", n)
+		}
+		r.problem(name, "unknown-service", "%s", text)
 	}
 }
 

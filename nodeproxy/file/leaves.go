@@ -57,7 +57,7 @@ func (l *leaves) ensure(a *authority, datacenter string, services []string) (cha
 			continue
 		}
 		life := cert.Leaf.NotAfter.Sub(cert.Leaf.NotBefore)
-		part := renewFrom + rand.Float64()*(renewTo-renewFrom) //nolint:gosec // it spreads load, nothing depends on it
+		part := renewFrom + rand.Float64()*(renewTo-renewFrom)
 		l.certs[service] = &leaf{cert: cert, root: a.roots[0], renew: cert.Leaf.NotBefore.Add(time.Duration(part * float64(life)))}
 		changed = true
 	}

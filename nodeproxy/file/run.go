@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -69,7 +70,7 @@ func (r *run) loop(ctx context.Context, events <-chan fsnotify.Event) {
 				events = nil
 				continue
 			}
-			if filepath.Base(event.Name) == lockFile {
+			if isTemporary(event.Name) {
 				continue
 			}
 			if since.IsZero() {
@@ -91,6 +92,13 @@ func (r *run) loop(ctx context.Context, events <-chan fsnotify.Event) {
 		}
 		renew.Reset(r.leaves.untilRenewal())
 	}
+}
+
+// isTemporary says whether path is a file of ours or of an editor that is renamed when it is whole, or the lock. What
+// begins with two dots is how mounts in containers switch to new content.
+func isTemporary(path string) bool {
+	name := filepath.Base(path)
+	return strings.HasPrefix(name, ".") && !strings.HasPrefix(name, "..")
 }
 
 // refresh reads the directory, unless it looks as it did, and delivers what has changed.

@@ -42,14 +42,15 @@ func (b Block) Has(name string) bool {
 // integers and floats, time.Duration as "5s", anything that unmarshals text, slices and string maps of these, pointers to
 // them for what may be absent, and any or map[string]any for whatever is there. All errors are *Error, joined in order of line.
 func (f *File) Decode(into any) error {
-	d := decoder{path: f.path}
+	d := decoder{path: f.path, shapes: make(map[reflect.Type]*shape)}
 	d.object(f.root, 0, reflect.ValueOf(into).Elem(), "")
 	return Join(d.errs...)
 }
 
 type decoder struct {
-	path string
-	errs []error
+	path   string
+	shapes map[reflect.Type]*shape // of the struct types met so far
+	errs   []error
 }
 
 func (d *decoder) at(line int) Pos { return Pos{File: d.path, Line: line} }
@@ -67,20 +68,28 @@ var (
 // field is one struct field that a key sets.
 type field struct {
 	name  string // as shown to the operator
-	keys  []string
 	index []int
 }
 
 // shape is how a struct type is decoded.
 type shape struct {
 	exact  bool // keys are compared as they are, not folded
-	fields []field
+	fields map[string]*field
 	label  []int // index of the field that takes the label
 	block  []int // index of the Block
 }
 
-func shapeOf(t reflect.Type) shape {
-	s := shape{exact: slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return f.Tag.Get("hcl") != "" })}
+func (d *decoder) shapeOf(t reflect.Type) *shape {
+	s := d.shapes[t]
+	if s == nil {
+		s = newShape(t)
+		d.shapes[t] = s
+	}
+	return s
+}
+
+func newShape(t reflect.Type) *shape {
+	s := &shape{fields: make(map[string]*field), exact: slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return f.Tag.Get("hcl") != "" })}
 	for _, f := range reflect.VisibleFields(t) {
 		tag, option, _ := strings.Cut(f.Tag.Get("hcl"), ",")
 		switch {
@@ -90,33 +99,32 @@ func shapeOf(t reflect.Type) shape {
 		case option == "label":
 			s.label = f.Index
 		case s.exact:
-			s.fields = append(s.fields, field{name: tag, keys: []string{tag}, index: f.Index})
+			s.fields[tag] = &field{name: tag, index: f.Index}
 		default:
-			s.fields = append(s.fields, field{name: f.Name, keys: []string{fold(f.Name), fold(f.Tag.Get("alias"))}, index: f.Index})
+			to := &field{name: f.Name, index: f.Index}
+			s.fields[fold(f.Name)] = to
+			if alias := f.Tag.Get("alias"); alias != "" {
+				s.fields[fold(alias)] = to
+			}
 		}
 	}
 	return s
 }
 
-func (s shape) find(key string) *field {
+func (s *shape) find(key string) *field {
 	if !s.exact {
 		key = fold(key)
 	}
-	for i := range s.fields {
-		if slices.Contains(s.fields[i].keys, key) {
-			return &s.fields[i]
-		}
-	}
-	return nil
+	return s.fields[key]
 }
 
-func (s shape) known() string {
+func (s *shape) known() string {
 	var names []string
 	for _, f := range s.fields {
 		names = append(names, f.name)
 	}
 	slices.Sort(names)
-	return strings.Join(names, ", ")
+	return strings.Join(slices.Compact(names), ", ")
 }
 
 // object sets the struct v from the block n. name is the block's key, "" for the whole file, and line the key's.
@@ -125,11 +133,13 @@ func (d *decoder) object(n *node, line int, v reflect.Value, name string) {
 		d.errorf(n.line, "%q is %s: write it as a block", name, n.kind)
 		return
 	}
-	s := shapeOf(v.Type())
-	keys := make(map[string]Pos, len(n.items))
-	var order []*field
-	values := make(map[string][]item)
-	for _, it := range n.items {
+	s := d.shapeOf(v.Type())
+	type setting struct {
+		field *field
+		items []item
+	}
+	settings := make([]setting, 0, len(n.items))
+	for i, it := range n.items {
 		f := s.find(it.key)
 		if f == nil {
 			d.unknown(it, name, s)
@@ -138,21 +148,25 @@ func (d *decoder) object(n *node, line int, v reflect.Value, name string) {
 		if it.value.kind == null {
 			continue
 		}
-		if len(values[f.name]) == 0 {
-			order = append(order, f)
-			keys[fold(it.key)] = d.at(it.line)
+		if at := slices.IndexFunc(settings, func(o setting) bool { return o.field == f }); at >= 0 {
+			settings[at].items = append(settings[at].items, it)
+		} else {
+			settings = append(settings, setting{f, n.items[i : i+1 : i+1]})
 		}
-		values[f.name] = append(values[f.name], it)
 	}
-	for _, f := range order {
-		d.value(values[f.name], v.FieldByIndex(f.index))
+	for _, set := range settings {
+		d.value(set.items, v.FieldByIndex(set.field.index))
 	}
 	if s.block != nil {
+		keys := make(map[string]Pos, len(settings))
+		for _, set := range settings {
+			keys[fold(set.items[0].key)] = d.at(set.items[0].line)
+		}
 		v.FieldByIndex(s.block).Set(reflect.ValueOf(Block{Pos: d.at(line), keys: keys}))
 	}
 }
 
-func (d *decoder) unknown(it item, block string, s shape) {
+func (d *decoder) unknown(it item, block string, s *shape) {
 	in := "the file"
 	if block != "" {
 		in = fmt.Sprintf("block %q", block)
@@ -238,7 +252,7 @@ func (d *decoder) labelled(it item, t reflect.Type) []item {
 	if t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
-	if t.Kind() != reflect.Struct || shapeOf(t).label == nil || it.value.kind != object {
+	if t.Kind() != reflect.Struct || d.shapeOf(t).label == nil || it.value.kind != object {
 		return []item{it}
 	}
 	var all []item
@@ -253,7 +267,7 @@ func (d *decoder) labelled(it item, t reflect.Type) []item {
 
 // block sets the struct v from one block, label and all.
 func (d *decoder) block(it item, v reflect.Value) {
-	s := shapeOf(v.Type())
+	s := d.shapeOf(v.Type())
 	if s.label == nil {
 		d.object(it.value, it.line, v, it.key)
 		return

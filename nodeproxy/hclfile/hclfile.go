@@ -180,6 +180,16 @@ func flatten(repetitions []*node) []*node {
 	return all
 }
 
+// String is the string that a key at the top of the file holds, matched as Consul does, or "".
+func (f *File) String(key string) string {
+	found, _ := descend([]*node{f.root}, key)
+	if len(found) == 0 {
+		return ""
+	}
+	s, _ := found[0].value.(string)
+	return s
+}
+
 // Map is the file as generic values: map[string]any, []any, string, int64, float64, bool. A key that is set twice is an
 // error, unless each is a block: then it is a list of them.
 func (f *File) Map() (map[string]any, error) {

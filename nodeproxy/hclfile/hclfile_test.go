@@ -290,6 +290,11 @@ func TestPosAndMap(t *testing.T) {
 			t.Errorf("Pos(%v) = %v, want line %d", c.steps, got, c.line)
 		}
 	}
+	for key, want := range map[string]string{"kind": "x", "Kind": "x", "Sources": "", "none": ""} {
+		if got := f.String(key); got != want {
+			t.Errorf("String(%s) = %q", key, got)
+		}
+	}
 	g, err := Parse("g.hcl", []byte("a { x = 1 }\na { x = 2 }\nb = \"c\""))
 	if err != nil {
 		t.Fatal(err)
