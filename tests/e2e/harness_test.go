@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -33,6 +34,7 @@ const (
 type mesh struct {
 	*meshlab.Mesh
 	t         *testing.T
+	markers   *atomic.Uint32 // of awaitGeneration
 	virtual   map[string]netip.Addr
 	baselines [2]*footprint // of daemons that must return to it; nil: not measured, or ended by the test
 }
@@ -49,7 +51,7 @@ func newMesh(t *testing.T) *mesh {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &mesh{Mesh: lab, t: t, virtual: make(map[string]netip.Addr)}
+	m := &mesh{Mesh: lab, t: t, markers: new(atomic.Uint32), virtual: make(map[string]netip.Addr)}
 	for _, d := range m.Daemons {
 		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66"}
 	}

@@ -23,13 +23,14 @@ type Daemon struct {
 	Node    *netlab.Node
 	Binary  string
 	Pins    string   // state.pins
+	MeshD   string   // source.file.path
 	Extra   string   // more of the configuration, in HCL
 	Env     []string // more of the environment
 	Process *netlab.Process
 
-	lab      *netlab.Lab
-	cgroup   *netlab.Cgroup
-	meshD    string
+	lab    *netlab.Lab
+	cgroup *netlab.Cgroup
+
 	enrolled []Enrolment
 }
 
@@ -61,7 +62,7 @@ func (d *Daemon) Admin() *admin.Client { return admin.NewClient(d.Socket()) }
 func (d *Daemon) WriteConfig() error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "node {\n  name    = %q\n  address = %q\n}\n\n", d.Node.Name, d.Node.IPv4)
-	fmt.Fprintf(&b, "source \"file\" {\n  path        = %q\n  virtual_ips = %q\n}\n\n", d.meshD, VirtualIPs)
+	fmt.Fprintf(&b, "source \"file\" {\n  path        = %q\n  virtual_ips = %q\n}\n\n", d.MeshD, VirtualIPs)
 	b.WriteString("workloads {\n")
 	for i, e := range d.enrolled {
 		fmt.Fprintf(&b, "  cgroup \"%s-%d\" {\n    path    = %q\n    service = %q\n", e.Service, i, e.Cgroup.Path(), e.Service)
@@ -104,7 +105,8 @@ func (d *Daemon) Start(ctx context.Context) error {
 func (d *Daemon) Await(ctx context.Context, check func(*admin.Status) error) (*admin.Status, error) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
-	for {
+	last := errors.New("it was not asked")
+	for ctx.Err() == nil {
 		status, err := d.Admin().Status(ctx)
 		if err == nil {
 			err = check(status)
@@ -112,14 +114,17 @@ func (d *Daemon) Await(ctx context.Context, check func(*admin.Status) error) (*a
 		if err == nil {
 			return status, nil
 		}
+		if ctx.Err() == nil {
+			last = err
+		}
 		select {
 		case <-tick.C:
 		case <-d.Process.Done():
 			return nil, fmt.Errorf("%s: the daemon ended; its output:\n%s", d.Node.Name, d.Process.Output())
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%s: %w (%w); the daemon's output:\n%s", d.Node.Name, err, context.Cause(ctx), d.Process.Output())
 		}
 	}
+	return nil, fmt.Errorf("%s: %w: %w; the daemon's output:\n%s", d.Node.Name, context.Cause(ctx), last, d.Process.Output())
 }
 
 // AwaitProtected waits until every enrolled workload that has a process is protected.

@@ -59,7 +59,7 @@ func (m *Mesh) build(binary string) error {
 		if err != nil {
 			return err
 		}
-		m.Daemons[i] = &Daemon{Node: node, Binary: binary, Pins: filepath.Join(bpffs, "nodeproxy"), lab: m.Lab, cgroup: cgroup, meshD: m.MeshD}
+		m.Daemons[i] = &Daemon{Node: node, Binary: binary, Pins: filepath.Join(bpffs, "nodeproxy"), lab: m.Lab, cgroup: cgroup, MeshD: m.MeshD}
 	}
 	return m.Intentions("*", Deny("*"))
 }

@@ -44,14 +44,6 @@ func (n *Namespace) Bridge(name string, ports ...string) error {
 	return n.Up(name)
 }
 
-// Dummy makes an interface that leads nowhere, up, to hold addresses.
-func (n *Namespace) Dummy(name string) error {
-	if err := n.handle.LinkAdd(&netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: name}}); err != nil {
-		return fmt.Errorf("make dummy link %s: %w", name, err)
-	}
-	return n.Up(name)
-}
-
 // Up sets a link up.
 func (n *Namespace) Up(name string) error {
 	link, err := n.link(name)

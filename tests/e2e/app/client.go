@@ -170,9 +170,6 @@ func hold(args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(*n) + 100, Max: uint64(*n) + 100}); err != nil {
-		return err
-	}
 	refused := make(map[string]int)
 	var held []int
 	for range *n {

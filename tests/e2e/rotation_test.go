@@ -1,0 +1,159 @@
+package e2e
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/tests/netlab"
+)
+
+// TestARootRotationWithOneNodePausedFailsNoConnection gives node 2 a copy of the mesh directory that it does not see change,
+// as a node whose watcher hangs.
+func TestARootRotationWithOneNodePausedFailsNoConnection(t *testing.T) {
+	m := newMesh(t)
+	a, b := m.place(0, "a"), m.place(1, "b")
+	m.allow("a", "b")
+	m.allow("b", "a")
+	m.start() // both write what is theirs into state.json
+	m.stop(1)
+	shared, copied := m.MeshD, filepath.Join(m.Dir(), "mesh-of-node-2")
+	_, err := m.Lab.Run(m.ctx(), netlab.Command{Path: "cp", Args: []string{"-a", shared, copied}})
+	m.must(err)
+	m.Daemons[1].MeshD = copied
+	m.restart(1)
+
+	traffic := m.traffic(map[*netlab.Workload]string{a: m.vip("b"), b: m.vip("a")})
+	old := m.notAfter(0)
+	out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"ca", "rotate", "--config", m.Daemons[0].ConfigPath()}})
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, err = m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+		for _, c := range s.Certificates {
+			if c.Service == "a" && c.NotAfter.After(old) {
+				return nil
+			}
+		}
+		return fmt.Errorf("the certificates are %+v, that of a was valid until %v", s.Certificates, old)
+	})
+	m.must(err)
+	if n := roots(t, shared); n < 2 {
+		t.Errorf("root.pem of node 1 holds %d certificates after a rotation", n)
+	}
+	traffic.passes(50) // node 1 has new leaves, node 2 knows the old root alone
+
+	text, err := os.ReadFile(filepath.Join(shared, "ca", "key.pem"))
+	m.must(err)
+	m.must(os.WriteFile(filepath.Join(m.Dir(), "key"), text, 0o600))
+	m.must(os.Rename(filepath.Join(m.Dir(), "key"), filepath.Join(copied, "ca", "key.pem")))
+	text, err = os.ReadFile(filepath.Join(shared, "ca", "root.pem"))
+	m.must(err)
+	m.must(os.WriteFile(filepath.Join(m.Dir(), "root"), text, 0o600))
+	m.must(os.Rename(filepath.Join(m.Dir(), "root"), filepath.Join(copied, "ca", "root.pem")))
+	_, err = m.Daemons[1].Await(m.ctx(), func(s *admin.Status) error {
+		if s.Source.Error != "" || s.Source.Generation < 2 {
+			return fmt.Errorf("generation %d, error %q", s.Source.Generation, s.Source.Error)
+		}
+		return nil
+	})
+	m.must(err)
+	traffic.passes(50) // both have new leaves
+	traffic.stop()
+}
+
+// roots counts the certificates of a mesh directory's root.pem.
+func roots(t *testing.T, dir string) (n int) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, "ca", "root.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			t.Fatal(err)
+		}
+		n++
+	}
+	return n
+}
+
+func (m *mesh) notAfter(node int) time.Time {
+	m.t.Helper()
+	status, err := m.Daemons[node].Admin().Status(m.ctx())
+	m.must(err)
+	var last time.Time
+	for _, c := range status.Certificates {
+		if c.NotAfter.After(last) {
+			last = c.NotAfter
+		}
+	}
+	return last
+}
+
+// traffic is clients that connect again and again and may never fail.
+type traffic struct {
+	m     *mesh
+	done  chan struct{}
+	ended chan struct{}
+	ok    chan struct{} // one for each success
+	n     int
+}
+
+// traffic starts a client for every workload, which calls the address.
+func (m *mesh) traffic(clients map[*netlab.Workload]string) *traffic {
+	tr := &traffic{m: m, done: make(chan struct{}), ended: make(chan struct{}), ok: make(chan struct{}, 1<<16), n: len(clients)}
+	for w, to := range clients {
+		go func() {
+			defer func() { tr.ended <- struct{}{} }()
+			for {
+				select {
+				case <-tr.done:
+					return
+				default:
+				}
+				p, err := w.Start(m.app("dial", to, "peer"))
+				if err == nil {
+					err = p.Wait(m.t.Context())
+				}
+				if err != nil || !strings.Contains(p.Output(), "accept=") {
+					m.t.Errorf("a connection from %s to %s failed: %v", w.Name, to, err)
+					if p != nil {
+						m.t.Log(p.Output())
+					}
+					return
+				}
+				tr.ok <- struct{}{}
+			}
+		}()
+	}
+	return tr
+}
+
+// passes waits for n more successes.
+func (tr *traffic) passes(n int) {
+	tr.m.t.Helper()
+	for len(tr.ok) > 0 {
+		<-tr.ok
+	}
+	for deadline := time.After(patience); n > 0; n-- {
+		select {
+		case <-tr.ok:
+		case <-deadline:
+			tr.m.t.Fatalf("%d connections were not made within %s", n, patience)
+		}
+	}
+}
+
+func (tr *traffic) stop() {
+	close(tr.done)
+	for range tr.n {
+		<-tr.ended
+	}
+}
