@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"nodeproxy.io/tests/netlab"
+)
+
+// TestMain lets the test's executable be the load and the servers inside the lab.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && (os.Args[1] == "load" || os.Args[1] == "serve") {
+		if err := run(context.Background(), os.Args[1:], os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// TestSmoke runs the whole benchmark, tiny. The run itself fails if a path does not carry its bytes as it claims.
+func TestSmoke(t *testing.T) {
+	netlab.Require(t)
+	if testing.Short() {
+		t.Skip("slow: end to end")
+	}
+	binary, out := filepath.Join(t.TempDir(), "nodeproxy"), t.TempDir()
+	if text, err := exec.Command("go", "build", "-o", binary, "nodeproxy.io/cmd/nodeproxy").CombinedOutput(); err != nil {
+		t.Fatalf("build nodeproxy: %v\n%s", err, text)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	var shown strings.Builder
+	if err := run(ctx, []string{"-smoke", "-nodeproxy", binary, "-out", out}, &shown); err != nil {
+		t.Fatal(err)
+	}
+	var r report
+	text, err := os.ReadFile(filepath.Join(out, "end-to-end.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &r); err != nil {
+		t.Fatal(err)
+	}
+	if want := len(kinds()) * 2 * 4; len(r.Samples) != want {
+		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over four paths", len(r.Samples), want)
+	}
+	for _, c := range r.Ratios {
+		if !(c.Ratio.Median > 0) || math.IsInf(c.Ratio.Median, 0) {
+			t.Errorf("%s with %d connections over %s has ratio %v", c.Metric, c.Connections, c.Path, c.Ratio.Median)
+		}
+	}
+	markdown, err := os.ReadFile(filepath.Join(out, "end-to-end.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasSuffix(string(markdown), shown.String()) || !strings.Contains(shown.String(), "| round trip p99.9") {
+		t.Errorf("the Markdown does not end with the tables of the terminal:\n%s", shown.String())
+	}
+}
+
+func TestSpreadIsMedianAndExtremes(t *testing.T) {
+	for _, c := range []struct {
+		values []float64
+		want   spread
+	}{
+		{[]float64{3, 1, 2}, spread{2, 1, 3}},
+		{[]float64{4, 1, 3, 2}, spread{2.5, 1, 4}},
+		{[]float64{7}, spread{7, 7, 7}},
+		{nil, spread{}},
+	} {
+		if got := spreadOf(c.values); got != c.want {
+			t.Errorf("the spread of %v is %+v, want %+v", c.values, got, c.want)
+		}
+	}
+}
+
+func TestPercentileIsNearestRank(t *testing.T) {
+	var times []time.Duration
+	for i := range 1000 {
+		times = append(times, time.Duration(i+1)*time.Microsecond)
+	}
+	for p, want := range map[float64]float64{0.5: 500, 0.99: 990, 0.999: 999, 1: 1000} {
+		if got := percentile(times, p); got != want {
+			t.Errorf("percentile %v of 1 to 1000 is %v, want %v", p, got, want)
+		}
+	}
+	if got := percentile(times[:1], 0.5); got != 1 {
+		t.Errorf("the median of one value is %v, want it", got)
+	}
+	if got := percentile(nil, 0.99); got != 0 {
+		t.Errorf("a percentile of nothing is %v, want 0", got)
+	}
+}
+
+// A machine that becomes ten times slower between rounds must not show in the ratio.
+func TestRatiosAreTakenWithinARound(t *testing.T) {
+	paths := []*path{{name: "plain"}, {name: "mesh", baseline: "plain"}}
+	var samples []sample
+	for round, speed := range []float64{1, 10, 2} {
+		for name, share := range map[string]float64{"plain": 1, "mesh": 0.25} {
+			samples = append(samples, sample{
+				Round: round, Path: name, Kind: roundTrip, Connections: 4,
+				Outcome: outcome{Operations: int(1000 * speed * share), Seconds: 1, Latency: latencies{P50: 1 / speed / share}},
+			})
+		}
+	}
+	all := compare(paths, []int{4}, samples)
+	for metric, want := range map[string]float64{"round trips": 0.25, "round trip p50": 4} {
+		i := slices.IndexFunc(all, func(c comparison) bool { return c.Metric == metric })
+		if i < 0 {
+			t.Fatalf("no %q was compared", metric)
+		}
+		if got := all[i].Ratio; got != (spread{want, want, want}) {
+			t.Errorf("%q has ratio %+v, want %v in each round", metric, got, want)
+		}
+	}
+}
+
+func TestTableIsAlignedMarkdown(t *testing.T) {
+	table := newTable("", "n")
+	table.row("µs", "10")
+	table.row("longer", "2")
+	want := "|        |  n |\n|--------|---:|\n| µs     | 10 |\n| longer |  2 |\n"
+	if got := table.String(); got != want {
+		t.Errorf("the table is\n%swant\n%s", got, want)
+	}
+}
+
+func TestParseRefusesWhatItCannotMeasure(t *testing.T) {
+	for _, args := range [][]string{{"-rounds", "0"}, {"-duration", "0s"}, {"extra"}, {"-unknown"}} {
+		if _, err := parse(args); err == nil {
+			t.Errorf("parse %q: no error", args)
+		}
+	}
+}

@@ -1,0 +1,50 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// machine is where and of what the numbers are.
+type machine struct {
+	Processor string `json:"processor"`
+	Cores     int    `json:"cores"`
+	MemoryMiB uint64 `json:"memory_mib"`
+	Kernel    string `json:"kernel"`
+	Go        string `json:"go"`
+	Nodeproxy string `json:"nodeproxy"`
+}
+
+func (b *bench) machine(ctx context.Context) (machine, error) {
+	m := machine{Cores: runtime.NumCPU(), Go: runtime.Version(), Processor: "unknown (" + runtime.GOARCH + ")"}
+	if name, err := field("/proc/cpuinfo", "model name"); err == nil { // not every architecture names it
+		m.Processor = strings.TrimLeft(name, "\t: ")
+	}
+	kib, err := number("/proc/meminfo", "MemTotal:")
+	if err != nil {
+		return m, err
+	}
+	m.MemoryMiB = kib >> 10
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return m, fmt.Errorf("ask for the kernel's version: %w", err)
+	}
+	m.Kernel = unix.ByteSliceToString(name.Release[:])
+	status, err := b.Daemons[0].Admin().Status(ctx)
+	if err != nil {
+		return m, err
+	}
+	m.Nodeproxy = status.Version
+	return m, nil
+}
+
+func (m *machine) markdown() string {
+	return fmt.Sprintf(`- machine: %s, %d cores, %d MiB
+- kernel: %s
+- nodeproxy %s, built with %s
+`, m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Nodeproxy, m.Go)
+}
