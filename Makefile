@@ -10,9 +10,13 @@ COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 SOURCES := $(shell find . -name '*.go' -not -name '*_test.go' -not -path './tests/tools/*') $(wildcard redirect/*.o) go.mod go.sum
 
 # The linter and the test runner are built once per version, outside the repository.
-TOOLS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nodeproxy-tools/$(shell cat tests/tools/go.mod tests/tools/go.sum | cksum | cut -d ' ' -f 1)
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nodeproxy-tools
+TOOLS := $(CACHE)/$(shell cat tests/tools/go.mod tests/tools/go.sum | cksum | cut -d ' ' -f 1)
 LINT  := $(TOOLS)/golangci-lint
 GOTESTSUM := $(TOOLS)/gotestsum
+
+# The agent that the tests run against, built once per version. Where it is tests/consul knows too.
+CONSUL := $(CACHE)/consul-$(shell awk '$$1 == "github.com/hashicorp/consul" { print $$2 }' tests/consul/tools/go.mod)/consul
 
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
 TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant
@@ -43,7 +47,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── lint'
 	@$(MAKE) lint
 	@echo '── compile the tests'
-	@$(MAKE) build $(GOTESTSUM)
+	@$(MAKE) build $(GOTESTSUM) consul
 	@go test -race -run '^$$' ./... >/dev/null
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x ./... >/dev/null
@@ -87,6 +91,15 @@ lint: $(LINT) ## run golangci-lint, built once into the user's cache
 
 $(LINT): ; @$(call tool,github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 $(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)
+
+.PHONY: consul
+consul: $(CONSUL) ## compile the Consul that the tests run against, once (about four minutes)
+
+$(CONSUL):
+	@echo 'compiling Consul into $(@D), once'
+	@mkdir -p $(@D)
+	@go -C tests/consul/tools build -v -trimpath -o $@ github.com/hashicorp/consul 2>&1 | \
+		awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
 
 define tool
 echo 'compiling $(1) into $(TOOLS), once'; mkdir -p $(TOOLS); go -C tests/tools build -o $(TOOLS)/ $(1)
