@@ -62,6 +62,7 @@ type Proxy struct {
 	lastID      atomic.Uint64
 	opened      atomic.Uint64
 	denied      atomic.Uint64
+	stopping    atomic.Bool
 
 	offers chan *catalog.Snapshot // the newest snapshot not yet applied
 
@@ -111,6 +112,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		kernelErr = fmt.Errorf("run the kernel side: %w", kernelErr)
 	}
 	stop()
+	p.stopping.Store(true)
 	p.drain()
 	stopSource()
 	workers.Wait()

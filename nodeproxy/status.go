@@ -16,9 +16,12 @@ import (
 func (p *Proxy) Verdict(v workload.KernelVerdict) {
 	e := admin.Connection{
 		Event: admin.EventOpen, Time: time.Now(), Direction: admin.Outbound,
-		Source:      admin.Endpoint{Address: v.Source.String(), PID: v.PID, Comm: v.Comm},
+		Source:      admin.Endpoint{PID: v.PID, Comm: v.Comm},
 		Destination: admin.Endpoint{Address: v.Destination.String()},
 		Path:        admin.PathPlaintext, Verdict: admin.Allowed, Reason: v.Reason, Detail: v.Reason.Sentence(),
+	}
+	if v.Source.Port() != 0 { // at the time of a connect the source is not known yet
+		e.Source.Address = v.Source.String()
 	}
 	own := &e.Source
 	if v.Inbound {
@@ -65,7 +68,7 @@ func (p *Proxy) Status() admin.Status {
 		Connections: admin.Connections{
 			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
 		},
-		Problems: []admin.Problem{},
+		Problems: []admin.Problem{}, Canaries: []string{}, Stopping: p.stopping.Load(),
 	}
 	for _, w := range kernel.Workloads {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
@@ -84,6 +87,7 @@ func (p *Proxy) Status() admin.Status {
 	if now == nil {
 		return s
 	}
+	s.Canaries = texts(now.snap.Canaries())
 	s.Policy = admin.PolicyStatus{Generation: now.snap.Policy.Generation(), Default: now.snap.Policy.Default().String(), Intentions: now.snap.Policy.Len()}
 	for _, name := range slices.Sorted(maps.Keys(now.snap.Services)) {
 		svc := now.snap.Services[name]

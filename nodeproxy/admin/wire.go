@@ -98,6 +98,10 @@ type Status struct {
 	Kernel       Kernel        `json:"kernel"`
 	Connections  Connections   `json:"connections"`
 	Problems     []Problem     `json:"problems"`
+	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
+	Canaries []string `json:"canaries"`
+	// Stopping: no new connections are taken, the live ones may end by themselves.
+	Stopping bool `json:"stopping,omitempty"`
 }
 
 // SourceStatus is the control plane as this node sees it.

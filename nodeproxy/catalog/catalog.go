@@ -190,6 +190,31 @@ func (s *Snapshot) Resolve(to netip.AddrPort) (Destination, bool) {
 	return Destination{}, false
 }
 
+// Canaries are addresses that belong to no service, one at the end of each virtual range. They are redirected to the proxy
+// like a virtual IP, and refused there: a connection to one shows that the way into the mesh works, and reaches nobody.
+func (s *Snapshot) Canaries() []netip.Addr {
+	var all []netip.Addr
+	broadcast := netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	for _, r := range s.VirtualRanges {
+		for ip := lastOf(r); r.Contains(ip); ip = ip.Prev() {
+			if _, given := s.virtual[ip]; !given && ip != broadcast {
+				all = append(all, ip)
+				break
+			}
+		}
+	}
+	return all
+}
+
+func lastOf(r netip.Prefix) netip.Addr {
+	raw := r.Addr().AsSlice()
+	for bit := max(r.Bits(), 0); bit < len(raw)*8; bit++ {
+		raw[bit/8] |= 0x80 >> (bit % 8)
+	}
+	last, _ := netip.AddrFromSlice(raw)
+	return last
+}
+
 // InstanceByMesh returns the instance whose mTLS address is at.
 func (s *Snapshot) InstanceByMesh(at netip.AddrPort) (*Instance, bool) {
 	inst, ok := s.mesh[netip.AddrPortFrom(at.Addr().Unmap(), at.Port())]

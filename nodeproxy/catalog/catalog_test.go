@@ -130,3 +130,22 @@ func TestReasonOfFindsTheRefusal(t *testing.T) {
 		t.Errorf("a Refusal without an error says %q", r.Error())
 	}
 }
+
+func TestCanariesAreAtTheEndOfTheRangesAndBelongToNobody(t *testing.T) {
+	s := sample(t)
+	s.VirtualRanges = []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("fd00::/126"), netip.MustParsePrefix("240.0.0.0/30"), netip.MustParsePrefix("240.0.0.2/32"), {}}
+	s.Services["api"].Virtual = []netip.Addr{ip("240.0.0.2"), ip("fd00::3")}
+	snap, err := New(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// 255.255.255.255 is broadcast, fd00::3 and 240.0.0.2 are the api's
+	if got, want := fmt.Sprint(snap.Canaries()), "[255.255.255.254 fd00::2 240.0.0.3]"; got != want {
+		t.Errorf("canaries %s, want %s", got, want)
+	}
+	for _, canary := range snap.Canaries() {
+		if to, ok := snap.Resolve(netip.AddrPortFrom(canary, 1)); ok {
+			t.Errorf("%s leads to %s", canary, to.Service.Name)
+		}
+	}
+}

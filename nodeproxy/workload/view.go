@@ -114,9 +114,12 @@ func (v *view) index(workloads map[string]*entry) {
 	}
 }
 
-// destinations lists what is redirected: virtual IPs on every port, and instances by their exact address.
+// destinations lists what is redirected: virtual IPs and canaries on every port, and instances by their exact address.
 func destinations(snap *catalog.Snapshot) []redirect.Destination {
 	var all []redirect.Destination
+	for _, ip := range snap.Canaries() {
+		all = append(all, redirect.Destination{Addr: ip})
+	}
 	for _, svc := range snap.Services {
 		for _, ip := range svc.Virtual {
 			all = append(all, redirect.Destination{Addr: ip})
