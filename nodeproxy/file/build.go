@@ -55,6 +55,10 @@ func build(cfg *Config, w *world, leaves map[string]*tls.Certificate, healthy fu
 	if err := hclfile.Join(b.errs...); err != nil {
 		return nil, err
 	}
+	if len(w.mesh.instances) > 0 && len(w.local(cfg.Node)) == 0 {
+		b.problems = append(b.problems, catalog.Problem{Kind: "unknown-node",
+			Text: fmt.Sprintf("%s/%s defines no service, so this node has none: check node { name }", nodesDir, cfg.Node)})
+	}
 	for _, name := range slices.Sorted(maps.Keys(leaves)) {
 		if b.services[name] == nil {
 			b.problems = append(b.problems, catalog.Problem{Service: name, Kind: "unknown-service",

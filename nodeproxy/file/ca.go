@@ -228,15 +228,24 @@ func (a *authority) writeKeys(ca string, keys ...*ecdsa.PrivateKey) error {
 	return write(filepath.Join(ca, keyPEM), out.Bytes(), 0o600)
 }
 
+// readAuthority reads both files without a lock. When the key does not fit and the roots are others by then, a rotation
+// has come between, and it reads again.
 func readAuthority(dir string) (*authority, error) {
-	a := &authority{}
-	if err := a.readRoots(filepath.Join(dir, caDir, rootPEM)); err != nil {
-		return nil, fmt.Errorf("read CA: %w", err)
+	var before *authority
+	for {
+		a := &authority{}
+		if err := a.readRoots(filepath.Join(dir, caDir, rootPEM)); err != nil {
+			return nil, fmt.Errorf("read CA: %w", err)
+		}
+		err := a.readKey(filepath.Join(dir, caDir, keyPEM))
+		if err == nil {
+			return a, nil
+		}
+		if a.equal(before) {
+			return nil, fmt.Errorf("read CA: %w", err)
+		}
+		before = a
 	}
-	if err := a.readKey(filepath.Join(dir, caDir, keyPEM)); err != nil {
-		return nil, fmt.Errorf("read CA: %w", err)
-	}
-	return a, nil
 }
 
 func (a *authority) readRoots(path string) error {

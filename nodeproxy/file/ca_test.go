@@ -163,6 +163,33 @@ func TestRotationThatCrashesLeavesTheOldRoot(t *testing.T) {
 	}
 }
 
+// Whoever reads while a rotation is written sees the old root or the new one, with its key.
+func TestRotationIsNeverSeenHalf(t *testing.T) {
+	d := t.TempDir()
+	newCA(t, d)
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		for i := 0; i < 50 && err == nil; i++ {
+			err = rotate(context.Background(), d, start0)
+		}
+		done <- err
+	}()
+	for reads := 0; ; reads++ {
+		if _, err := readAuthority(d); err != nil {
+			t.Errorf("read %d: %v", reads, err)
+		}
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Error(err)
+			}
+			return
+		default:
+		}
+	}
+}
+
 func TestBadCAFiles(t *testing.T) {
 	for _, c := range []struct {
 		what, want string

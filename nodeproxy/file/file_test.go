@@ -78,6 +78,16 @@ func TestSnapshotOfTwoNodes(t *testing.T) {
 	}
 }
 
+func TestANodeWithoutDefinitionsIsAProblem(t *testing.T) {
+	d := dir(t, map[string]string{"nodes/node-1/web.hcl": webHCL})
+	if got := problems(start(t, testConfig(d, "node-1")).first()); strings.Contains(got, "unknown-node") {
+		t.Errorf("node-1 is defined: %s", got)
+	}
+	if got := problems(start(t, testConfig(d, "node-2")).first()); !strings.Contains(got, "unknown-node nodes/node-2 defines no service") {
+		t.Errorf("node-2 is not defined: %q", got)
+	}
+}
+
 func TestFailingFromTheStartIsReportedAndRecovers(t *testing.T) {
 	d := filepath.Join(t.TempDir(), "mesh.d")
 	s := start(t, testConfig(d, "node-1"))
@@ -161,6 +171,12 @@ func TestNothingIsDeliveredWhenNothingChanged(t *testing.T) {
 	generation := s.first().Generation
 	put(t, d, "config/api.hcl", webToAPI+"\n# a comment")
 	put(t, d, "config/README", "not ours")
+	for range 2 { // the second look has begun after the change
+		before := s.Health().Updated
+		for deadline := time.Now().Add(patience); s.Health().Updated.Equal(before) && time.Now().Before(deadline); {
+			<-time.After(5 * time.Millisecond)
+		}
+	}
 	put(t, d, "nodes/node-1/db.hcl", `service { name = "db" }`)
 	if snap := s.until("db", func(s *catalog.Snapshot) bool { return s.Services["db"] != nil }); snap.Generation != generation+1 {
 		t.Errorf("generation %d after %d", snap.Generation, generation)
