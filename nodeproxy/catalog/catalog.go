@@ -33,6 +33,13 @@ type Source interface {
 	Health() Health
 }
 
+// Caller is a Source that keeps the instances of a service fresher while workloads of this node call it.
+type Caller interface {
+	// Called says that a workload of this node is connecting to service. It may be called for every connection: it is
+	// cheap, does not block, and what is called once in ten minutes stays fresh.
+	Called(service string)
+}
+
 // Health is a source's state as status shows it.
 type Health struct {
 	Kind     string    // "file" or "consul"
