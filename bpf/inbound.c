@@ -113,7 +113,7 @@ static __always_inline int announced(const struct flow *f, const struct rule *r)
 {
 	struct direct *d = bpf_map_lookup_elem(&direct, &f->t);
 
-	if (!d || bpf_ktime_get_ns() - d->time > DIRECT_SECONDS * SECOND)
+	if (!d || bpf_ktime_get_ns() - d->time > HANDSHAKE_SECONDS * SECOND)
 		return 0;
 	if (d->kind == DIRECT_OWN && !netns_private)
 		return d->workload == r->workload; /* in the node's namespace a workload passes to its own port only */

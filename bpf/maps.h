@@ -13,7 +13,7 @@
 enum constant {
 	MAP_ABI = 1,	    /* raise it when a key, a value or a meaning changes: the pin directory carries it */
 	STALE_SECONDS = 5,  /* heartbeat older than this: the daemon is gone or hung */
-	DIRECT_SECONDS = 130, /* the SYN-retry horizon: older entries of direct admit nothing */
+	HANDSHAKE_SECONDS = 130, /* the SYN-retry horizon: older entries of pending and direct are nobody's */
 };
 
 #define MAX_WORKLOADS 16384
@@ -42,8 +42,8 @@ struct {
 
 /* The enrolled workloads. Written by the daemon; the counters by the programs that add and remove entries. */
 struct workload {
-	__u32 pending; /* entries of pending */
-	__u32 direct;  /* entries of direct */
+	__s32 pending; /* entries of pending */
+	__s32 direct;  /* entries of direct; the daemon's reaping may race with a program, so neither is exact */
 };
 
 struct {
@@ -112,7 +112,7 @@ struct origin {
 	__u64 netns;
 	__u64 cookie;
 	__u32 pid;
-	__u32 pad;
+	__u32 seconds; /* of the monotonic clock, when it was written */
 	char comm[16];
 };
 

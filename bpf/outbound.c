@@ -161,6 +161,7 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 	o->workload = id;
 	o->netns = netns;
 	o->cookie = bpf_get_socket_cookie(ctx);
+	o->seconds = bpf_ktime_get_ns() / SECOND;
 	o->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(o->comm, sizeof(o->comm));
 	count(STAT_REDIRECTED);

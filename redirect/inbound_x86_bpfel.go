@@ -76,7 +76,7 @@ type inboundOrigin struct {
 	Netns    uint64
 	Cookie   uint64
 	Pid      uint32
-	Pad      uint32
+	Seconds  uint32
 	Comm     [16]int8
 }
 
@@ -120,8 +120,8 @@ type inboundTuple struct {
 
 type inboundWorkload struct {
 	_       structs.HostLayout
-	Pending uint32
-	Direct  uint32
+	Pending int32
+	Direct  int32
 }
 
 // Names of all BPF objects in the ELF.

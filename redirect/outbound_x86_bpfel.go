@@ -21,9 +21,9 @@ type outboundAddr struct {
 type outboundConstant uint32
 
 const (
-	outboundConstantMAP_ABI        outboundConstant = 1
-	outboundConstantSTALE_SECONDS  outboundConstant = 5
-	outboundConstantDIRECT_SECONDS outboundConstant = 130
+	outboundConstantMAP_ABI           outboundConstant = 1
+	outboundConstantSTALE_SECONDS     outboundConstant = 5
+	outboundConstantHANDSHAKE_SECONDS outboundConstant = 130
 )
 
 type outboundDestFlag uint32
@@ -134,7 +134,7 @@ type outboundOrigin struct {
 	Netns    uint64
 	Cookie   uint64
 	Pid      uint32
-	Pad      uint32
+	Seconds  uint32
 	Comm     [16]int8
 }
 
@@ -223,8 +223,8 @@ type outboundTuple struct {
 
 type outboundWorkload struct {
 	_       structs.HostLayout
-	Pending uint32
-	Direct  uint32
+	Pending int32
+	Direct  int32
 }
 
 // Names of all BPF objects in the ELF.

@@ -84,7 +84,8 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if r.lock, err = lockDir(r.dir); err != nil {
 		return nil, err
 	}
-	if r.home, err = os.Open("/proc/self/ns/net"); err != nil {
+	// Not /proc/self: the process's first thread may be inside another namespace at this moment.
+	if r.home, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 		return nil, fmt.Errorf("remember own network namespace: %w", err)
 	}
 	if err := r.load(); err != nil {

@@ -695,3 +695,18 @@ func waitFor(t *testing.T, p *netlab.Process, text string) {
 		t.Fatalf("waiting for %q: %v\n%s", text, err, p.Output())
 	}
 }
+
+func TestReapRemovesWhatNoConnectionWill(t *testing.T) {
+	n := newNode(t)
+	p := n.pod()
+	if err := n.r.LeaveBehind(p.id); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.r.Reap(); err != nil {
+		t.Fatal(err)
+	}
+	n.drained() // the entry is as old as the machine
+	if left, err := n.r.Account(p.id); err != nil || left != 0 {
+		t.Errorf("the workload's account: %d, %v", left, err)
+	}
+}

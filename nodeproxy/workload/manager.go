@@ -18,6 +18,7 @@ import (
 
 const (
 	beatEvery      = time.Second
+	reapEvery      = 30 * time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
 	namespaceGrace = 3                     // reconciliations without a process before a namespace's listeners close
@@ -175,8 +176,9 @@ func (m *Manager) provide(ctx context.Context, p Provider) {
 }
 
 func (m *Manager) beat(ctx context.Context) {
-	tick := time.NewTicker(beatEvery)
+	tick, reap := time.NewTicker(beatEvery), time.NewTicker(reapEvery)
 	defer tick.Stop()
+	defer reap.Stop()
 	for {
 		if err := m.redirect.Beat(); err != nil {
 			m.log.Error("kernel heartbeat failed", "error", err)
@@ -185,6 +187,10 @@ func (m *Manager) beat(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-reap.C:
+			if err := m.redirect.Reap(); err != nil {
+				m.log.Error("entries of the kernel's maps could not be reaped", "error", err)
+			}
 		}
 	}
 }
