@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -176,15 +177,12 @@ func (s *show) leaveNothing() error {
 			}
 		}
 	}
-	pinned, err := s.mesh.KernelObjects()
-	if err != nil {
-		return err
-	}
+	pinned, err := s.mesh.Pinned()
 	s.detail("with the daemons gone %d programs, maps and links stay pinned: nothing new connects", len(pinned))
-	if err := s.mesh.Close(); err != nil {
+	if err := errors.Join(err, s.mesh.Close()); err != nil {
 		return err
 	}
-	left := s.settled(ctx)
+	left := s.settled(ctx, pinned)
 	s.claim(len(left) == 0, "programs, maps, namespaces, cgroups, processes and files are gone")
 	for _, what := range left {
 		s.detail("still there: %s", what)
@@ -193,16 +191,16 @@ func (s *show) leaveNothing() error {
 }
 
 // settled returns what is left. The kernel frees programs and maps a moment after their last reference, so it looks again.
-func (s *show) settled(ctx context.Context) []string {
+func (s *show) settled(ctx context.Context, pinned []netlab.BPFObject) []string {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		left := s.mesh.Leaks()
-		objects, err := s.mesh.KernelObjects()
-		for _, o := range objects {
+		pinned = slices.DeleteFunc(pinned, func(o netlab.BPFObject) bool { return !o.Exists() })
+		for _, o := range pinned {
 			left = append(left, o.String())
 		}
-		if err == nil && len(left) == 0 {
+		if len(left) == 0 {
 			return nil
 		}
 		select {

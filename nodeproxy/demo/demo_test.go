@@ -40,14 +40,15 @@ func testContext(t *testing.T) context.Context {
 }
 
 func TestEveryClaimOfTheDemonstrationHolds(t *testing.T) {
-	out, err := exec.CommandContext(testContext(t), binary(t), "demo").CombinedOutput()
+	cmd := exec.CommandContext(testContext(t), binary(t), "demo")
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("nodeproxy demo: %v\n%s", err, out)
 	}
 	if n := strings.Count(string(out), "✓"); n != 13 || strings.Contains(string(out), "✗") {
 		t.Errorf("%d claims hold, not 13:\n%s", n, out)
 	}
-	assertNothingLeft(t)
+	assertNothingLeft(t, cmd.Process.Pid)
 }
 
 func TestAnInterruptedDemonstrationLeavesNothingBehind(t *testing.T) {
@@ -67,32 +68,33 @@ func TestAnInterruptedDemonstrationLeavesNothingBehind(t *testing.T) {
 	if err := cmd.Wait(); err == nil {
 		t.Error("an interrupted demonstration reports success")
 	}
-	assertNothingLeft(t)
+	assertNothingLeft(t, cmd.Process.Pid)
+}
+
+// assertNothingLeft looks for mounts, files, cgroups and processes of the demonstration that ran as pid.
+func assertNothingLeft(t *testing.T, pid int) {
+	t.Helper()
+	name := fmt.Sprintf("np-%d-", pid)
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(mounts), name) {
+		t.Errorf("there remains a mount:\n%s", mounts)
+	}
+	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, path := range lines {
+		if text, _ := os.ReadFile(path); strings.Contains(string(text), name) {
+			t.Errorf("there remains a process: %q", text)
+		}
+	}
 	root, err := netlab.Cgroup2()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, dir := range []string{os.TempDir(), root} {
-		if left, _ := filepath.Glob(filepath.Join(dir, fmt.Sprintf("np-%d-*", cmd.Process.Pid))); len(left) > 0 {
+		if left, _ := filepath.Glob(filepath.Join(dir, name+"*")); len(left) > 0 {
 			t.Errorf("there remain %v", left)
-		}
-	}
-}
-
-// assertNothingLeft looks for what the demonstration mounts, and for its daemons.
-func assertNothingLeft(t *testing.T) {
-	t.Helper()
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(string(mounts), "/np-") {
-		t.Errorf("there remains a mount:\n%s", mounts)
-	}
-	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, path := range lines {
-		if text, _ := os.ReadFile(path); strings.Contains(string(text), os.TempDir()+"/np-") {
-			t.Errorf("there remains a process: %q", text)
 		}
 	}
 }

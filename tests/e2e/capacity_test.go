@@ -56,7 +56,7 @@ func TestAWorkloadWithFiftyThousandConnectionsMeetsItsCapAndItsNeighbourDoesNotN
 	opened, denied := m.metric(0, "nodeproxy_connections_opened_total", source), m.metric(0, "nodeproxy_denied_total", source)
 	capacity := m.metric(0, "nodeproxy_denied_total", source, fmt.Sprintf("reason=%q", catalog.ReasonCapacity))
 	if opened != limit || opened+denied < attempts*0.99 || capacity < attempts/2 {
-		t.Errorf("of %d attempts with a limit of %d, %v were opened and %v denied, of which %v for capacity", attempts, limit, opened, denied, capacity)
+		t.Errorf("of %d attempts with a limit of %d, %v were opened and %v denied, of which %v for capacity:\n%s", attempts, limit, opened, denied, capacity, m.series(0, "nodeproxy_denied_total"))
 	}
 	status, err := m.Daemons[0].Admin().Status(m.ctx())
 	m.must(err)

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,6 +30,11 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 				end(m, node)
 			}
 			pins := m.Daemons[0].Pins
+			pinned, err := m.Pinned()
+			m.must(err)
+			if len(pinned) == 0 {
+				t.Error("nothing stayed pinned: there is nothing to clean up")
+			}
 			out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", pins}, Env: []string{"HOME=/nonexistent"}})
 			m.must(err)
 			for _, node := range m.Nodes {
@@ -41,13 +45,7 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 			if left, _ := filepath.Glob(filepath.Join(pins, "*")); len(left) > 0 {
 				t.Errorf("pins remain: %v", left)
 			}
-			m.eventually("no program, map or link remains", func() error {
-				objects, err := m.KernelObjects()
-				if err == nil && len(objects) > 0 {
-					err = fmt.Errorf("%v remain", objects)
-				}
-				return err
-			})
+			m.gone(pinned)
 			if strings.Contains(name, "cgroups") {
 				return
 			}

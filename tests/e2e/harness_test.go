@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -102,18 +103,28 @@ func (m *mesh) finish() {
 			}
 		}
 	}
+	pinned, err := m.Pinned()
+	if err != nil {
+		m.t.Errorf("list what is pinned: %v", err)
+	}
 	if err := m.Close(); err != nil {
 		m.t.Errorf("close the lab: %v", err)
 	}
 	if leaks := m.Leaks(); len(leaks) > 0 {
 		m.t.Errorf("after close there remain: %s", strings.Join(leaks, ", "))
 	}
-	m.eventually("no program, map or link remains", func() error {
-		objects, err := m.KernelObjects()
-		if err == nil && len(objects) > 0 {
-			err = fmt.Errorf("%v remain", objects)
+	m.gone(pinned)
+}
+
+// gone asserts that the kernel frees objects.
+func (m *mesh) gone(objects []netlab.BPFObject) {
+	m.t.Helper()
+	m.eventually("every program, map and link is gone", func() error {
+		objects = slices.DeleteFunc(objects, func(o netlab.BPFObject) bool { return !o.Exists() })
+		if len(objects) > 0 {
+			return fmt.Errorf("%v remain", objects)
 		}
-		return err
+		return nil
 	})
 }
 
@@ -356,6 +367,20 @@ func (m *mesh) metric(node int, name string, labels ...string) float64 {
 	text, err := scrape(m.ctx(), m.Daemons[node])
 	m.must(err)
 	return sum(text, name, labels...)
+}
+
+// series lists the series of a metric that are not 0.
+func (m *mesh) series(node int, name string) string {
+	m.t.Helper()
+	text, err := scrape(m.ctx(), m.Daemons[node])
+	m.must(err)
+	var all strings.Builder
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, name+"{") && !strings.HasSuffix(line, " 0\n") {
+			all.WriteString(line)
+		}
+	}
+	return all.String()
 }
 
 func sum(text, name string, labels ...string) (total float64) {

@@ -22,8 +22,6 @@ type Mesh struct {
 	*netlab.TwoNodes
 	MeshD   string // the directory of definitions, read by both daemons
 	Daemons [2]*Daemon
-
-	before []netlab.BPFObject // of other nodeproxies on this machine
 }
 
 // New makes two nodes without workloads and without running daemons. binary is the nodeproxy executable. Until an
@@ -41,10 +39,6 @@ func New(binary string) (*Mesh, error) {
 }
 
 func (m *Mesh) build(binary string) error {
-	var err error
-	if m.before, err = ours(); err != nil {
-		return err
-	}
 	bpffs, err := m.BPFFS()
 	if err != nil {
 		return err

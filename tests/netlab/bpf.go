@@ -3,89 +3,90 @@ package netlab
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/pin"
 )
 
 // BPFObject is a program, map or link in the kernel.
 type BPFObject struct {
 	Kind string // "program", "map" or "link"
-	ID   uint32
+	ID   uint32 // never used again by another of its kind
 	Name string // of a link: its program's
 }
 
 func (o BPFObject) String() string { return fmt.Sprintf("%s %d (%s)", o.Kind, o.ID, o.Name) }
 
-// BPFObjects lists every eBPF program, map and link of the whole machine. What goes while it looks is left out.
-func BPFObjects() ([]BPFObject, error) {
+// Exists says whether the kernel still has the object. It frees one a moment after the last reference is gone.
+func (o BPFObject) Exists() bool {
+	var object interface{ Close() error }
+	var err error
+	switch o.Kind {
+	case "program":
+		object, err = ebpf.NewProgramFromID(ebpf.ProgramID(o.ID))
+	case "map":
+		object, err = ebpf.NewMapFromID(ebpf.MapID(o.ID))
+	default:
+		object, err = link.NewFromID(link.ID(o.ID))
+	}
+	if err == nil {
+		_ = object.Close()
+	}
+	return !errors.Is(err, os.ErrNotExist)
+}
+
+// Pinned lists what is pinned below a directory of a bpffs: the maps, the links, and the programs that these run.
+func Pinned(dir string) ([]BPFObject, error) {
 	var all []BPFObject
-	for _, list := range []func() ([]BPFObject, error){programs, maps, links} {
-		objects, err := list()
-		if err != nil {
-			return nil, fmt.Errorf("list eBPF objects: %w", err)
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
 		}
+		objects, err := pinnedAt(path)
 		all = append(all, objects...)
-	}
-	return all, nil
-}
-
-func programs() (all []BPFObject, _ error) {
-	id, err := ebpf.ProgramGetNextID(0)
-	for ; err == nil; id, err = ebpf.ProgramGetNextID(id) {
-		if name, ok := programName(id); ok {
-			all = append(all, BPFObject{"program", uint32(id), name})
-		}
-	}
-	return all, endOfList(err)
-}
-
-func programName(id ebpf.ProgramID) (string, bool) {
-	p, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return "", false
-	}
-	defer p.Close()
-	info, err := p.Info()
-	if err != nil {
-		return "", false
-	}
-	return info.Name, true
-}
-
-func maps() (all []BPFObject, _ error) {
-	id, err := ebpf.MapGetNextID(0)
-	for ; err == nil; id, err = ebpf.MapGetNextID(id) {
-		m, openErr := ebpf.NewMapFromID(id)
-		if openErr != nil {
-			continue
-		}
-		if info, infoErr := m.Info(); infoErr == nil {
-			all = append(all, BPFObject{"map", uint32(id), info.Name})
-		}
-		_ = m.Close()
-	}
-	return all, endOfList(err)
-}
-
-func links() (all []BPFObject, _ error) {
-	it := new(link.Iterator)
-	defer it.Close()
-	for it.Next() {
-		info, infoErr := it.Link.Info()
-		if infoErr != nil {
-			continue
-		}
-		name, _ := programName(info.Program)
-		all = append(all, BPFObject{"link", uint32(it.ID), name})
-	}
-	return all, it.Err()
-}
-
-func endOfList(err error) error {
+		return err
+	})
 	if errors.Is(err, os.ErrNotExist) {
-		return nil
+		err = nil
 	}
-	return err
+	return all, err
+}
+
+func pinnedAt(path string) ([]BPFObject, error) {
+	object, err := pin.Load(path, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer object.Close()
+	switch object := object.(type) {
+	case *ebpf.Map:
+		info, err := object.Info()
+		if err != nil {
+			return nil, fmt.Errorf("ask for map %s: %w", path, err)
+		}
+		id, _ := info.ID()
+		return []BPFObject{{"map", uint32(id), info.Name}}, nil
+	case link.Link:
+		return linkAndProgram(object, path)
+	}
+	return nil, nil
+}
+
+func linkAndProgram(l link.Link, path string) ([]BPFObject, error) {
+	info, err := l.Info()
+	if err != nil {
+		return nil, fmt.Errorf("ask for link %s: %w", path, err)
+	}
+	name := filepath.Base(path)
+	if p, err := ebpf.NewProgramFromID(info.Program); err == nil {
+		defer p.Close()
+		if programInfo, err := p.Info(); err == nil {
+			name = programInfo.Name
+		}
+	}
+	return []BPFObject{{"link", uint32(info.ID), name}, {"program", uint32(info.Program), name}}, nil
 }

@@ -1,0 +1,149 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/cilium/ebpf/link"
+
+	"nodeproxy.io/nodeproxy/check"
+	"nodeproxy.io/tests/netlab"
+)
+
+// canaries runs "nodeproxy check --workloads" on a node and returns what it says of workloads.
+func (m *mesh) canaries(node int) (results []check.Result) {
+	m.t.Helper()
+	var out bytes.Buffer
+	p, err := m.Lab.Start(netlab.Command{
+		Path: programs.nodeproxy, Args: []string{"check", "--workloads", "--json", "--socket", m.Daemons[node].Socket()}, Stdout: &out,
+	})
+	m.must(err)
+	_ = p.Wait(m.ctx()) // its status says what the results say
+	var answer struct{ Results []check.Result }
+	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
+		m.t.Fatalf("check says %q, %s: %v", out.String(), p.Output(), err)
+	}
+	for _, r := range answer.Results {
+		if strings.HasPrefix(r.Name, "canary ") || strings.HasPrefix(r.Name, "workload") {
+			results = append(results, r)
+		}
+	}
+	return results
+}
+
+// says asserts that one of results has the verdict and all of the parts.
+func says(t *testing.T, results []check.Result, verdict check.Verdict, parts ...string) {
+	t.Helper()
+results:
+	for _, r := range results {
+		for _, part := range parts {
+			if r.Verdict != verdict || !strings.Contains(r.Name+": "+r.Text, part) {
+				continue results
+			}
+		}
+		return
+	}
+	t.Errorf("no %s with %q in %s", verdict, parts, list(results))
+}
+
+func list(results []check.Result) string {
+	var b strings.Builder
+	for _, r := range results {
+		fmt.Fprintf(&b, "\n%s %s: %s", r.Verdict, r.Name, r.Text)
+	}
+	return b.String()
+}
+
+func TestCanariesOfAHealthyNodeAreAllOK(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web") // in a network namespace of its own
+	db, err := m.Nodes[0].HostWorkload("db")
+	m.must(err)
+	m.Daemons[0].Enroll(db, "db")
+	m.define(0, "db", 5432, db.IPv4, db.IPv6)
+	database := m.serve(db, at(db.IPv4, 5432), at(db.IPv6, 5432))
+	m.start()
+	before := m.processes(web, db)
+	results := m.canaries(0)
+	if check.Worst(results) != check.OK {
+		t.Errorf("not all is ok: %s", list(results))
+	}
+	for service, addresses := range map[string][]string{"web": {at(web.IPv4, port)}, "db": {at(db.IPv4, 5432), at(db.IPv6, 5432)}} {
+		says(t, results, check.OK, "canary", service, "redirected to the proxy, and known there as "+service)
+		for _, address := range addresses {
+			says(t, results, check.OK, "canary", service, "plaintext to "+address+" is refused")
+		}
+		says(t, results, check.OK, "canary", service, "/svc/"+service+", valid until")
+	}
+	if strings.Contains(database.Output(), "accepted") {
+		t.Errorf("an application was connected to: %s", database.Output())
+	}
+	if after := m.processes(web, db); after != before {
+		t.Errorf("processes of the workloads: %s, and before %s", after, before)
+	}
+}
+
+func (m *mesh) processes(of ...workload) (all string) {
+	for _, w := range of {
+		pids, err := w.Cgroup.PIDs()
+		m.must(err)
+		all += fmt.Sprint(pids)
+	}
+	return all
+}
+
+func TestACanaryOfEachMissingHookFailsAndSaysWhatToDo(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	m.start()
+	id, err := web.Cgroup.ID()
+	m.must(err)
+	cgroup := fmt.Sprintf("cgroups/%d/", id)
+	for hook, says := range map[string]string{
+		cgroup + "connect4":         "a connect hook is not attached",
+		cgroup + "connect6":         "a connect hook is not attached",
+		cgroup + "getpeername4":     "a getpeername hook is not attached",
+		cgroup + "workload_sockops": "a sockops hook is not attached",
+		"namespaces/*/sk_lookup":    "nothing guards its network namespace",
+	} {
+		t.Run(filepath.Base(hook), func(t *testing.T) {
+			m := m.in(t)
+			pins, err := filepath.Glob(filepath.Join(m.Daemons[0].Pins, "node-1", "v*", hook))
+			if err != nil || len(pins) == 0 {
+				t.Fatalf("no pin %s: %v", hook, err)
+			}
+			for _, pin := range pins {
+				l, err := link.LoadPinnedLink(pin, nil)
+				m.must(err)
+				m.must(l.(interface{ Detach() error }).Detach())
+				m.must(l.Close())
+			}
+			m.fails(says, "restart the daemon")
+			m.stop(0)
+			m.restart(0)
+			if results := m.canaries(0); check.Worst(results) != check.OK {
+				t.Errorf("after the restart that was advised: %s", list(results))
+			}
+		})
+	}
+}
+
+func (m *mesh) fails(parts ...string) {
+	m.t.Helper()
+	says(m.t, m.canaries(0), check.Failed, parts...)
+}
+
+func TestCanariesOfAHungDaemonFailInBoundedTime(t *testing.T) {
+	m := newMesh(t)
+	m.place(0, "web")
+	m.start()
+	m.must(m.Daemons[0].Process.Signal(syscall.SIGSTOP))
+	t.Cleanup(func() { _ = m.Daemons[0].Process.Signal(syscall.SIGCONT) })
+	m.fails("it hangs", "restart it")
+	m.must(m.Daemons[0].Process.Signal(syscall.SIGCONT))
+}
