@@ -104,17 +104,10 @@ func (l *plainLeg) write(p []byte) error {
 	return err
 }
 
-func (l *plainLeg) closeWrite() error {
-	err := l.conn.CloseWrite()
-	if errors.Is(err, syscall.ENOTCONN) {
-		return nil // reset by its peer: whoever reads it is told
-	}
-	return err
-}
-
-func (l *plainLeg) watch() error { return watchRaw(l.raw) }
-func (l *plainLeg) close()       { _ = l.conn.Close() }
-func (l *plainLeg) reset()       { abort(l.conn) }
+func (l *plainLeg) closeWrite() error { return l.conn.CloseWrite() }
+func (l *plainLeg) watch() error      { return watchRaw(l.raw) }
+func (l *plainLeg) close()            { _ = l.conn.Close() }
+func (l *plainLeg) reset()            { abort(l.conn) }
 
 // secureLeg is a connection to a peer over TLS, its handshake done.
 type secureLeg struct {

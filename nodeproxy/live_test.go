@@ -228,6 +228,23 @@ func TestADenyCutsADeliveryUnderWay(t *testing.T) {
 	}
 }
 
+func TestACondemnedConnectionTakesNothingMore(t *testing.T) {
+	c := newConnection(1, admin.Outbound)
+	denied := errors.New("denied")
+	c.condemn(denied, nil)
+	ours, theirs := tcpPair(t)
+	if err := c.hold(ours); !errors.Is(err, denied) {
+		t.Errorf("hold: %v", err)
+	}
+	wantReset(t, theirs)
+	if err := c.open(); !errors.Is(err, denied) {
+		t.Errorf("open: %v", err)
+	}
+	if e := c.finish(nil); e.Event != admin.EventDenied || e.Detail != "denied" {
+		t.Errorf("%+v", e)
+	}
+}
+
 func TestUnconcernedConnectionsSurviveAPolicyChange(t *testing.T) {
 	m := newMesh(t)
 	client, server := m.pair()

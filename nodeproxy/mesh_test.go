@@ -315,6 +315,9 @@ func (m *mesh) shutdown() error {
 		if len(m.proxy.slots.taken) != 0 {
 			m.t.Errorf("places are left taken after Run: %v", m.proxy.slots.taken)
 		}
+		if len(m.proxy.balancer.active) != 0 {
+			m.t.Errorf("instances are counted as busy after Run: %v", m.proxy.balancer.active)
+		}
 		return err
 	case <-time.After(patience):
 		m.t.Fatal("Run does not return")

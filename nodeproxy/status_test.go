@@ -48,8 +48,9 @@ func TestStatus(t *testing.T) {
 		s.Certificates[2].Service != "worker" || s.Certificates[2].Error == "" || s.Certificates[2].Identity != spiffe("worker") {
 		t.Errorf("certificates %+v", s.Certificates)
 	}
+	eventually(t, "the bytes are counted", func() bool { live := m.proxy.Connections(); return live[0].Sent == 5 && live[1].Sent == 5 })
 	live := m.proxy.Connections()
-	if len(live) != 2 || live[0].Event != admin.EventOpen || live[0].Sent != 5 || live[0].ID >= live[1].ID {
+	if len(live) != 2 || live[0].Event != admin.EventOpen || live[0].Path != admin.PathMTLS || live[0].ID >= live[1].ID {
 		t.Errorf("live %+v", live)
 	}
 }

@@ -159,6 +159,18 @@ func TestPartOfARecordIsNoEnd(t *testing.T) {
 	}
 }
 
+// crypto/tls gives a close_notify five seconds to get into the socket, which a slow reader may exceed.
+func TestTheDeadlineOfACloseNotifyIsIgnored(t *testing.T) {
+	client, server := securePair(t, newBuffers())
+	client.tls.SetWriteDeadline(time.Now().Add(-time.Second))
+	if err := client.closeWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.next(); err != io.EOF {
+		t.Fatalf("got %v", err)
+	}
+}
+
 // tired is a listener of a process without file descriptors.
 type tired struct {
 	failures int
