@@ -99,7 +99,7 @@ func appListen() {
 
 // node is a lab with a Redirect whose daemon is the test process.
 type node struct {
-	t    *testing.T
+	t    testing.TB
 	lab  *netlab.Lab
 	r    *redirect.Redirect
 	cfg  redirect.Config
@@ -107,7 +107,7 @@ type node struct {
 	pods int
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t testing.TB) *node {
 	t.Helper()
 	netlab.Require(t)
 	lab, err := netlab.New()
@@ -155,7 +155,7 @@ func (n *node) open() {
 	}
 }
 
-func leaveCgroup(t *testing.T) {
+func leaveCgroup(t testing.TB) {
 	root, err := redirect.CgroupMount()
 	if err != nil {
 		t.Fatal(err)
