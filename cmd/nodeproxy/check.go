@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 
@@ -19,18 +20,25 @@ func newCheck(e *env) *cobra.Command {
 		Use:   "check",
 		Short: "Preflight: would it work here? One line each: ok, or what to do",
 		Long: "Asks the kernel, the host, the configuration and the source. Without a configuration it asks the kernel alone.\n" +
-			"--workloads adds each workload as the running daemon sees it, --service what of a service's configuration would be\n" +
-			"ignored or denied. Reading the source gives virtual IPs, ports and a CA to a mesh directory that has none.",
-		Example: "  nodeproxy check\n  nodeproxy check --config /etc/nodeproxy --service web",
+			"--service adds what of a service's configuration would be ignored or denied. Reading the source gives virtual IPs,\n" +
+			"ports and a CA to a mesh directory that has none.\n\n" +
+			"--workloads asks the running daemon for its workloads, and tries each: a process of this program (some 10 MB, for a\n" +
+			"moment) connects from inside the workload's cgroup and network namespace to an address of no service, which the proxy\n" +
+			"must refuse; another, outside the cgroup, tries the workload's ports in plaintext and without a certificate. The trace\n" +
+			"and the metrics show these as denied. Applications are not connected to, unless their port is open to strangers.",
+		Example: "  nodeproxy check\n  nodeproxy check --config /etc/nodeproxy --service web\n  nodeproxy check --workloads",
 		Args:    exactly(),
 	}
 	c := checkCommand{env: e}
 	c.path, c.client = configFlag(cmd), socketFlag(cmd)
-	cmd.Flags().BoolVar(&c.workloads, "workloads", false, "each workload, as the running daemon sees it")
+	cmd.Flags().BoolVar(&c.workloads, "workloads", false, "each workload as the running daemon sees it, with canary connections")
 	cmd.Flags().StringVar(&c.service, "service", "", "the `NAME` of a service to look at")
 	asJSON := jsonFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		results := c.run(cmd.Context(), cmd.Flags().Changed("config"))
+		if err := context.Cause(cmd.Context()); err != nil {
+			return fmt.Errorf("check this host: it did not come to an end: %w", err)
+		}
 		if *asJSON {
 			if err := e.json(map[string]any{"results": results}); err != nil {
 				return err
@@ -89,7 +97,7 @@ func (c *checkCommand) enrolled(ctx context.Context) []check.Result {
 	if err != nil {
 		return []check.Result{{Name: "workloads", Verdict: check.Failed, Text: err.Error()}}
 	}
-	return check.Workloads(status)
+	return append(check.Workloads(status), check.Canaries(ctx, status, c.client())...)
 }
 
 func printResults(e *env, results []check.Result) {

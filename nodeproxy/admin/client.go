@@ -35,7 +35,9 @@ func NewClient(socket string) *Client {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", socket)
 	}
-	return &Client{socket: socket, http: http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
+	return &Client{socket: socket, http: http.Client{Transport: &http.Transport{
+		DialContext: dial, DisableKeepAlives: true, ResponseHeaderTimeout: requestTimeout,
+	}}}
 }
 
 // Status returns the daemon's state.
@@ -64,6 +66,34 @@ func (c *Client) Unenroll(ctx context.Context, req EnrollRequest) error {
 // Trace calls event for every live connection and then for every event that passes f, until ctx ends (nil), event
 // returns an error (that error), or the daemon goes away (an error).
 func (c *Client) Trace(ctx context.Context, f Filter, event func(Connection) error) error {
+	t, err := c.OpenTrace(ctx, f)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	for {
+		conn, err := t.Next()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := event(conn); err != nil {
+			return err
+		}
+	}
+}
+
+// Trace is a running trace. Its owner calls Close.
+type Trace struct {
+	socket string
+	body   io.ReadCloser
+	dec    *json.Decoder
+}
+
+// OpenTrace starts a trace: of what passes f and happens after it has returned, nothing is missed. It ends with ctx.
+func (c *Client) OpenTrace(ctx context.Context, f Filter) (*Trace, error) {
 	q := url.Values{}
 	for name, value := range map[string]string{"service": f.Service, "workload": f.Workload, "verdict": string(f.Verdict)} {
 		if value != "" {
@@ -72,21 +102,22 @@ func (c *Client) Trace(ctx context.Context, f Filter, event func(Connection) err
 	}
 	body, err := c.do(ctx, http.MethodGet, "/v1/trace?"+q.Encode(), nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer func() { _ = body.Close() }()
-	for dec := json.NewDecoder(body); ; {
-		var conn Connection
-		if err := dec.Decode(&conn); ctx.Err() != nil {
-			return nil
-		} else if err != nil {
-			return fmt.Errorf("read the trace: the daemon at %s ended it (%w)", c.socket, err)
-		}
-		if err := event(conn); err != nil {
-			return err
-		}
-	}
+	return &Trace{c.socket, body, json.NewDecoder(body)}, nil
 }
+
+// Next waits for the next line: the live connections come first. After an error the trace is over.
+func (t *Trace) Next() (Connection, error) {
+	var conn Connection
+	if err := t.dec.Decode(&conn); err != nil {
+		return conn, fmt.Errorf("read the trace: the daemon at %s ended it (%w)", t.socket, err)
+	}
+	return conn, nil
+}
+
+// Close ends the trace.
+func (t *Trace) Close() { _ = t.body.Close() }
 
 // ask sends one request and decodes one answer.
 func (c *Client) ask(ctx context.Context, method, path string, in, out any) error {
@@ -146,8 +177,8 @@ func (c *Client) explain(err error) error {
 		return fmt.Errorf("reach the daemon at %s: is it running? Start it with \"nodeproxy run\", or name its socket with --socket (%w)", c.socket, err)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("reach the daemon at %s: only root may; try sudo (%w)", c.socket, err)
-	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("reach the daemon at %s: no answer within %s; its log may say why (%w)", c.socket, requestTimeout, err)
+	case os.IsTimeout(err):
+		return fmt.Errorf("reach the daemon at %s: no answer within %s: it hangs; look at its log, then restart it (%w)", c.socket, requestTimeout, err)
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return fmt.Errorf("reach the daemon at %s: it closed the connection; it is stopping, has too many clients, or this is not root (%w)", c.socket, err)
 	}

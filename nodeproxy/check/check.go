@@ -156,7 +156,7 @@ func Workloads(status *admin.Status) []Result {
 	for _, w := range status.Workloads {
 		name := fmt.Sprintf("workload %s (%s)", filepath.Base(w.Cgroup), w.Service)
 		switch {
-		case w.State == "protected":
+		case w.State == "protected" && w.Detail == "":
 			results = append(results, ok(name, "protected, %s, %d process(es) in %d network namespace(s)", w.Mode, w.Processes, len(w.Namespaces)))
 		case w.Unprotected():
 			results = append(results, failed(name, "%s: %s", w.State, w.Detail))

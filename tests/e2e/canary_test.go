@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -104,38 +105,67 @@ func TestACanaryOfEachMissingHookFailsAndSaysWhatToDo(t *testing.T) {
 	id, err := web.Cgroup.ID()
 	m.must(err)
 	cgroup := fmt.Sprintf("cgroups/%d/", id)
-	for hook, says := range map[string]string{
-		cgroup + "connect4":         "a connect hook is not attached",
-		cgroup + "connect6":         "a connect hook is not attached",
-		cgroup + "getpeername4":     "a getpeername hook is not attached",
-		cgroup + "workload_sockops": "a sockops hook is not attached",
-		"namespaces/*/sk_lookup":    "nothing guards its network namespace",
+	for hook, complaint := range map[string]string{
+		cgroup + "connect4":      "a connect hook is not attached",
+		cgroup + "connect6":      "a connect hook is not attached",
+		cgroup + "getpeername4":  "a getpeername hook is not attached",
+		cgroup + "sockops":       "a sockops hook is not attached",
+		"namespaces/*/sk_lookup": "nothing guards its network namespace",
 	} {
-		t.Run(filepath.Base(hook), func(t *testing.T) {
-			m := m.in(t)
-			pins, err := filepath.Glob(filepath.Join(m.Daemons[0].Pins, "node-1", "v*", hook))
-			if err != nil || len(pins) == 0 {
-				t.Fatalf("no pin %s: %v", hook, err)
-			}
-			for _, pin := range pins {
-				l, err := link.LoadPinnedLink(pin, nil)
-				m.must(err)
-				m.must(l.(interface{ Detach() error }).Detach())
-				m.must(l.Close())
-			}
-			m.fails(says, "restart the daemon")
-			m.stop(0)
-			m.restart(0)
-			if results := m.canaries(0); check.Worst(results) != check.OK {
-				t.Errorf("after the restart that was advised: %s", list(results))
-			}
-		})
+		m.detach(0, hook)
+		if results := m.canaries(0); check.Worst(results) != check.Failed {
+			t.Errorf("without %s: %s", hook, list(results))
+		} else {
+			says(t, results, check.Failed, "canary", complaint, "restart the daemon")
+		}
+		m.stop(0)
+		m.restart(0)
+		if results := m.canaries(0); check.Worst(results) != check.OK {
+			t.Errorf("without %s, and after the restart that was advised: %s", hook, list(results))
+		}
 	}
 }
 
-func (m *mesh) fails(parts ...string) {
+// detach takes hooks off whose pins match a pattern below the node's directory.
+func (m *mesh) detach(node int, pattern string) {
 	m.t.Helper()
-	says(m.t, m.canaries(0), check.Failed, parts...)
+	pins, err := filepath.Glob(filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, "v*", pattern))
+	if err != nil || len(pins) == 0 {
+		m.t.Fatalf("no pin %s: %v", pattern, err)
+	}
+	for _, pin := range pins {
+		l, err := link.LoadPinnedLink(pin, nil)
+		m.must(err)
+		m.must(l.(interface{ Detach() error }).Detach())
+		m.must(l.Close())
+	}
+}
+
+func TestAnInterruptedCheckLeavesNoProcessBehind(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	m.start()
+	before := m.processes(web)
+	freeze := func(state string) {
+		m.must(os.WriteFile(filepath.Join(web.Cgroup.Path(), "cgroup.freeze"), []byte(state), 0))
+	}
+	freeze("1") // so that the canary stops in the middle
+	t.Cleanup(func() { freeze("0") })
+	p, err := m.Lab.Start(netlab.Command{Path: programs.nodeproxy, Args: []string{"check", "--workloads", "--socket", m.Daemons[0].Socket()}})
+	m.must(err)
+	m.eventually("the canary is in the workload's cgroup", func() error {
+		if m.processes(web) == before {
+			return errNotYet
+		}
+		return nil
+	})
+	m.must(p.Signal(os.Interrupt))
+	if err := p.Wait(m.ctx()); err == nil || p.ExitCode() != 1 {
+		t.Errorf("exit status %d of an interrupted check: %s", p.ExitCode(), p.Output())
+	}
+	if after := m.processes(web); after != before {
+		t.Errorf("processes of the workload: %s, and before %s", after, before)
+	}
 }
 
 func TestCanariesOfAHungDaemonFailInBoundedTime(t *testing.T) {
@@ -144,6 +174,6 @@ func TestCanariesOfAHungDaemonFailInBoundedTime(t *testing.T) {
 	m.start()
 	m.must(m.Daemons[0].Process.Signal(syscall.SIGSTOP))
 	t.Cleanup(func() { _ = m.Daemons[0].Process.Signal(syscall.SIGCONT) })
-	m.fails("it hangs", "restart it")
+	says(t, m.canaries(0), check.Failed, "it hangs", "restart it")
 	m.must(m.Daemons[0].Process.Signal(syscall.SIGCONT))
 }
