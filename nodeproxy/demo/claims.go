@@ -46,6 +46,7 @@ func (s *show) get(ctx context.Context, w *netlab.Workload, url string) (string,
 	if err != nil {
 		return "", err
 	}
+	defer p.Kill()
 	err = p.Wait(ctx)
 	return p.Output(), err
 }
@@ -100,6 +101,7 @@ func (s *show) revoke(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	defer p.Kill()
 	if err := p.WaitOutput(ctx, "receiving"); err != nil {
 		s.claim(false, "web receives a stream from api")
 		s.detail("%v", err)
@@ -163,6 +165,7 @@ func (s *show) leaveNothing() error {
 	if s.mesh == nil {
 		return nil
 	}
+	s.interrupted = context.Background().Err // from here on all is asserted, whatever happened before
 	s.step("Leave nothing behind")
 	ctx, cancel := context.WithTimeout(context.Background(), stepTimeout)
 	defer cancel()

@@ -40,7 +40,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := prerequisites(); err != nil {
 		return err
 	}
-	s := &show{screen: screen{out: cfg.Out, color: cfg.Color}, binary: cfg.Binary}
+	s := &show{screen: screen{out: cfg.Out, color: cfg.Color, interrupted: ctx.Err}, binary: cfg.Binary}
 	s.intro()
 	err := s.run(ctx)
 	if cleanErr := s.leaveNothing(); cleanErr != nil {
@@ -83,6 +83,9 @@ type show struct {
 
 func (s *show) run(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{s.build, s.reach, s.deny, s.revoke, s.wire} {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		if err := s.bounded(ctx, step); err != nil {
 			return err
 		}
@@ -147,6 +150,7 @@ func (s *show) app(w *netlab.Workload, args ...string) (*netlab.Process, error) 
 func (s *show) startDaemons(ctx context.Context) error {
 	began := time.Now()
 	for _, daemon := range s.mesh.Daemons {
+		daemon.Extra = "limits {\n  drain = \"1s\"\n}\n"
 		if err := daemon.Start(ctx); err != nil {
 			return err
 		}

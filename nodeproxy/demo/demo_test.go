@@ -60,13 +60,21 @@ func TestAnInterruptedDemonstrationLeavesNothingBehind(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	var interrupted time.Time
 	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		if strings.Contains(lines.Text(), "2. Reach a service") {
+			interrupted = time.Now()
 			_ = cmd.Process.Signal(os.Interrupt)
+		}
+		if strings.Contains(lines.Text(), "✗") {
+			t.Errorf("a claim is said not to hold: %s", lines.Text())
 		}
 	}
 	if err := cmd.Wait(); err == nil {
 		t.Error("an interrupted demonstration reports success")
+	}
+	if took := time.Since(interrupted); took > 10*time.Second {
+		t.Errorf("it took %v to end", took)
 	}
 	assertNothingLeft(t, cmd.Process.Pid)
 }

@@ -8,11 +8,12 @@ import (
 
 // screen writes for people, and counts the claims.
 type screen struct {
-	out    io.Writer
-	color  bool
-	steps  int
-	claims int
-	failed int
+	out         io.Writer
+	color       bool
+	interrupted func() error // not nil: what is asserted now says nothing about the mesh
+	steps       int
+	claims      int
+	failed      int
 }
 
 func (s *screen) say(format string, args ...any) { fmt.Fprintf(s.out, format+"\n", args...) }
@@ -24,6 +25,9 @@ func (s *screen) step(title string) {
 
 // claim prints one claim with its outcome.
 func (s *screen) claim(holds bool, format string, args ...any) {
+	if s.interrupted() != nil {
+		return
+	}
 	s.claims++
 	mark := s.paint("32", "✓")
 	if !holds {
@@ -35,6 +39,9 @@ func (s *screen) claim(holds bool, format string, args ...any) {
 
 // detail prints what is worth knowing about the claim above it.
 func (s *screen) detail(format string, args ...any) {
+	if s.interrupted() != nil {
+		return
+	}
 	text := strings.TrimSpace(fmt.Sprintf(format, args...))
 	s.say("    %s", s.paint("2", strings.ReplaceAll(text, "\n", "\n    ")))
 }

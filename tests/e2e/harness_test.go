@@ -54,7 +54,7 @@ func newMesh(t *testing.T) *mesh {
 	}
 	m := &mesh{Mesh: lab, t: t, markers: new(atomic.Uint32), virtual: make(map[string]netip.Addr)}
 	for _, d := range m.Daemons {
-		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66"}
+		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66 atexit_sleep_ms=0"}
 	}
 	t.Cleanup(m.finish)
 	return m
