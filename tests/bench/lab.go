@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/tests/meshlab"
 	"nodeproxy.io/tests/netlab"
 )
@@ -152,10 +153,18 @@ func (l *lab) start(ctx context.Context) error {
 	return nil
 }
 
-// opened is how many ends of connections each daemon has opened since it started.
+// opened is how many ends of connections each daemon has opened since it started. It waits until none is open any more:
+// closing is work too.
 func (l *lab) opened(ctx context.Context) (n [2]int, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, fmt.Errorf("not closed within %s", setupTimeout))
+	defer cancel()
 	for i, d := range l.Daemons {
-		status, err := d.Admin().Status(ctx)
+		status, err := d.Await(ctx, func(s *admin.Status) error {
+			if s.Connections.Active > 0 {
+				return fmt.Errorf("%d connections are still open", s.Connections.Active)
+			}
+			return nil
+		})
 		if err != nil {
 			return n, err
 		}

@@ -14,6 +14,10 @@ import (
 // plain TCP past the daemons, or over mTLS, out through the client's node and in through the server's.
 func (b *bench) prove(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if _, err := b.opened(ctx); err != nil { // whatever came before must not be in the traces
+		return err
+	}
 	w := b.watch(ctx)
 	err := b.proveAll(ctx, w)
 	cancel()

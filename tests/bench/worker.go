@@ -29,22 +29,8 @@ func (l *lab) startClient(ctx context.Context, p *path, o order) (*client, error
 	if err != nil {
 		return nil, err
 	}
-	theirIn, in, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	defer theirIn.Close()
-	out, theirOut, err := os.Pipe()
-	if err != nil {
-		in.Close()
-		return nil, err
-	}
-	defer theirOut.Close()
-	c := &client{in: in, out: out, answers: bufio.NewReader(out)}
-	c.process, err = p.client.Start(netlab.Command{Path: l.self, Args: []string{"load", string(text)}, Stdin: theirIn, Stdout: theirOut})
-	if err != nil {
-		in.Close()
-		out.Close()
+	c := &client{}
+	if err := c.start(p.client, netlab.Command{Path: l.self, Args: []string{"load", string(text)}}); err != nil {
 		return nil, err
 	}
 	c.stop = context.AfterFunc(ctx, c.process.Kill)
@@ -52,6 +38,30 @@ func (l *lab) startClient(ctx context.Context, p *path, o order) (*client, error
 		return nil, c.failed(ctx, err)
 	}
 	return c, nil
+}
+
+// start starts the command with pipes as its input and output. Only the process itself holds the other ends: when it ends,
+// so does what is read from it.
+func (c *client) start(w *netlab.Workload, command netlab.Command) error {
+	theirIn, in, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer theirIn.Close()
+	out, theirOut, err := os.Pipe()
+	if err != nil {
+		in.Close()
+		return err
+	}
+	defer theirOut.Close()
+	command.Stdin, command.Stdout = theirIn, theirOut
+	if c.process, err = w.Start(command); err != nil {
+		in.Close()
+		out.Close()
+		return err
+	}
+	c.in, c.out, c.answers = in, out, bufio.NewReader(out)
+	return nil
 }
 
 // work lets the client do its work, and returns what it found. Its connections stay open.
