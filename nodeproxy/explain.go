@@ -51,14 +51,14 @@ func resolve(snap *catalog.Snapshot, destination string) (catalog.Destination, e
 	if err != nil {
 		addr, addrErr := netip.ParseAddr(destination)
 		if addrErr != nil {
-			return catalog.Destination{}, fmt.Errorf("explain the way to %q: %w: the mesh has no such service: nodeproxy status lists them", destination, admin.ErrNotFound)
+			return catalog.Destination{}, admin.Classify(fmt.Errorf("explain the way to %q: the mesh has no such service: \"nodeproxy status\" lists them", destination), admin.ErrNotFound)
 		}
 		at = netip.AddrPortFrom(addr, 0)
 	}
 	if to, ok := snap.Resolve(at); ok {
 		return to, nil
 	}
-	return catalog.Destination{}, fmt.Errorf("explain the way to %s: %w: it is neither a virtual IP nor the address and port of an instance, so nodeproxy would not touch it", destination, admin.ErrNotFound)
+	return catalog.Destination{}, admin.Classify(fmt.Errorf("explain the way to %s: it is neither a virtual IP nor the address and port of an instance, so nodeproxy would not touch it", destination), admin.ErrNotFound)
 }
 
 // missing lists what would make an allowed connection fail now.

@@ -113,6 +113,9 @@ func TestVerdictsOfTheKernelAreTold(t *testing.T) {
 	if out.Event != admin.EventDenied || out.Source.Service != "web" || out.Source.PID != 5 || out.Destination.Service != "api" || out.Path != admin.PathNone || out.Detail == "" {
 		t.Errorf("%+v", out)
 	}
+	if out.Source.Address != "" {
+		t.Errorf("the source address %q of a socket that has none yet", out.Source.Address)
+	}
 	if in.Event != admin.EventDenied || in.Direction != admin.Inbound || in.Destination.Service != "web" || in.Path != admin.PathPlaintext || in.Reason != catalog.ReasonPlaintext {
 		t.Errorf("%+v", in)
 	}

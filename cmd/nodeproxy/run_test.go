@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http/httptest"
@@ -144,5 +145,16 @@ func TestReadingABrokenSourceFailsAtOnceWithFileAndLine(t *testing.T) {
 	}
 	if err == nil || !strings.Contains(err.Error(), "web.hcl:2") {
 		t.Errorf("error = %v, want web.hcl:2", err)
+	}
+}
+
+func TestUnenrollingWhatNobodyEnrolledByHandIsNotFound(t *testing.T) {
+	manual, err := workload.NewManual(filepath.Join(t.TempDir(), "enrolled.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = (&node{manual: manual}).Unenroll(t.Context(), admin.EnrollRequest{Cgroup: "/c/web"})
+	if !errors.Is(err, admin.ErrNotFound) || !strings.Contains(err.Error(), "un-enroll /c/web: it was not enrolled by hand") {
+		t.Errorf("error = %v, want not found", err)
 	}
 }

@@ -169,7 +169,7 @@ func (d *node) close() {
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
 	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
-		return fmt.Errorf("%w: %w", err, admin.ErrRefused)
+		return admin.Classify(err, admin.ErrRefused)
 	}
 	return d.manual.Enroll(c)
 }
@@ -186,7 +186,11 @@ func claimedElsewhere(state workload.State, c workload.Claim) error {
 
 // Unenroll implements admin.Backend.
 func (d *node) Unenroll(_ context.Context, req admin.EnrollRequest) error {
-	return d.manual.Unenroll(req.Cgroup)
+	err := d.manual.Unenroll(req.Cgroup)
+	if errors.Is(err, workload.ErrNotEnrolled) {
+		return admin.Classify(err, admin.ErrNotFound)
+	}
+	return err
 }
 
 const (

@@ -33,6 +33,14 @@ var (
 	ErrRefused  = errors.New("request refused") // 409: the request was understood and may not be granted
 )
 
+// Classify makes err one of ErrNotFound or ErrRefused, and leaves its text as it is.
+func Classify(err, as error) error { return &classified{err, as} }
+
+type classified struct{ err, as error }
+
+func (e *classified) Error() string   { return e.err.Error() }
+func (e *classified) Unwrap() []error { return []error{e.err, e.as} }
+
 // Backend is the daemon as the API sees it. Its methods may be called concurrently.
 type Backend interface {
 	Status() Status

@@ -74,14 +74,17 @@ func (m *Manual) Enroll(c Claim) error {
 	return m.replace(append(m.without(c.Cgroup), c))
 }
 
-// Unenroll withdraws a claim by hand.
+// ErrNotEnrolled says that nobody enrolled the cgroup by hand.
+var ErrNotEnrolled = errors.New("it was not enrolled by hand; \"nodeproxy status\" shows who enrolled it")
+
+// Unenroll withdraws a claim by hand, or returns ErrNotEnrolled.
 func (m *Manual) Unenroll(cgroup string) error {
 	cgroup = filepath.Clean(cgroup)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	rest := m.without(cgroup)
 	if len(rest) == len(m.claims) {
-		return fmt.Errorf("un-enroll %s: it was not enrolled by hand; `nodeproxy status` shows who enrolled it", cgroup)
+		return fmt.Errorf("un-enroll %s: %w", cgroup, ErrNotEnrolled)
 	}
 	return m.replace(rest)
 }
