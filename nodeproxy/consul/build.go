@@ -1,0 +1,399 @@
+package consul
+
+import (
+	"cmp"
+	"crypto/tls"
+	"fmt"
+	"maps"
+	"net/netip"
+	"reflect"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
+)
+
+// maxProblems bounds what a snapshot says is wrong: a datacenter has more config entries than a person reads.
+const maxProblems = 500
+
+// builder makes one snapshot.
+type builder struct {
+	cfg      *Config
+	data     *data
+	certs    map[string]*tls.Certificate
+	needed   []string // services that workloads of this node run as
+	compiled *compiled
+	*settings
+	services map[string]*catalog.Service
+}
+
+func (r *run) builder(d *data) *builder {
+	return &builder{
+		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: r.leaves.needed(), compiled: &r.compiled,
+		settings: d.entries.settings(), services: make(map[string]*catalog.Service),
+	}
+}
+
+func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
+	b.addLocal()
+	for _, name := range slices.Sorted(maps.Keys(b.data.services)) {
+		for _, e := range b.data.services[name].instances {
+			if e.node != b.data.agent.node { // the agent itself knows those of its node better
+				b.addRemote(name, e)
+			}
+		}
+	}
+	b.refuseContested()
+	b.giveVirtual()
+	for _, name := range b.needed {
+		if b.services[name] == nil {
+			b.problem(name, "unknown-service", "a workload of this node runs as %q, which is not registered with this node's agent: it can call others, and nobody can call it; register it", name)
+		}
+	}
+	p, err := b.policy(generation)
+	if err != nil {
+		return nil, err
+	}
+	if b.data.filtered {
+		b.problem("", "unsupported", "the token may not see every service, so those it does not see cannot be called: see docs/consul.md")
+	}
+	return catalog.New(catalog.Snapshot{
+		Generation: generation, Taken: now, Node: b.cfg.Node,
+		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
+		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
+		VirtualRanges: b.virtualRanges(), Problems: b.sortedProblems(),
+	})
+}
+
+func (b *builder) sortedProblems() []catalog.Problem {
+	all := b.problems
+	slices.SortFunc(all, func(x, y catalog.Problem) int {
+		return cmp.Or(cmp.Compare(x.Service, y.Service), cmp.Compare(x.Kind, y.Kind), cmp.Compare(x.Text, y.Text))
+	})
+	if more := len(all) - maxProblems; more > 0 {
+		all = append(all[:maxProblems:maxProblems], catalog.Problem{Kind: "unsupported", Text: fmt.Sprintf("%d more are not listed", more)})
+	}
+	return all
+}
+
+func (b *builder) service(name string) *catalog.Service {
+	if svc := b.services[name]; svc != nil {
+		return svc
+	}
+	svc := &catalog.Service{Name: name, Protocol: b.protocol(name), IgnoredL7: slices.Clone(b.ignoredL7[name])}
+	if d := b.defaults[name]; d != nil {
+		svc.MaxInbound = max(d.MaxInboundConnections, 0)
+	}
+	if res := b.resolvers[name]; res != nil {
+		svc.ConnectTimeout = max(res.ConnectTimeout, 0)
+		svc.Subsets = slices.Sorted(maps.Keys(res.Subsets))
+	}
+	b.services[name] = svc
+	return svc
+}
+
+// addRemote adds an instance of another node.
+func (b *builder) addRemote(name string, e endpoint) {
+	inst := &catalog.Instance{
+		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native,
+		Permissive: b.permissive(name, b.cfg.Permissive), Tags: e.tags, Meta: e.meta,
+	}
+	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
+	if e.app.port != 0 {
+		inst.Address = b.place(inst, e.app, e.nodeAddress)
+	}
+	svc := b.service(name)
+	svc.Instances = append(svc.Instances, inst)
+}
+
+// addLocal adds the instances that are registered with this node's agent.
+func (b *builder) addLocal() {
+	served := make(map[string]bool) // instances that have a proxy
+	for _, id := range slices.Sorted(maps.Keys(b.data.local)) {
+		s := b.data.local[id]
+		switch {
+		case !isDefault(s.Namespace) || !isDefault(s.Partition):
+			b.problem(s.Service, "unsupported", "%q is registered in namespace %q and partition %q: only \"default\" is supported", id, s.Namespace, s.Partition)
+		case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil:
+			b.adopt(s, served)
+		case s.Kind == api.ServiceKindTypical && s.Connect != nil && s.Connect.Native:
+			b.addNative(s)
+			served[id] = true
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(b.data.local)) {
+		if s := b.data.local[id]; s.Kind == api.ServiceKindTypical && !served[id] && slices.Contains(b.needed, s.Service) {
+			b.addUnserved(s)
+		}
+	}
+}
+
+func isDefault(name string) bool { return name == "" || name == "default" }
+
+// adopt adds the instance behind a registered sidecar.
+func (b *builder) adopt(s *api.AgentService, served map[string]bool) {
+	name := s.Proxy.DestinationServiceName
+	app := b.application(s)
+	inst := b.localInstance(s, name)
+	if app != nil {
+		inst.Tags, inst.Meta = app.Tags, app.Meta
+		if !served[app.ID] { // of two sidecars of one instance, the second keeps its own name
+			inst.ID = app.ID
+			inst.Address = b.applicationPlace(inst, app)
+		}
+		served[app.ID] = true
+	}
+	inst.Mesh = b.place(inst, place{s.Address, s.Port}, b.data.agent.address)
+	switch {
+	case s.Proxy.LocalServiceSocketPath != "":
+		inst.DeliverySocket = s.Proxy.LocalServiceSocketPath
+	case s.Proxy.LocalServicePort != 0:
+		at := cmp.Or(s.Proxy.LocalServiceAddress, "127.0.0.1") // Consul's default
+		ip, err := netip.ParseAddr(at)
+		if err != nil || ip.Zone() != "" {
+			b.problem(name, "refused", "sidecar %q has local_service_address %q: it must be an IP address of the workload", s.ID, at)
+			inst.Mesh = netip.AddrPort{}
+			break
+		}
+		inst.Delivery = netip.AddrPortFrom(ip.Unmap(), uint16(s.Proxy.LocalServicePort)) //nolint:gosec // the agent checks ports
+	}
+	if len(s.Proxy.Upstreams) > 0 {
+		b.problem(name, "unsupported", "the upstreams of sidecar %q are not honoured: call them by virtual IP", s.ID)
+	}
+	svc := b.service(name)
+	svc.Instances = append(svc.Instances, inst)
+}
+
+// application finds the instance behind a sidecar: the one it names, or the only one of that service.
+func (b *builder) application(sidecar *api.AgentService) *api.AgentService {
+	if id := sidecar.Proxy.DestinationServiceID; id != "" {
+		return b.data.local[id]
+	}
+	var found []*api.AgentService
+	for _, s := range b.data.local {
+		if s.Kind == api.ServiceKindTypical && s.Service == sidecar.Proxy.DestinationServiceName {
+			found = append(found, s)
+		}
+	}
+	if len(found) != 1 {
+		return nil
+	}
+	return found[0]
+}
+
+func (b *builder) addNative(s *api.AgentService) {
+	inst := b.localInstance(s, s.Service)
+	inst.Native = true
+	inst.Mesh = b.place(inst, place{s.Address, s.Port}, b.data.agent.address)
+	svc := b.service(s.Service)
+	svc.Instances = append(svc.Instances, inst)
+}
+
+// addUnserved adds an instance that has no sidecar. It speaks no mTLS, so nobody can call it.
+func (b *builder) addUnserved(s *api.AgentService) {
+	inst := b.localInstance(s, s.Service)
+	inst.Address = b.applicationPlace(inst, s)
+	inst.DeliverySocket = s.SocketPath
+	svc := b.service(s.Service)
+	svc.Instances = append(svc.Instances, inst)
+	if s.Port != 0 || s.SocketPath != "" {
+		b.problem(s.Service, "unreachable", "instance %q of %q has no sidecar registered, so nobody can call it: add connect { sidecar_service {} } to its definition", s.ID, s.Service)
+	}
+}
+
+func (b *builder) localInstance(s *api.AgentService, name string) *catalog.Instance {
+	inst := &catalog.Instance{
+		ID: s.ID, Service: name, Node: b.data.agent.node, Local: true, Healthy: true,
+		Permissive: b.permissive(name, b.cfg.Permissive), Tags: s.Tags, Meta: s.Meta,
+	}
+	if known := b.data.services[name]; known != nil {
+		for _, e := range known.instances {
+			if e.node == inst.Node && e.proxyID == s.ID {
+				inst.Healthy = e.healthy
+			}
+		}
+	}
+	return inst
+}
+
+func (b *builder) applicationPlace(inst *catalog.Instance, app *api.AgentService) netip.AddrPort {
+	if app.Port == 0 {
+		return netip.AddrPort{}
+	}
+	return b.place(inst, place{app.Address, app.Port}, b.data.agent.address)
+}
+
+// place is where inst is reached. What could not be one host's address is refused: it would lead to somebody else.
+func (b *builder) place(inst *catalog.Instance, at place, nodeAddress string) netip.AddrPort {
+	refuse := func(why string) netip.AddrPort {
+		b.problem(inst.Service, "refused", "instance %q of %q on node %q is registered at %q port %d, which is refused: %s",
+			inst.ID, inst.Service, inst.Node, cmp.Or(at.host, nodeAddress), at.port, why)
+		return netip.AddrPort{}
+	}
+	ip, err := netip.ParseAddr(cmp.Or(at.host, nodeAddress))
+	if err != nil {
+		return refuse("it is not an IP address, and names are not looked up")
+	}
+	ip = ip.Unmap()
+	if inst.Local && (ip.IsLoopback() || ip.IsUnspecified()) {
+		ip = b.cfg.NodeAddress
+	}
+	switch {
+	case ip.IsUnspecified(), ip.IsMulticast(), ip.IsLinkLocalUnicast(), ip.Zone() != "", ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return refuse("it is not the address of one host")
+	case ip.IsLoopback():
+		return refuse("it is a loopback address, which on this node is this node")
+	case at.port < 1 || at.port > 65535:
+		return refuse("it is not a port")
+	case b.isVirtual(ip):
+		return refuse("virtual IPs are given out of that range")
+	}
+	return netip.AddrPortFrom(ip, uint16(at.port)) //nolint:gosec // checked above
+}
+
+func (b *builder) virtualRanges() []netip.Prefix {
+	if len(b.data.agent.virtual) > 0 {
+		return b.data.agent.virtual
+	}
+	return b.cfg.VirtualRanges
+}
+
+func (b *builder) isVirtual(ip netip.Addr) bool {
+	return slices.ContainsFunc(b.virtualRanges(), func(p netip.Prefix) bool { return p.Contains(ip) })
+}
+
+// refuseContested takes an address that several instances claim from all of them, so that nobody's traffic can be drawn
+// elsewhere by registering at its address. Only what this node's agent knows of its own goes before others.
+func (b *builder) refuseContested() {
+	type claim struct {
+		inst *catalog.Instance
+		at   *netip.AddrPort
+	}
+	claims := make(map[netip.AddrPort][]claim)
+	for _, name := range slices.Sorted(maps.Keys(b.services)) {
+		for _, inst := range b.services[name].Instances {
+			for _, at := range []*netip.AddrPort{&inst.Address, &inst.Mesh} {
+				if at.IsValid() {
+					claims[*at] = append(claims[*at], claim{inst, at})
+				}
+			}
+		}
+	}
+	for at, all := range claims {
+		if len(all) == 1 {
+			continue
+		}
+		keep := -1
+		for i, c := range all {
+			first := all[0].inst
+			switch {
+			case c.inst.Local && (keep < 0 || !all[keep].inst.Local):
+				keep = i
+			case c.inst.Local: // two of this node
+				keep = len(all)
+			case keep < 0 && !slices.ContainsFunc(all, func(o claim) bool {
+				return o.inst.Local || o.inst.Service != first.Service || o.inst.Node != first.Node
+			}):
+				keep = i // one instance, registered twice
+			}
+		}
+		for i, c := range all {
+			if i != keep {
+				other := all[0].inst
+				if i == 0 {
+					other = all[1].inst
+				}
+				*c.at = netip.AddrPort{}
+				b.problem(c.inst.Service, "refused", "instance %q of %q on node %q is registered at %s, which instance %q of %q on node %q claims too: give one of them another address or port",
+					c.inst.ID, c.inst.Service, c.inst.Node, at, other.ID, other.Service, other.Node)
+			}
+		}
+	}
+}
+
+// giveVirtual gives services their virtual IPs. One that two services have belongs to none, and connections to it are refused.
+func (b *builder) giveVirtual() {
+	owners := make(map[netip.Addr]map[string]bool)
+	for name, known := range b.data.services {
+		for _, e := range known.instances {
+			if !e.virtual.IsValid() || b.services[name] == nil {
+				continue
+			}
+			if owners[e.virtual] == nil {
+				owners[e.virtual] = make(map[string]bool)
+			}
+			owners[e.virtual][name] = true
+		}
+	}
+	for _, ip := range slices.SortedFunc(maps.Keys(owners), netip.Addr.Compare) {
+		names := slices.Sorted(maps.Keys(owners[ip]))
+		switch svc := b.services[names[0]]; {
+		case len(names) > 1:
+			b.problem(names[0], "refused", "virtual IP %s belongs to %q and %q: connections to it are refused", ip, names[0], names[1])
+		case !b.isVirtual(ip):
+			b.problem(names[0], "refused", "virtual IP %s of %q is outside virtual_ips %v: correct virtual_ips", ip, names[0], b.virtualRanges())
+		default:
+			svc.Virtual = append(svc.Virtual, ip)
+		}
+	}
+}
+
+// policy compiles the intentions, or returns the last policy if they are the same.
+func (b *builder) policy(generation uint64) (*policy.Policy, error) {
+	from := rules{trustDomain: b.data.roots.trustDomain, httpLike: make(map[string]bool)}
+	if cmp.Or(b.data.agent.defaultIntention, b.data.defaultACL) == "allow" {
+		from.def = policy.Allow
+	}
+	seen := make(map[policy.Intention]bool)
+	for _, name := range slices.Sorted(maps.Keys(b.services)) {
+		svc := b.services[name]
+		if isHTTP(svc.Protocol) {
+			from.httpLike[name] = true
+		}
+		all, read := b.data.intentions[name]
+		if !read { // until it is known who may connect, nobody may
+			from.intentions = append(from.intentions, policy.Intention{
+				Source: policy.Wildcard, Destination: name, Action: policy.Deny, Origin: "the intentions are not known yet",
+			})
+		}
+		for i := range all {
+			rule, why := all[i].rule()
+			key := policy.Intention{
+				Source: rule.Source, Destination: rule.Destination,
+				SourceNamespace: rule.SourceNamespace, SourcePartition: rule.SourcePartition, SourcePeer: rule.SourcePeer,
+			}
+			if seen[key] || all[i].SourceSamenessGroup != "" {
+				continue // those of "*" come with every name
+			}
+			seen[key] = true
+			b.reportIntention(rule, why)
+			from.intentions = append(from.intentions, rule)
+		}
+	}
+	if b.compiled.policy != nil && reflect.DeepEqual(from, b.compiled.from) {
+		return b.compiled.policy, nil
+	}
+	p, err := policy.Compile(generation, from.def, policy.Identity{TrustDomain: from.trustDomain}, from.httpLike, from.intentions)
+	if err != nil {
+		return nil, err
+	}
+	*b.compiled = compiled{from, p}
+	return p, nil
+}
+
+func (b *builder) reportIntention(rule policy.Intention, why string) {
+	if why == "" {
+		return
+	}
+	kind := "unsupported"
+	if rule.Permissions || rule.JWT {
+		kind = "l7-ignored"
+		if svc := b.services[rule.Destination]; svc != nil && !slices.Contains(svc.IgnoredL7, "service-intentions") {
+			svc.IgnoredL7 = append(svc.IgnoredL7, "service-intentions")
+		}
+	}
+	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, why)
+}

@@ -1,0 +1,194 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// longest is how long the agent may keep a blocking query. It adds up to a sixteenth.
+	longest = time.Minute
+
+	// grace is how long an answer may take beyond that, and how long one may take that does not wait.
+	grace = 10 * time.Second
+
+	// maxRequests is how many requests that do not wait are under way at once.
+	maxRequests = 8
+
+	maxAnswer = 256 << 20
+	maxError  = 300 // bytes of an error's text
+)
+
+// client asks one agent. It reads the environment for nothing, unlike Consul's own library, which would let whoever starts
+// the daemon redirect it.
+type client struct {
+	base   string
+	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: the transport's own
+	tls    *tlsFiles                                                            // nil: plain HTTP
+	tokens tokens
+	http   atomic.Pointer[http.Transport]
+	slots  chan struct{} // taken by requests that do not wait
+}
+
+func newClient(cfg *Config) (*client, error) {
+	c := &client{tokens: newTokens(cfg.TokenFile, cfg.TokenDir), slots: make(chan struct{}, maxRequests)}
+	scheme, rest, found := strings.Cut(cfg.Address, "://")
+	if !found {
+		scheme, rest = "http", cfg.Address
+	}
+	switch {
+	case scheme == "unix" && strings.HasPrefix(rest, "/"):
+		c.base = "http://agent"
+		c.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", rest)
+		}
+	case (scheme == "http" || scheme == "https") && hostPort(strings.TrimSuffix(rest, "/")):
+		c.base = scheme + "://" + strings.TrimSuffix(rest, "/")
+	default:
+		return nil, fmt.Errorf("address %q is not host:port, http://host:port, https://host:port or unix:///path", cfg.Address)
+	}
+	if scheme == "https" {
+		c.tls = &tlsFiles{ca: cfg.CAFile, cert: cfg.CertFile, key: cfg.KeyFile}
+	} else if cfg.CAFile != "" || cfg.CertFile != "" {
+		return nil, fmt.Errorf("address %q has no TLS, but ca_file or cert_file is set: write https://, or remove them", cfg.Address)
+	}
+	return c, c.reload()
+}
+
+func hostPort(s string) bool {
+	host, port, err := net.SplitHostPort(s)
+	n, portErr := strconv.ParseUint(port, 10, 16)
+	return err == nil && portErr == nil && host != "" && n > 0
+}
+
+// reload makes a transport of the certificates as they are now, if they have changed. Queries under way go on.
+func (c *client) reload() error {
+	old := c.http.Load()
+	if old != nil && (c.tls == nil || !c.tls.changed()) {
+		return nil
+	}
+	t := &http.Transport{DialContext: c.dial, IdleConnTimeout: time.Minute, MaxIdleConnsPerHost: maxRequests}
+	if c.tls != nil {
+		config, err := c.tls.load()
+		if err != nil {
+			return err
+		}
+		t.TLSClientConfig = config
+	}
+	c.http.Store(t)
+	if old != nil {
+		old.CloseIdleConnections()
+	}
+	return nil
+}
+
+func (c *client) close() { c.http.Load().CloseIdleConnections() }
+
+// question is one GET.
+type question struct {
+	path    string
+	params  url.Values
+	service string // whose token to use, "" for the general one
+	index   uint64 // the answer waits for a change after it; 0 does not wait
+}
+
+// answer is what came back.
+type answer struct {
+	body          []byte
+	index         uint64
+	defaultPolicy string // of the ACLs: "allow", "deny", or "" if the agent does not say
+	filtered      bool   // ACLs hid a part of it
+}
+
+// statusError is an answer that is an error.
+type statusError struct {
+	status int
+	text   string
+}
+
+func (e *statusError) Error() string { return fmt.Sprintf("%d: %s", e.status, e.text) }
+
+func hasStatus(err error, status int) bool {
+	e, ok := errors.AsType[*statusError](err)
+	return ok && e.status == status
+}
+
+// get asks, and waits for a slot first unless the question itself waits.
+func (c *client) get(ctx context.Context, q question) (*answer, error) {
+	timeout := grace
+	if q.index > 0 {
+		timeout += longest + longest/16
+	} else {
+		select {
+		case c.slots <- struct{}{}:
+			defer func() { <-c.slots }()
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %s", timeout))
+	defer cancel()
+	a, err := c.do(ctx, q)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("get %s: %w", q.path, err)
+	}
+	return a, nil
+}
+
+func (c *client) do(ctx context.Context, q question) (*answer, error) {
+	params := url.Values{}
+	for k, v := range q.params {
+		params[k] = v
+	}
+	if q.index > 0 {
+		params.Set("index", strconv.FormatUint(q.index, 10))
+		params.Set("wait", longest.String())
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+q.path+"?"+params.Encode(), nil)
+	if err != nil {
+		return nil, err
+	}
+	token, err := c.tokens.of(q.service)
+	if err != nil {
+		return nil, err
+	}
+	if token != "" {
+		req.Header.Set("X-Consul-Token", token)
+	}
+	resp, err := c.http.Load().RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err != nil {
+		return nil, fmt.Errorf("read the answer: %w", err)
+	}
+	if len(body) > maxAnswer {
+		return nil, fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, &statusError{resp.StatusCode, strings.TrimSpace(string(body[:min(len(body), maxError)]))}
+	}
+	index, _ := strconv.ParseUint(resp.Header.Get("X-Consul-Index"), 10, 64) // 0 where it says nothing
+	return &answer{
+		body: body, index: index,
+		defaultPolicy: resp.Header.Get("X-Consul-Default-ACL-Policy"),
+		filtered:      resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
+	}, nil
+}
+
+// escape makes a name one segment of a path.
+func escape(name string) string { return url.PathEscape(name) }

@@ -1,0 +1,142 @@
+// Package consul makes snapshots of what a Consul agent knows: catalog, certificates, intentions and config entries.
+//
+// Everything is kept current by blocking queries, and where Consul has none, by looking every ten seconds. A snapshot is
+// built whole from the last good answer to each question: while the agent, its servers or the token fail, what was last
+// known stays in force, and Health says since when. Nothing is ever dropped because a question could not be answered.
+//
+// The number of connections to the agent does not grow with the services of the node or of the mesh: one for the roots,
+// one for this node's registrations, one for the names of all services, one for the intentions of all of them (a second
+// and third beyond some thousand names), at most maxRequests for everything that does not wait, and one for each service
+// that workloads of this node call, at most maxCalled. Consul allows 200 per client address.
+//
+// The services of the whole datacenter are in the snapshot, so that any of them can be called by its virtual IP. The
+// instances of one that is being called are watched; those of the others are read when the catalog changes, at a rate that is
+// bounded, and again when they are first called.
+//
+// What is asked of the token is in docs/consul.md. The package changes nothing in Consul.
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+// Config says which agent a Source asks, as whom, and for which node.
+type Config struct {
+	// Address of the agent's HTTP API: host:port, http://host:port, https://host:port or unix:///path.
+	Address string
+
+	// TokenFile holds the token for everything but the certificates of services that have one of their own: a file of the
+	// service's name in TokenDir. Both may be "". Files are read again when they change.
+	TokenFile, TokenDir string
+
+	Datacenter string // what the agent's must be; "" is whichever it is in
+
+	// CAFile verifies an https agent; "" is the system's roots. CertFile and KeyFile are shown to it. All are read again
+	// when they change.
+	CAFile, CertFile, KeyFile string
+
+	Node        string     // the name of this node in status; in Consul it is the agent's
+	NodeAddress netip.Addr // where other nodes reach instances that are registered at no address, or at loopback
+
+	// VirtualRanges are those that the servers give virtual IPs out of. A virtual IP outside is not believed.
+	VirtualRanges []netip.Prefix
+
+	Permissive bool // plaintext is let in where Consul's MutualTLSMode says nothing
+
+	Log *slog.Logger // nil discards
+}
+
+func (c *Config) validate() error {
+	var errs []error
+	if c.Node == "" {
+		errs = append(errs, errors.New("no node name: set node { name }"))
+	}
+	if !c.NodeAddress.IsValid() || c.NodeAddress.IsUnspecified() {
+		errs = append(errs, errors.New("no node address: set node { address }"))
+	}
+	for _, r := range c.VirtualRanges {
+		if !r.IsValid() || r.Contains(c.NodeAddress) {
+			errs = append(errs, fmt.Errorf("virtual_ips %s is no range, or holds the node's own address %s", r, c.NodeAddress))
+		}
+	}
+	if (c.CertFile == "") != (c.KeyFile == "") {
+		errs = append(errs, errors.New("cert_file and key_file go together: set both or none"))
+	}
+	return errors.Join(errs...)
+}
+
+// Source makes snapshots of what an agent knows. It implements catalog.Source and catalog.Caller. A Source runs once.
+type Source struct {
+	cfg    Config
+	client *client
+	world  *world
+	leaves *leaves
+	called *called
+
+	named chan struct{} // gets a value, without blocking, when the names of services may have changed
+	known chan struct{} // the same for the services that are in the mesh, or on this node
+}
+
+var (
+	_ catalog.Source = (*Source)(nil)
+	_ catalog.Caller = (*Source)(nil)
+)
+
+// New checks cfg and reads its certificates. It does not ask the agent.
+func New(cfg Config) (*Source, error) {
+	fail := func(err error) (*Source, error) { return nil, fmt.Errorf("set up consul source: %w", err) }
+	if err := cfg.validate(); err != nil {
+		return fail(err)
+	}
+	cfg.NodeAddress = cfg.NodeAddress.Unmap()
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	client, err := newClient(&cfg)
+	if err != nil {
+		return fail(err)
+	}
+	w := newWorld(cfg.Log)
+	return &Source{
+		cfg: cfg, client: client, world: w, leaves: newLeaves(client, w), called: newCalled(),
+		named: make(chan struct{}, 1), known: make(chan struct{}, 1),
+	}, nil
+}
+
+// Need implements catalog.Source.
+func (s *Source) Need(services []string) {
+	s.leaves.need(slices.Clone(services))
+	wake(s.known)
+}
+
+// Called implements catalog.Caller.
+func (s *Source) Called(service string) { s.called.add(service) }
+
+// Health implements catalog.Source. Updated is when every part of the data was last known to be current.
+func (s *Source) Health() catalog.Health {
+	updated, err := s.world.health()
+	return catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: errors.Join(err, s.leaves.err())}
+}
+
+// Run implements catalog.Source. That the agent does not answer is only temporary, hence Run ends with ctx only, and all
+// its queries with it.
+func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var tasks sync.WaitGroup
+	defer s.client.close()
+	defer tasks.Wait()
+	defer cancel()
+	r := &run{Source: s, deliver: deliver, ask: asker{s.client, s.world}}
+	tasks.Go(func() { s.leaves.run(ctx) })
+	tasks.Go(func() { r.askAll(ctx) })
+	r.loop(ctx)
+	return nil
+}

@@ -1,0 +1,188 @@
+package consul
+
+import (
+	"context"
+	"encoding/json"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"nodeproxy.io/policy"
+)
+
+// maxQuery is how long the query of one question may be, in bytes. Consul reads a header of 1 MiB.
+const maxQuery = 128 << 10
+
+// intention adds to the library's struct what it leaves out.
+type intention struct {
+	api.Intention
+	JWT json.RawMessage
+}
+
+// matchAll keeps the intentions of all services in the mesh current, until ctx ends. All names are in one query, or few:
+// those of this node's own services first, so that they do not depend on what else the token may read.
+func (r *run) matchAll(ctx context.Context) {
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	type query struct {
+		names []string
+		stop  context.CancelFunc
+	}
+	var running []query
+	defer func() {
+		for _, q := range running {
+			q.stop()
+		}
+	}()
+	for {
+		d := r.world.current()
+		if wanted := destinations(&d, r.leaves.needed()); d.agent != nil && d.local != nil {
+			for i := range max(len(wanted), len(running)) {
+				switch {
+				case i >= len(wanted):
+					running[i].stop()
+					continue
+				case i < len(running) && slices.Equal(running[i].names, wanted[i]):
+					continue
+				case i < len(running):
+					running[i].stop()
+				default:
+					running = append(running, query{})
+				}
+				asking, stop := context.WithCancel(ctx) //nolint:govet // stopped with the query
+				running[i] = query{wanted[i], stop}
+				tasks.Go(func() { r.ask.watch(asking, r.matchTopic(wanted[i])) })
+			}
+			running = running[:len(wanted)]
+			r.forgetIntentions(wanted)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.known:
+		}
+	}
+}
+
+// destinations are the names to ask about, in as many lists as there are queries. The first lists are of this node's
+// services.
+func destinations(d *data, needed []string) [][]string {
+	own := make(map[string]bool)
+	for _, name := range needed {
+		own[name] = true
+	}
+	for _, s := range d.local {
+		if s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil {
+			own[s.Proxy.DestinationServiceName] = true
+		} else if s.Connect != nil && s.Connect.Native {
+			own[s.Service] = true
+		}
+	}
+	others := make(map[string]bool)
+	for name, s := range d.services {
+		if len(s.instances) > 0 && !own[name] {
+			others[name] = true
+		}
+	}
+	return append(split(own), split(others)...)
+}
+
+// split sorts names into lists that fit into a query each.
+func split(names map[string]bool) [][]string {
+	var lists [][]string
+	size := maxQuery
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		length := len("&name=") + len(url.QueryEscape(name))
+		if size += length; size > maxQuery {
+			lists, size = append(lists, nil), length
+		}
+		lists[len(lists)-1] = append(lists[len(lists)-1], name)
+	}
+	return lists
+}
+
+func matchFault(names []string) string {
+	if len(names) == 1 {
+		return "the intentions of " + names[0]
+	}
+	return "the intentions of " + names[0] + " to " + names[len(names)-1]
+}
+
+func (r *run) matchTopic(names []string) topic {
+	params := url.Values{"by": {"destination"}, "name": names}
+	return topic{what: matchFault(names), every: 20 * time.Millisecond,
+		ask: func() question { return question{path: "/v1/connect/intentions/match", params: params} },
+		apply: func(a *answer) error {
+			var found map[string][]intention
+			if err := decode(a, &found); err != nil {
+				return err
+			}
+			r.world.update(func(d *data) bool {
+				d.defaultACL = a.defaultPolicy
+				for _, name := range names {
+					d.intentions[name] = found[name]
+				}
+				return true
+			})
+			return nil
+		}}
+}
+
+// forgetIntentions drops what is not asked for any more.
+func (r *run) forgetIntentions(wanted [][]string) {
+	names := make(map[string]bool)
+	for _, list := range wanted {
+		for _, name := range list {
+			names[name] = true
+		}
+	}
+	r.world.update(func(d *data) bool {
+		before := len(d.intentions)
+		maps.DeleteFunc(d.intentions, func(name string, _ []intention) bool { return !names[name] })
+		return len(d.intentions) < before
+	})
+}
+
+// compiled is a policy and what it was made of.
+type compiled struct {
+	from   rules
+	policy *policy.Policy
+}
+
+// rules are what a policy is made of.
+type rules struct {
+	def         policy.Action
+	trustDomain string
+	httpLike    map[string]bool
+	intentions  []policy.Intention
+}
+
+// rule turns an intention into the policy's. why says what about it cannot be honoured, "" for nothing.
+func (in *intention) rule() (rule policy.Intention, why string) {
+	rule = policy.Intention{
+		Source: in.SourceName, Destination: in.DestinationName, Origin: "service-intentions " + in.DestinationName,
+		SourceNamespace: in.SourceNS, SourcePartition: in.SourcePartition, SourcePeer: in.SourcePeer,
+		Permissions: len(in.Permissions) > 0, JWT: len(in.JWT) > 0 && string(in.JWT) != "null",
+	}
+	if in.Action == api.IntentionActionAllow {
+		rule.Action = policy.Allow
+	}
+	switch {
+	case rule.Permissions:
+		why = "its Permissions cannot be checked at L4, so the pair is denied"
+	case rule.JWT:
+		why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
+	case in.SourcePeer != "":
+		why = "no peers are known here, so it matches nobody"
+	case in.SourceSamenessGroup != "":
+		why = "sameness groups are not supported, so it matches nobody"
+	case strings.Contains(rule.SourceNamespace, policy.Wildcard), strings.Contains(rule.SourcePartition, policy.Wildcard):
+		why = "its source is a wildcard of namespaces or partitions, so it matches nobody"
+	}
+	return rule, why
+}

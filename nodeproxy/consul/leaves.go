@@ -1,0 +1,265 @@
+package consul
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"nodeproxy.io/policy"
+)
+
+const (
+	// A leaf is asked for again at a random point between these parts of its life.
+	renewFrom = 0.6
+	renewTo   = 0.9
+
+	// maxSigning is how many leaves are asked for at once: the servers sign few in a second.
+	maxSigning = 8
+)
+
+// leaves are the certificates of the services that workloads of this node run as. A certificate stays until a newer one
+// is there, even when it has expired: whoever uses it is told so. It is safe for concurrent use.
+type leaves struct {
+	client *client
+	world  *world
+	kick   chan struct{}
+
+	mu    sync.Mutex
+	roots *roots
+	all   map[string]*leaf // by service: those that are needed
+}
+
+type leaf struct {
+	cert    *tls.Certificate // nil before the first
+	due     time.Time        // when it is asked for
+	asking  bool
+	tries   int // in a row that brought nothing new
+	current bool
+	err     error
+}
+
+func newLeaves(client *client, w *world) *leaves {
+	return &leaves{client: client, world: w, kick: make(chan struct{}, 1), all: make(map[string]*leaf)}
+}
+
+// need replaces the set of services.
+func (l *leaves) need(services []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	maps.DeleteFunc(l.all, func(name string, _ *leaf) bool { return !slices.Contains(services, name) })
+	for _, name := range services {
+		if l.all[name] == nil {
+			l.all[name] = &leaf{}
+		}
+	}
+	wake(l.kick)
+	l.world.touch()
+}
+
+// needed lists the services, sorted.
+func (l *leaves) needed() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Sorted(maps.Keys(l.all))
+}
+
+// certificates are those that are there.
+func (l *leaves) certificates() map[string]*tls.Certificate {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	certs := make(map[string]*tls.Certificate, len(l.all))
+	for name, leaf := range l.all {
+		if leaf.cert != nil {
+			certs[name] = leaf.cert
+		}
+	}
+	return certs
+}
+
+// rotate tells of new roots. Leaves that the active one did not sign are asked for again.
+func (l *leaves) rotate(to *roots) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.roots = to
+	for _, leaf := range l.all {
+		if leaf.cert != nil && leaf.current && !signedBy(leaf.cert, to.active) {
+			leaf.current, leaf.tries, leaf.due = false, 0, time.Time{}
+		}
+	}
+	wake(l.kick)
+}
+
+// err joins what keeps leaves from being issued, those with one cause into one.
+func (l *leaves) err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	services := make(map[string][]string)
+	for name, leaf := range l.all {
+		if leaf.err == nil {
+			continue
+		}
+		text := leaf.err.Error()
+		if leaf.cert != nil && time.Now().After(leaf.cert.Leaf.NotAfter) {
+			text += "; the last one has expired, connections of this service are refused"
+		}
+		services[text] = append(services[text], name)
+	}
+	var errs []error
+	for _, text := range slices.Sorted(maps.Keys(services)) {
+		names := services[text]
+		slices.Sort(names)
+		if more := len(names) - 5; more > 0 {
+			names = append(names[:5], fmt.Sprintf("%d more", more))
+		}
+		errs = append(errs, fmt.Errorf("get a certificate for %s: %s", strings.Join(names, ", "), text))
+	}
+	return errors.Join(errs...)
+}
+
+// result is the answer for one service.
+type result struct {
+	service string
+	cert    *tls.Certificate
+	err     error
+}
+
+// run asks for leaves when they are due, until ctx ends.
+func (l *leaves) run(ctx context.Context) {
+	var asking sync.WaitGroup
+	defer asking.Wait()
+	results := make(chan result, maxSigning)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	underWay := 0
+	for {
+		due, wait := l.due(maxSigning - underWay)
+		for _, name := range due {
+			underWay++
+			asking.Go(func() {
+				cert, err := l.fetch(ctx, name)
+				results <- result{name, cert, err}
+			})
+		}
+		timer.Reset(wait)
+		select {
+		case <-ctx.Done():
+			return
+		case res := <-results:
+			underWay--
+			l.settle(res)
+		case <-l.kick:
+		case <-timer.C:
+		}
+	}
+}
+
+// due takes at most free services whose time has come, and says when the next one's does.
+func (l *leaves) due(free int) (names []string, wait time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	wait = time.Hour
+	if l.roots == nil || l.world.current().agent == nil {
+		return nil, wait // rotate kicks
+	}
+	for _, name := range slices.Sorted(maps.Keys(l.all)) {
+		leaf := l.all[name]
+		switch {
+		case leaf.asking:
+		case time.Now().Before(leaf.due):
+			wait = min(wait, time.Until(leaf.due))
+		case len(names) < free:
+			leaf.asking = true
+			names = append(names, name)
+		}
+	}
+	return names, wait
+}
+
+// settle applies the answer for one service.
+func (l *leaves) settle(res result) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	leaf := l.all[res.service]
+	if leaf == nil {
+		return // not needed any more
+	}
+	leaf.asking = false
+	if res.err != nil {
+		leaf.tries++
+		leaf.due = time.Now().Add(backoff(leaf.tries))
+		if leaf.tries > tolerated || !hasStatus(res.err, http.StatusForbidden) && !hasStatus(res.err, http.StatusTooManyRequests) {
+			leaf.err = explain(res.err)
+		}
+		return
+	}
+	leaf.err = nil
+	fresh := leaf.cert == nil || !leaf.cert.Leaf.Equal(res.cert.Leaf)
+	leaf.current = signedBy(res.cert, l.roots.active)
+	life := res.cert.Leaf.NotAfter.Sub(res.cert.Leaf.NotBefore)
+	switch {
+	case !leaf.current: // the agent takes its time: up to half a minute after a rotation
+		leaf.tries++
+		leaf.due = time.Now().Add(backoff(leaf.tries))
+	case !fresh: // it renews at a time of its own, and keeps the last one until then
+		leaf.due = time.Now().Add(max(minBackoff, min(life/50, time.Until(res.cert.Leaf.NotAfter)/10)))
+	default:
+		part := renewFrom + rand.Float64()*(renewTo-renewFrom) //nolint:gosec // it spreads load, nothing depends on it
+		leaf.tries, leaf.due = 0, res.cert.Leaf.NotBefore.Add(time.Duration(part*float64(life)))
+	}
+	if fresh {
+		leaf.cert = res.cert
+		l.world.touch()
+	}
+}
+
+// fetch asks the agent for one leaf, with the service's own token if there is one, and checks that it is what it should be.
+func (l *leaves) fetch(ctx context.Context, name string) (*tls.Certificate, error) {
+	got, err := l.client.get(ctx, question{path: "/v1/agent/connect/ca/leaf/" + escape(name), service: name})
+	if err != nil {
+		return nil, err
+	}
+	var issued api.LeafCert
+	if err := decode(got, &issued); err != nil {
+		return nil, err
+	}
+	cert, err := tls.X509KeyPair([]byte(issued.CertPEM), []byte(issued.PrivateKeyPEM))
+	if err != nil {
+		return nil, fmt.Errorf("read the certificate: %w", err)
+	}
+	if cert.Leaf, err = x509.ParseCertificate(cert.Certificate[0]); err != nil {
+		return nil, fmt.Errorf("read the certificate: %w", err)
+	}
+	d := l.world.current()
+	want := policy.Identity{TrustDomain: d.roots.trustDomain, Namespace: "default", Datacenter: d.agent.datacenter, Service: name}
+	if len(cert.Leaf.URIs) != 1 || cert.Leaf.URIs[0].String() != want.String() {
+		return nil, fmt.Errorf("the certificate is for %v and not for %s", cert.Leaf.URIs, want)
+	}
+	if time.Now().After(cert.Leaf.NotAfter) {
+		return nil, fmt.Errorf("the certificate expired at %s already: check the clocks", cert.Leaf.NotAfter.Format(time.RFC3339))
+	}
+	return &cert, nil
+}
+
+// signedBy says whether cert, with the intermediates that are sent along, chains to root.
+func signedBy(cert *tls.Certificate, root *x509.Certificate) bool {
+	opts := x509.VerifyOptions{Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}
+	opts.Roots.AddCert(root)
+	for _, der := range cert.Certificate[1:] {
+		if c, err := x509.ParseCertificate(der); err == nil {
+			opts.Intermediates.AddCert(c)
+		}
+	}
+	_, err := cert.Leaf.Verify(opts)
+	return err == nil
+}

@@ -1,0 +1,167 @@
+package consul
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"sync"
+	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+const (
+	// look is how often that is asked which cannot be waited for, or need not.
+	look = 10 * time.Second
+
+	// settle is how long changes are collected after a snapshot. The first change after a pause is delivered at once.
+	settle = 10 * time.Millisecond
+)
+
+// run is one run of a Source.
+type run struct {
+	*Source
+	ask     asker
+	deliver func(*catalog.Snapshot)
+
+	// These belong to the goroutine of loop.
+	revision   uint64 // of the data that the last snapshot was made of, or could not be
+	generation uint64
+	compiled   compiled
+	rejected   string // the error of the last snapshot that could not be built, logged
+}
+
+// loop builds and delivers snapshots until ctx ends.
+func (r *run) loop(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.world.changed:
+		}
+		began := time.Now()
+		r.send()
+		pause(ctx, settle-time.Since(began))
+	}
+}
+
+// send delivers the world as it is, once it is complete.
+func (r *run) send() {
+	d := r.world.current()
+	if d.revision == r.revision || !r.complete(&d) {
+		return
+	}
+	r.revision = d.revision
+	b := r.builder(&d)
+	snap, err := b.build(r.generation+1, time.Now())
+	if err != nil {
+		if r.rejected != err.Error() {
+			r.cfg.Log.Error("what Consul says makes no snapshot, the last good one stays in force", "error", err)
+		}
+		r.rejected = err.Error()
+		r.world.failed("a consistent catalog", time.Now(), err)
+		return
+	}
+	r.world.answered("a consistent catalog")
+	r.rejected = ""
+	r.generation++
+	r.deliver(snap)
+}
+
+// complete says whether every question has been answered once, or, where it is one of many, will not be. The first
+// snapshot waits for it.
+func (r *run) complete(d *data) bool {
+	if r.generation > 0 {
+		return true
+	}
+	if d.agent == nil || d.roots == nil || d.local == nil || d.names == nil || !d.entries.complete() {
+		return false
+	}
+	for _, name := range d.names {
+		if d.services[name] == nil && !r.world.hopeless(serviceFault(name)) {
+			return false
+		}
+	}
+	for _, names := range destinations(d, r.leaves.needed()) {
+		if _, known := d.intentions[names[len(names)-1]]; !known && !r.world.hopeless(matchFault(names)) {
+			return false
+		}
+	}
+	return true
+}
+
+// askAll asks everything until ctx ends.
+func (r *run) askAll(ctx context.Context) {
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	lookNow := make(chan struct{}, 1)
+	for failures := 1; ctx.Err() == nil; failures++ { // who the agent is comes first: other questions need its name
+		if _, ok := r.ask.once(ctx, r.agentTopic(), [sha256.Size]byte{}); ok {
+			break
+		}
+		pause(ctx, backoff(failures))
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	tasks.Go(func() { r.ask.watch(ctx, r.rootsTopic()) })
+	tasks.Go(func() { r.ask.watch(ctx, r.namesTopic()) })
+	tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic(lookNow)) })
+	tasks.Go(func() { r.matchAll(ctx) })
+	tasks.Go(func() { r.readServices(ctx) })
+	tasks.Go(func() { r.watchCalled(ctx) })
+	r.poll(ctx, lookNow)
+}
+
+// poll looks at what cannot be waited for, or need not, and at the registrations of this node when they have changed.
+func (r *run) poll(ctx context.Context, now <-chan struct{}) {
+	topics := append([]topic{r.agentTopic(), r.localTopic()}, r.entryTopics()...)
+	last := make([][sha256.Size]byte, len(topics))
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	for {
+		asked, all := time.Now(), true
+		if err := r.client.reload(); err != nil {
+			r.world.failed("anything over TLS", asked, err)
+			all = false
+		} else {
+			r.world.answered("anything over TLS")
+		}
+		for i, t := range topics {
+			var ok bool
+			last[i], ok = r.ask.once(ctx, t, last[i])
+			all = all && ok
+		}
+		if all {
+			r.world.sawAll(asked)
+		}
+		for waiting := true; waiting; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				waiting = false
+			case <-now:
+				last[1], _ = r.ask.once(ctx, topics[1], last[1])
+			}
+		}
+	}
+}
+
+// sawAll notes that all that is polled was answered at that time.
+func (w *world) sawAll(at time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.looked = at
+}
+
+// minVersion is the oldest Consul that has all that is asked here.
+var minVersion = [2]int{1, 16}
+
+func checkVersion(version string) error {
+	var v [2]int
+	if n, _ := fmt.Sscanf(version, "%d.%d", &v[0], &v[1]); n == 2 && (v[0] < minVersion[0] || v[0] == minVersion[0] && v[1] < minVersion[1]) {
+		return fmt.Errorf("the agent is Consul %s: %d.%d or newer is needed", version, minVersion[0], minVersion[1])
+	}
+	return nil
+}

@@ -1,0 +1,299 @@
+package consul
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// service is what the catalog says of one service.
+type service struct {
+	instances []endpoint // that speak Connect mTLS; none: it is not in the mesh
+	read      time.Time
+}
+
+// endpoint is one place where Connect mTLS is spoken for a service.
+type endpoint struct {
+	node, nodeAddress string
+	id                string // of the application's instance where one is named, else of the proxy
+	proxyID           string
+	mesh              place
+	app               place // of the application; nothing for a native service
+	native            bool
+	healthy           bool
+	virtual           netip.Addr
+	tags              []string
+	meta              map[string]string
+}
+
+// place is an address as registered. host may be "": then it is the node's.
+type place struct {
+	host string
+	port int
+}
+
+const (
+	// readers is how many services are read at once.
+	readers = 6
+
+	// A service that nobody here calls is read again when the catalog has changed, after staleAfter or after spacing for
+	// each service there is, whichever is longer; and in any case after staleAtLast.
+	staleAfter  = 10 * time.Second
+	spacing     = 50 * time.Millisecond
+	staleAtLast = 5 * time.Minute
+
+	// maxCalled is how many services are watched because workloads call them, forgetAfter how long after the last call.
+	maxCalled   = 64
+	forgetAfter = 10 * time.Minute
+)
+
+// endpointsQuestion asks also for what is unhealthy: an instance that vanished while it is would be called in plaintext
+// meanwhile by whoever knows its address.
+func endpointsQuestion(name string) question {
+	return question{path: "/v1/health/connect/" + escape(name)}
+}
+
+// parseEndpoints reads the answer of endpointsQuestion.
+func parseEndpoints(a *answer, name string) ([]endpoint, error) {
+	var list []*api.ServiceEntry
+	if err := decode(a, &list); err != nil {
+		return nil, err
+	}
+	found := make([]endpoint, 0, len(list))
+	for _, entry := range list {
+		if entry.Node == nil || entry.Service == nil {
+			continue
+		}
+		s := entry.Service
+		e := endpoint{
+			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
+			healthy: entry.Checks.AggregatedStatus() == api.HealthPassing || entry.Checks.AggregatedStatus() == api.HealthWarning,
+			tags:    s.Tags, meta: s.Meta,
+		}
+		switch {
+		case s.Connect != nil && s.Connect.Native && s.Service == name:
+			e.native = true
+		case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && s.Proxy.DestinationServiceName == name:
+			e.id = cmp.Or(s.Proxy.DestinationServiceID, s.ID)
+		default:
+			continue // gateways and what is yet to be invented
+		}
+		if v, err := netip.ParseAddr(s.TaggedAddresses["consul-virtual"].Address); err == nil {
+			e.virtual = v.Unmap()
+		}
+		found = append(found, e)
+	}
+	slices.SortFunc(found, func(a, b endpoint) int { return cmp.Or(cmp.Compare(a.node, b.node), cmp.Compare(a.proxyID, b.proxyID)) })
+	return found, nil
+}
+
+// applications fills in where the applications behind proxies are registered.
+func (r *run) applications(ctx context.Context, name string, found []endpoint) error {
+	if !slices.ContainsFunc(found, func(e endpoint) bool { return !e.native }) {
+		return nil
+	}
+	a, err := r.client.get(ctx, question{path: "/v1/catalog/service/" + escape(name)})
+	if err != nil {
+		return err
+	}
+	var list []*api.CatalogService
+	if err := decode(a, &list); err != nil {
+		return err
+	}
+	apps := make(map[[2]string]place)
+	onNode := make(map[string][]*api.CatalogService)
+	for _, s := range list {
+		apps[[2]string{s.Node, s.ServiceID}] = place{s.ServiceAddress, s.ServicePort}
+		onNode[s.Node] = append(onNode[s.Node], s)
+	}
+	for i := range found {
+		e := &found[i]
+		if e.native {
+			continue
+		}
+		app, known := apps[[2]string{e.node, e.id}]
+		if all := onNode[e.node]; !known && e.id == e.proxyID && len(all) == 1 { // a proxy that names no instance
+			e.id, app = all[0].ServiceID, place{all[0].ServiceAddress, all[0].ServicePort}
+		}
+		e.app = app
+	}
+	return nil
+}
+
+func serviceFault(name string) string { return fmt.Sprintf("service %q", name) }
+
+// serviceTopic is the instances of one service.
+func (r *run) serviceTopic(ctx context.Context, name string) topic {
+	return topic{what: serviceFault(name), every: 100 * time.Millisecond,
+		ask: func() question { return endpointsQuestion(name) },
+		apply: func(a *answer) error {
+			found, err := parseEndpoints(a, name)
+			if err == nil {
+				err = r.applications(ctx, name, found)
+			}
+			if err != nil {
+				return err
+			}
+			r.world.update(func(d *data) bool {
+				if _, known := slices.BinarySearch(d.names, name); !known {
+					return false
+				}
+				old := d.services[name]
+				d.services[name] = &service{instances: found, read: time.Now()}
+				return old == nil || !reflect.DeepEqual(old.instances, found)
+			})
+			wake(r.known)
+			return nil
+		}}
+}
+
+// readServices keeps the services that nobody here calls fairly fresh, until ctx ends.
+func (r *run) readServices(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var changed time.Time // when the catalog last did
+	failures := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.named:
+			changed = time.Now()
+		case <-tick.C:
+		}
+		if r.readAll(ctx, r.due(changed)) {
+			failures = 0
+			continue
+		}
+		failures++
+		pause(ctx, backoff(failures))
+	}
+}
+
+// due lists the services that must be read now: first those that never were.
+func (r *run) due(changed time.Time) []string {
+	d := r.world.current()
+	watched := r.called.watched()
+	soonest := max(staleAfter, time.Duration(len(d.names))*spacing)
+	var never, again []string
+	for _, name := range d.names {
+		switch s := d.services[name]; {
+		case s == nil:
+			never = append(never, name)
+		case watched[name]:
+		case time.Since(s.read) > staleAtLast, s.read.Before(changed) && time.Since(s.read) > soonest:
+			again = append(again, name)
+		}
+	}
+	for _, names := range [][]string{never, again} { // so that a few that cannot be read do not keep the same others waiting
+		rand.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	}
+	return append(never, again[:min(len(again), int(time.Second/spacing))]...)
+}
+
+// readAll reads services, a few at once, and says whether all could be. It gives up after a few that could not.
+func (r *run) readAll(ctx context.Context, names []string) bool {
+	var tasks sync.WaitGroup
+	queue := make(chan string)
+	failed := make(chan struct{}, readers)
+	for range min(readers, len(names)) {
+		tasks.Go(func() {
+			for name := range queue {
+				if _, ok := r.ask.once(ctx, r.serviceTopic(ctx, name), [sha256.Size]byte{}); !ok {
+					wake(failed)
+				}
+			}
+		})
+	}
+	for _, name := range names {
+		if ctx.Err() != nil || len(failed) == readers {
+			break
+		}
+		queue <- name
+	}
+	close(queue)
+	tasks.Wait()
+	return len(failed) == 0
+}
+
+// called are the services that workloads of this node call. It is safe for concurrent use.
+type called struct {
+	more chan struct{}
+
+	mu   sync.Mutex
+	last map[string]time.Time
+}
+
+func newCalled() *called {
+	return &called{more: make(chan struct{}, 1), last: make(map[string]time.Time)}
+}
+
+// add notes a call. Of more than maxCalled services, those of the first calls are watched.
+func (c *called) add(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, known := c.last[name]
+	if !known && len(c.last) >= maxCalled {
+		return
+	}
+	c.last[name] = time.Now()
+	if !known {
+		wake(c.more)
+	}
+}
+
+// watched lists them, after forgetting those not called any more.
+func (c *called) watched() map[string]bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.last, func(_ string, at time.Time) bool { return time.Since(at) > forgetAfter })
+	names := make(map[string]bool, len(c.last))
+	for name := range c.last {
+		names[name] = true
+	}
+	return names
+}
+
+// watchCalled watches the services that are called, until ctx ends.
+func (r *run) watchCalled(ctx context.Context) {
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	stop := make(map[string]context.CancelFunc)
+	for {
+		wanted := r.called.watched()
+		for name, cancel := range stop {
+			if !wanted[name] {
+				cancel()
+				delete(stop, name)
+			}
+		}
+		for name := range wanted {
+			if stop[name] == nil {
+				watching, cancel := context.WithCancel(ctx) //nolint:govet // cancelled when it is not wanted any more, or with ctx
+				stop[name] = cancel
+				tasks.Go(func() { r.ask.watch(watching, r.serviceTopic(watching, name)) })
+			}
+		}
+		select {
+		case <-ctx.Done():
+			for _, cancel := range stop {
+				cancel()
+			}
+			return
+		case <-r.called.more:
+		case <-tick.C:
+		}
+	}
+}

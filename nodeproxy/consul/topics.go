@@ -1,0 +1,216 @@
+package consul
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// fixed is a question that is always the same.
+func fixed(path string) func() question {
+	return func() question { return question{path: path} }
+}
+
+func decode(a *answer, into any) error {
+	if err := json.Unmarshal(a.body, into); err != nil {
+		return fmt.Errorf("read the answer: %w", err)
+	}
+	return nil
+}
+
+func (r *run) agentTopic() topic {
+	return topic{what: "itself", ask: fixed("/v1/agent/self"), apply: func(a *answer) error {
+		var self struct {
+			Config struct{ Datacenter, NodeName, Version string }
+			Debug  struct {
+				DefaultIntentionPolicy string
+				Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
+				Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
+			} `json:"DebugConfig"`
+			Member struct{ Addr string }
+		}
+		if err := decode(a, &self); err != nil {
+			return err
+		}
+		if want := r.cfg.Datacenter; want != "" && want != self.Config.Datacenter {
+			return fmt.Errorf("the agent is in datacenter %q and not in %q: correct the source's address or datacenter", self.Config.Datacenter, want)
+		}
+		if err := checkVersion(self.Config.Version); err != nil {
+			return err
+		}
+		next := &agent{
+			node: self.Config.NodeName, datacenter: self.Config.Datacenter, address: self.Member.Addr,
+			version: self.Config.Version, defaultIntention: self.Debug.DefaultIntentionPolicy,
+		}
+		for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
+			if p, err := netip.ParsePrefix(text); err == nil {
+				next.virtual = append(next.virtual, p.Masked())
+			}
+		}
+		r.world.update(func(d *data) bool {
+			d.agent = next
+			return true
+		})
+		return nil
+	}}
+}
+
+func (r *run) rootsTopic() topic {
+	return topic{what: "roots", every: time.Second, ask: fixed("/v1/agent/connect/ca/roots"), apply: func(a *answer) error {
+		next, err := parseRoots(a)
+		if err != nil {
+			return err
+		}
+		r.world.update(func(d *data) bool {
+			d.roots = next
+			return true
+		})
+		r.leaves.rotate(next)
+		return nil
+	}}
+}
+
+func parseRoots(a *answer) (*roots, error) {
+	var list api.CARootList
+	if err := decode(a, &list); err != nil {
+		return nil, err
+	}
+	next := &roots{trustDomain: strings.ToLower(list.TrustDomain)}
+	for _, root := range list.Roots {
+		certs, err := parseCertificates(root.RootCertPEM)
+		if err != nil {
+			return nil, fmt.Errorf("read root %q: %w", root.Name, err)
+		}
+		if root.ID == list.ActiveRootID {
+			next.active = certs[0]
+			next.all = append(certs, next.all...)
+			continue
+		}
+		next.all = append(next.all, certs...)
+	}
+	if next.active == nil || next.trustDomain == "" {
+		return nil, errors.New("there is no active root: is connect enabled on the servers?")
+	}
+	return next, nil
+}
+
+// parseCertificates reads all certificates of a PEM text: at least one.
+func parseCertificates(text string) ([]*x509.Certificate, error) {
+	var certs []*x509.Certificate
+	for rest := []byte(text); ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		certs = append(certs, cert)
+	}
+	if len(certs) == 0 {
+		return nil, errors.New("it holds no certificate in PEM")
+	}
+	return certs, nil
+}
+
+// namesTopic are the services of the datacenter. Its index moves with every registration, so it also says when the
+// instances should be read again.
+func (r *run) namesTopic() topic {
+	return topic{what: "the names of services", every: time.Second, ask: fixed("/v1/catalog/services"), apply: func(a *answer) error {
+		var tags map[string][]string
+		if err := decode(a, &tags); err != nil {
+			return err
+		}
+		names := make([]string, 0, len(tags))
+		for name := range tags {
+			service, isSidecar := strings.CutSuffix(name, "-sidecar-proxy")
+			if _, known := tags[service]; name != "consul" && !(isSidecar && known) {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		var gone []string
+		r.world.update(func(d *data) bool {
+			d.names, d.filtered = names, a.filtered
+			for name := range d.services {
+				if _, found := slices.BinarySearch(names, name); !found {
+					gone = append(gone, name)
+					delete(d.services, name)
+				}
+			}
+			return true
+		})
+		for _, name := range gone {
+			r.world.answered(serviceFault(name))
+		}
+		wake(r.named)
+		wake(r.known)
+		return nil
+	}}
+}
+
+// registrationsTopic says when to ask for this node's registrations. They themselves come from the agent, which has them
+// before the catalog does and when the servers are gone.
+func (r *run) registrationsTopic(lookNow chan struct{}) topic {
+	return topic{what: "this node's entries in the catalog", every: 50 * time.Millisecond,
+		ask: func() question {
+			return question{path: "/v1/catalog/node-services/" + escape(r.world.current().agent.node)}
+		},
+		apply: func(*answer) error {
+			wake(lookNow)
+			return nil
+		}}
+}
+
+func (r *run) localTopic() topic {
+	return topic{what: "this node's registrations", ask: fixed("/v1/agent/services"), apply: func(a *answer) error {
+		local := make(map[string]*api.AgentService)
+		if err := decode(a, &local); err != nil {
+			return err
+		}
+		r.world.update(func(d *data) bool {
+			d.local = local
+			return true
+		})
+		wake(r.known)
+		return nil
+	}}
+}
+
+// entryKinds are the config entries that are asked for.
+var entryKinds = []string{api.MeshConfig, api.ProxyDefaults, api.ServiceDefaults, api.ServiceResolver, api.ServiceRouter, api.ServiceSplitter}
+
+func (r *run) entryTopics() []topic {
+	var all []topic
+	for _, kind := range entryKinds {
+		all = append(all, topic{what: kind + " entries", ask: fixed("/v1/config/" + kind), apply: func(a *answer) error {
+			var list []json.RawMessage
+			if err := decode(a, &list); err != nil {
+				return err
+			}
+			found := make([]api.ConfigEntry, 0, len(list))
+			for _, raw := range list {
+				entry, err := api.DecodeConfigEntryFromJSON(raw)
+				if err != nil {
+					return fmt.Errorf("read a %s entry: %w", kind, err)
+				}
+				found = append(found, entry)
+			}
+			r.world.update(func(d *data) bool {
+			d.entries = d.entries.with(kind, found)
+			return true
+		})
+			return nil
+		}})
+	}
+	return all
+}

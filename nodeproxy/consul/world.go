@@ -1,0 +1,195 @@
+package consul
+
+import (
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// data is the last good answer to every question. What it points to is replaced, and never changed.
+type data struct {
+	revision   uint64 // rises with every change
+	agent      *agent
+	roots      *roots
+	defaultACL string // "allow" where the agent says nothing: ACLs are off
+	filtered   bool   // ACLs hide services
+	local      map[string]*api.AgentService
+	names      []string            // of all services of the datacenter, nil before the first answer
+	services   map[string]*service // those that were looked at
+	entries    *entries
+	intentions map[string][]intention // by destination; a name that is not there was not asked for yet
+}
+
+// agent is what the agent says of itself.
+type agent struct {
+	node, datacenter, address string
+	version                   string
+	defaultIntention          string // default_intention_policy; "" leaves it to the ACLs
+	virtual                   []netip.Prefix
+}
+
+// roots are what certificates are verified with.
+type roots struct {
+	trustDomain string
+	active      *x509.Certificate
+	all         []*x509.Certificate // the active one first
+}
+
+// tolerated is how many times in a row a question may be answered "forbidden" before that is an error: one may only mean
+// that a server has not heard of the token yet.
+const tolerated = 2
+
+// fault is a question that is not answered now.
+type fault struct {
+	since time.Time // when its data was last known to be current
+	count int
+	err   error
+}
+
+// world is the data in force and what keeps newer data out. It is safe for concurrent use.
+type world struct {
+	log     *slog.Logger
+	changed chan struct{} // gets a value, without blocking, when the data has changed
+
+	mu     sync.Mutex
+	data   data
+	faults map[string]*fault // by what is asked
+	looked time.Time         // when all that is polled was last answered
+	logged string            // the error that was logged
+}
+
+func newWorld(log *slog.Logger) *world {
+	return &world{
+		log: log, changed: make(chan struct{}, 1), faults: make(map[string]*fault),
+		data: data{services: make(map[string]*service), intentions: make(map[string][]intention)},
+	}
+}
+
+// update changes the data. change says whether it makes a difference to snapshots.
+func (w *world) update(change func(*data) bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if change(&w.data) {
+		w.data.revision++
+		wake(w.changed)
+	}
+}
+
+// touch says that something else that snapshots are made of has changed.
+func (w *world) touch() { w.update(func(*data) bool { return true }) }
+
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// current is a copy of the data, for one goroutine to read at leisure.
+func (w *world) current() data {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d := w.data
+	d.services, d.intentions = maps.Clone(d.services), maps.Clone(d.intentions)
+	return d
+}
+
+// failed notes that what was asked at that time was not answered.
+func (w *world) failed(what string, asked time.Time, err error) (count int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f := w.faults[what]
+	if f == nil {
+		f = &fault{since: asked}
+		if w.looked.After(asked) {
+			f.since = w.looked // a query that waits is current as long as the agent is there
+		}
+		w.faults[what] = f
+	}
+	f.count++
+	f.err = err
+	w.report()
+	wake(w.changed) // the first snapshot waits for answers, and not for ever
+	return f.count
+}
+
+// answered notes that what was asked was answered.
+func (w *world) answered(what string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.faults[what] != nil {
+		delete(w.faults, what)
+		w.report()
+	}
+}
+
+// hopeless says whether what was asked was not answered several times in a row.
+func (w *world) hopeless(what string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f := w.faults[what]
+	return f != nil && f.count > tolerated
+}
+
+// health says when the data was last known to be current, and what keeps newer data out.
+func (w *world) health() (time.Time, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	updated := w.looked
+	for _, f := range w.faults {
+		if f.since.Before(updated) {
+			updated = f.since
+		}
+	}
+	return updated, w.problem()
+}
+
+// problem joins the faults, those with one cause into one. The caller holds w.mu.
+func (w *world) problem() error {
+	what := make(map[string][]string)
+	for name, f := range w.faults {
+		if f.count > tolerated || !hasStatus(f.err, http.StatusForbidden) {
+			what[f.err.Error()] = append(what[f.err.Error()], name)
+		}
+	}
+	var texts []string
+	for cause, names := range what {
+		slices.Sort(names)
+		if more := len(names) - 5; more > 0 {
+			names = append(names[:5], fmt.Sprintf("%d more", more))
+		}
+		texts = append(texts, fmt.Sprintf("ask the agent for %s: %s", strings.Join(names, ", "), cause))
+	}
+	slices.Sort(texts)
+	switch {
+	case len(texts) > 0:
+		return fmt.Errorf("%s", strings.Join(texts, "; "))
+	case w.looked.IsZero():
+		return errUnread
+	}
+	return nil
+}
+
+// report logs when things turn bad or good. The caller holds w.mu.
+func (w *world) report() {
+	text := ""
+	if err := w.problem(); err != nil && err != errUnread {
+		text = err.Error()
+	}
+	switch {
+	case text != "" && w.logged == "":
+		w.log.Error("consul does not answer, what was last known stays in force", "error", text)
+	case text == "" && w.logged != "":
+		w.log.Info("consul answers again")
+	}
+	w.logged = text
+}
