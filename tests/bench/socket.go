@@ -30,13 +30,23 @@ func dial(to netip.AddrPort) (socket, error) {
 		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1),
 	)
 	if err == nil {
-		err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()})
+		err = s.connect(&unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()})
 	}
 	if err != nil {
 		s.close()
 		return -1, fmt.Errorf("connect to %s: %w", to, err)
 	}
 	return s, nil
+}
+
+// connect goes on waiting after a signal: Linux then finds the connection where it was (connect(2) on a blocking socket that
+// is connecting), and the runtime sends itself signals.
+func (s socket) connect(to unix.Sockaddr) error {
+	for {
+		if err := unix.Connect(int(s), to); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 func listen(at netip.AddrPort) (socket, error) {
