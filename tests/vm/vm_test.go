@@ -1,0 +1,110 @@
+package vm_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"nodeproxy.io/tests/vm"
+)
+
+// patience is for one machine: emulated, on a busy host.
+const patience = 10 * time.Minute
+
+// stock names the packages that give Debian 12 a kernel.
+var stock = []string{"linux-image-amd64", "linux-image-6.12-amd64"}
+
+// modules are what package netlab needs of a kernel that loads none by itself: the links it makes, and sock_diag(7).
+var modules = []string{"veth", "bridge", "dummy", "inet_diag", "tcp_diag"}
+
+// missing skips the test, or fails it if the environment says REQUIRE_PRIVILEGED=1.
+func missing(t *testing.T, what string) {
+	t.Helper()
+	if os.Getenv("REQUIRE_PRIVILEGED") == "1" {
+		t.Fatalf("REQUIRE_PRIVILEGED=1, and missing: %s", what)
+	}
+	t.Skipf("missing: %s", what)
+}
+
+// binaries are paths of static programs.
+type binaries struct{ guest, nodeproxy, redirectTest string }
+
+func compile(t *testing.T) binaries {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("slow: boots virtual machines")
+	}
+	if runtime.GOARCH != "amd64" {
+		t.Skip("the machines are amd64, and so must this one be to build for them")
+	}
+	if packages := vm.Missing(); packages != nil {
+		missing(t, strings.Join(packages, ", "))
+	}
+	dir := t.TempDir()
+	b := binaries{filepath.Join(dir, "guest"), filepath.Join(dir, "nodeproxy"), filepath.Join(dir, "redirect.test")}
+	for _, args := range [][]string{
+		{"build", "-o", b.guest, "nodeproxy.io/tests/vm/guest"},
+		{"build", "-o", b.nodeproxy, "nodeproxy.io/cmd/nodeproxy"},
+		{"test", "-c", "-o", b.redirectTest, "nodeproxy.io/redirect"},
+	} {
+		cmd := exec.CommandContext(t.Context(), "go", args...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	return b
+}
+
+// boot runs the programs under the kernel of a package. The console is the test's output.
+func boot(t *testing.T, b binaries, meta string, programs ...vm.Program) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), patience, fmt.Errorf("not done within %s", patience))
+	defer cancel()
+	kernel, err := vm.FetchKernel(ctx, meta, t.Output())
+	if errors.Is(err, vm.ErrNotOffered) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(t.Output(), "=== boot %s\n", kernel.Package)
+	return vm.Machine{
+		Kernel:   kernel,
+		Modules:  modules,
+		Init:     b.guest,
+		Files:    map[string]string{"/bin/nodeproxy": b.nodeproxy, "/bin/redirect.test": b.redirectTest},
+		Programs: programs,
+	}.Run(ctx, t.TempDir(), t.Output())
+}
+
+func TestTheMeshWorksUnderStockKernels(t *testing.T) {
+	b := compile(t)
+	for _, meta := range stock {
+		t.Run(meta, func(t *testing.T) {
+			err := boot(t, b, meta,
+				vm.Program{Args: []string{"/bin/nodeproxy", "check"}},
+				vm.Program{Args: []string{"/bin/redirect.test", "-test.v", "-test.timeout=5m"}, Env: []string{"REQUIRE_PRIVILEGED=1"}},
+				vm.Program{Args: []string{"/bin/nodeproxy", "demo"}})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestAProgramThatFailsInsideIsAnErrorOutside(t *testing.T) {
+	err := boot(t, compile(t), stock[0],
+		vm.Program{Args: []string{"/bin/nodeproxy", "check", "--config", "/absent"}},
+		vm.Program{Args: []string{"/bin/nodeproxy", "version"}})
+	if err == nil || !strings.Contains(err.Error(), "/bin/nodeproxy check --config /absent: exit status 1") {
+		t.Errorf("the error is %v", err)
+	}
+}
