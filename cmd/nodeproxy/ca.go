@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/spf13/cobra"
 
 	"nodeproxy.io/nodeproxy/config"
@@ -28,6 +30,9 @@ func newCA(e *env) *cobra.Command {
 		cfg, err := config.Load(*path)
 		if err != nil {
 			return err
+		}
+		if cfg.Consul != nil {
+			return errors.New("make a new root: the source is Consul, which rotates its CA itself: consul connect ca set-config")
 		}
 		if err := file.Rotate(cmd.Context(), cfg.Source.Path); err != nil {
 			return err

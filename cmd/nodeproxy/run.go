@@ -52,7 +52,7 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("start the daemon: %w", err)
 	}
-	log.Info("started", "version", version, "commit", commit, "node", cfg.Node.Name, "source", cfg.Source.Path, "socket", cfg.Admin.Socket)
+	log.Info("started", "version", version, "commit", commit, "node", cfg.Node.Name, "source", cfg.Location(), "socket", cfg.Admin.Socket)
 	notify(log, daemon.SdNotifyReady)
 	stopping := context.AfterFunc(ctx, func() {
 		notify(log, daemon.SdNotifyStopping)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/config"
+	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/file"
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/redirect"
@@ -59,8 +61,12 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if d.manager, err = newManager(cfg, log, d.manual); err != nil {
 		return nil, err
 	}
+	var observer nodeproxy.Observer = d.recorder
+	if source, ok := source.(catalog.Caller); ok {
+		observer = callers{d.recorder, source}
+	}
 	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
-		Node: cfg.Node.Name, Source: &meteredSource{source, metrics}, Kernel: d.manager, Observer: d.recorder, Log: log,
+		Node: cfg.Node.Name, Source: &meteredSource{source, metrics}, Kernel: d.manager, Observer: observer, Log: log,
 		Limits: nodeproxy.Limits{
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
@@ -108,11 +114,33 @@ func modeOf[M ~string](m M) *workload.Mode {
 type dialFunc = func(ctx context.Context, instance, network, address string) (net.Conn, error)
 
 func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Source, error) {
+	if c := cfg.Consul; c != nil {
+		return consul.New(consul.Config{
+			Address: c.Address, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
+			CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile,
+			Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs},
+			Permissive: cfg.Inbound.Mode == config.Permissive, Log: log,
+		})
+	}
 	return file.New(file.Config{
 		Dir: cfg.Source.Path, Node: cfg.Node.Name, NodeAddress: cfg.Node.Address,
 		VirtualRange: cfg.Source.VirtualIPs, Ports: file.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort},
 		Permissive: cfg.Inbound.Mode == config.Permissive, DialContext: dial, Log: log,
 	})
+}
+
+// callers tells a source that wants to know which services are called, and everything else to the recorder.
+type callers struct {
+	*admin.Recorder
+	source catalog.Caller
+}
+
+// Observe implements nodeproxy.Observer.
+func (c callers) Observe(e admin.Connection) {
+	if e.Direction == admin.Outbound {
+		c.source.Called(e.Destination.Service)
+	}
+	c.Recorder.Observe(e)
 }
 
 // meteredSource tells the metrics which services there are.

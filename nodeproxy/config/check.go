@@ -45,6 +45,7 @@ func (c *checker) config() *Config {
 	return &Config{
 		Node:        c.node(),
 		Source:      c.source(),
+		Consul:      c.consul(),
 		Cgroups:     c.cgroups(),
 		Inbound:     c.inbound(),
 		PreferLocal: r.PreferLocal,
@@ -65,9 +66,7 @@ func (c *checker) notLanded() {
 	refuse := func(path []string, instead string) {
 		c.fail(path, "is not supported by this version yet: %s", instead)
 	}
-	if c.keys.has("source", "consul") {
-		refuse(key("source", "consul"), `use source "file"`)
-	}
+	c.consulNotLanded(refuse)
 	for _, provider := range []string{"kubernetes", "systemd", "containers", "consul", "xattr"} {
 		if c.keys.has("workloads", provider) {
 			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
@@ -89,6 +88,26 @@ func (c *checker) notLanded() {
 		refuse(key("dns", "enabled"), "remove it, or set it to false")
 	}
 	c.existingConnections(refuse)
+}
+
+func (c *checker) consulNotLanded(refuse func([]string, string)) {
+	r := c.rawConsul()
+	if r == nil {
+		return
+	}
+	if c.oneOf(key("source", "consul", "mode"), cmp.Or(r.Mode, "agent"), "agent", "servers") == "servers" {
+		refuse(key("source", "consul", "mode"), `run a client agent on this node, and set it to "agent"`)
+	}
+	for name, value := range map[string]string{"auth_method": r.AuthMethod, "bearer_token_file": r.BearerTokenFile} {
+		if value != "" {
+			refuse(key("source", "consul", name), "remove it, and name a token's file with token_file")
+		}
+	}
+	for name, value := range map[string]string{"namespace": r.Namespace, "partition": r.Partition} {
+		if value != "" && value != "default" {
+			refuse(key("source", "consul", name), `remove it, or set it to "default"`)
+		}
+	}
 }
 
 func (c *checker) existingConnections(refuse func([]string, string)) {
@@ -134,6 +153,48 @@ func (c *checker) source() FileSource {
 		c.fail(key("source", "file", "virtual_ips"), `is %q: it must be a network, as "240.0.0.0/8"`, r.VirtualIPs)
 	}
 	return FileSource{Path: c.absolute(key("source", "file", "path"), r.Path), VirtualIPs: ips}
+}
+
+// rawConsul is the source "consul" block, or nil.
+func (c *checker) rawConsul() *rawConsul {
+	for _, s := range c.raw.Source {
+		if s.Consul != nil {
+			return s.Consul
+		}
+	}
+	return nil
+}
+
+func (c *checker) consul() *ConsulSource {
+	r := c.rawConsul()
+	if r == nil {
+		return nil
+	}
+	at := func(name string) []string { return key("source", "consul", name) }
+	path := func(name, v string) string {
+		if v == "" {
+			return ""
+		}
+		return c.absolute(at(name), v)
+	}
+	s := &ConsulSource{
+		Address: cmp.Or(r.Address, defaultConsulAddress), Datacenter: r.Datacenter,
+		TokenFile: path("token_file", r.TokenFile), TokenDir: path("token_dir", r.TokenDir),
+		CAFile: path("ca_file", r.CAFile), CertFile: path("cert_file", r.CertFile), KeyFile: path("key_file", r.KeyFile),
+	}
+	if (r.CertFile == "") != (r.KeyFile == "") {
+		c.fail(at("cert_file"), "goes with key_file: set both or none")
+	}
+	if scheme, rest, found := strings.Cut(s.Address, "://"); found && (scheme != "unix" && scheme != "http" && scheme != "https" || rest == "") {
+		c.fail(at("address"), `is %q: it must be host:port, "http://host:port", "https://host:port" or "unix:///path"`, r.Address)
+	}
+	text := cmp.Or(r.VirtualIPs, defaultConsulIPs)
+	ips, err := netip.ParsePrefix(text)
+	if err != nil || ips != ips.Masked() {
+		c.fail(at("virtual_ips"), `is %q: it must be a network, as %q`, text, defaultConsulIPs)
+	}
+	s.VirtualIPs = ips
+	return s
 }
 
 func (c *checker) cgroups() []Cgroup {

@@ -21,7 +21,8 @@ const (
 type Config struct {
 	Node    Node
 	Source  FileSource
-	Cgroups []Cgroup // the workloads.cgroup blocks, by label
+	Consul  *ConsulSource // nil: Source is the source
+	Cgroups []Cgroup      // the workloads.cgroup blocks, by label
 	Inbound Inbound
 
 	PreferLocal bool // instances of this node before others
@@ -34,6 +35,14 @@ type Config struct {
 	State  State
 }
 
+// Location is where the source is: a directory, or an agent's address.
+func (c *Config) Location() string {
+	if c.Consul != nil {
+		return c.Consul.Address
+	}
+	return c.Source.Path
+}
+
 // Node is who this node is in the mesh.
 type Node struct {
 	Name    string     // a DNS label
@@ -44,6 +53,15 @@ type Node struct {
 type FileSource struct {
 	Path       string       // the directory of definitions
 	VirtualIPs netip.Prefix // from which services get their virtual IPs
+}
+
+// ConsulSource is the source "consul" block. Paths are "" where they are not set.
+type ConsulSource struct {
+	Address                   string // host:port, or a URL with http, https or unix
+	TokenFile, TokenDir       string
+	Datacenter                string // "" is the agent's
+	CAFile, CertFile, KeyFile string
+	VirtualIPs                netip.Prefix // from which Consul's servers give out virtual IPs
 }
 
 // Cgroup is one workload that the configuration names.

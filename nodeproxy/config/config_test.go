@@ -156,7 +156,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	}
 	notYet := "is not supported by this version yet"
 	for _, want := range []string{
-		"c.hcl:3: source.consul " + notYet,
 		"c.hcl:8: there is another source at ",
 		"c.hcl:11: workloads.kubernetes " + notYet,
 		"c.hcl:12: workloads.systemd " + notYet,
@@ -175,6 +174,41 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	}
 	if strings.Contains(err.Error(), "unknown key") {
 		t.Errorf("a documented key is unknown:\n%v", err)
+	}
+}
+
+func TestTheConsulSource(t *testing.T) {
+	node := "node { name = \"n\"  address = \"10.0.0.1\" }\n"
+	c := mustLoad(t, node+`source "consul" {}`)
+	want := ConsulSource{Address: "127.0.0.1:8500", VirtualIPs: netip.MustParsePrefix("240.0.0.0/4")}
+	if c.Consul == nil || *c.Consul != want {
+		t.Errorf("by default %+v, want %+v", c.Consul, want)
+	}
+	c = mustLoad(t, node+`source "consul" {
+  mode = "agent"  address = "https://consul:8501"  token_file = "/t"  token_dir = "/d"  datacenter = "dc2"  namespace = "default"  partition = "default"
+  ca_file = "/ca"  cert_file = "/cert"  key_file = "/key"  virtual_ips = "241.0.0.0/8"
+}`)
+	want = ConsulSource{Address: "https://consul:8501", TokenFile: "/t", TokenDir: "/d", Datacenter: "dc2",
+		CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", VirtualIPs: netip.MustParsePrefix("241.0.0.0/8")}
+	if c.Consul == nil || *c.Consul != want {
+		t.Errorf("all keys: %+v, want %+v", c.Consul, want)
+	}
+	for text, want := range map[string]string{
+		`mode = "servers"`:          "source.consul.mode is not supported by this version yet",
+		`mode = "x"`:                "source.consul.mode is \"x\"",
+		`auth_method = "k8s"`:       "source.consul.auth_method is not supported by this version yet",
+		`bearer_token_file = "/t"`:  "source.consul.bearer_token_file is not supported by this version yet",
+		`namespace = "a"`:           "source.consul.namespace is not supported by this version yet",
+		`partition = "a"`:           "source.consul.partition is not supported by this version yet",
+		`token_file = "t"`:          "source.consul.token_file is \"t\"",
+		`address = "ftp://x"`:       "source.consul.address is \"ftp://x\"",
+		`cert_file = "/c"`:          "source.consul.cert_file goes with key_file",
+		`virtual_ips = "240.0.0.1"`: "source.consul.virtual_ips is \"240.0.0.1\"",
+		`colour = "red"`:            "unknown key",
+	} {
+		if _, err := load(t, node+"source \"consul\" {\n  "+text+"\n}"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v; want %q", text, err, want)
+		}
 	}
 }
 

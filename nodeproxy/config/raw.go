@@ -28,8 +28,24 @@ type rawNode struct {
 }
 
 type rawSource struct {
-	Consul any      `hcl:"consul"`
-	File   *rawFile `hcl:"file"`
+	Consul *rawConsul `hcl:"consul"`
+	File   *rawFile   `hcl:"file"`
+}
+
+type rawConsul struct {
+	Mode            string `hcl:"mode"`
+	Address         string `hcl:"address"`
+	TokenFile       string `hcl:"token_file"`
+	TokenDir        string `hcl:"token_dir"`
+	Datacenter      string `hcl:"datacenter"`
+	Namespace       string `hcl:"namespace"`
+	Partition       string `hcl:"partition"`
+	CAFile          string `hcl:"ca_file"`
+	CertFile        string `hcl:"cert_file"`
+	KeyFile         string `hcl:"key_file"`
+	AuthMethod      string `hcl:"auth_method"`
+	BearerTokenFile string `hcl:"bearer_token_file"`
+	VirtualIPs      string `hcl:"virtual_ips"`
 }
 
 type rawFile struct {
@@ -88,7 +104,11 @@ type rawState struct {
 	Pins string `hcl:"pins"`
 }
 
-const defaultVirtualIPs = "240.0.0.0/8"
+const (
+	defaultVirtualIPs    = "240.0.0.0/8"
+	defaultConsulIPs     = "240.0.0.0/4" // Consul's own default
+	defaultConsulAddress = "127.0.0.1:8500"
+)
 
 func defaults() raw {
 	return raw{

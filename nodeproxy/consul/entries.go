@@ -105,7 +105,9 @@ func (s *settings) unhonoured(service string, entry api.ConfigEntry, honoured ..
 	}
 }
 
-func what(entry api.ConfigEntry) string { return fmt.Sprintf("%s %q", entry.GetKind(), entry.GetName()) }
+func what(entry api.ConfigEntry) string {
+	return fmt.Sprintf("%s %q", entry.GetKind(), entry.GetName())
+}
 
 func (s *settings) problem(service, kind, format string, args ...any) {
 	s.problems = append(s.problems, catalog.Problem{Service: service, Kind: kind, Text: fmt.Sprintf(format, args...)})
@@ -122,7 +124,9 @@ func (s *settings) protocol(service string) string {
 	return "tcp"
 }
 
-func isHTTP(protocol string) bool { return protocol == "http" || protocol == "http2" || protocol == "grpc" }
+func isHTTP(protocol string) bool {
+	return protocol == "http" || protocol == "http2" || protocol == "grpc"
+}
 
 // permissive is the service's MutualTLSMode, or fallback where none is set.
 func (s *settings) permissive(service string, fallback bool) bool {

@@ -243,7 +243,7 @@ func (c *called) add(name string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	_, known := c.last[name]
-	if !known && len(c.last) >= maxCalled {
+	if name == "" || !known && len(c.last) >= maxCalled {
 		return
 	}
 	c.last[name] = time.Now()

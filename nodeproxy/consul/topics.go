@@ -206,9 +206,9 @@ func (r *run) entryTopics() []topic {
 				found = append(found, entry)
 			}
 			r.world.update(func(d *data) bool {
-			d.entries = d.entries.with(kind, found)
-			return true
-		})
+				d.entries = d.entries.with(kind, found)
+				return true
+			})
 			return nil
 		}})
 	}
