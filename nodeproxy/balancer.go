@@ -111,17 +111,18 @@ func (b *balancer) use(at place) (done func()) {
 }
 
 // failed ejects inst. Failures while it is ejected already are those of connections that were under way: they do not
-// prolong the ejection.
-func (b *balancer) failed(inst *catalog.Instance, err error) {
+// prolong the ejection. It returns for how long inst was ejected now, 0 when it was already.
+func (b *balancer) failed(inst *catalog.Instance, err error) time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	at, now := placeOf(inst), b.now()
 	e := b.ejected[at]
 	if now.Before(e.until) {
-		return
+		return 0
 	}
 	backoff := min(minEjection<<min(e.failures, 10), maxEjection)
 	b.ejected[at] = ejection{until: now.Add(backoff), failures: e.failures + 1, err: err}
+	return backoff
 }
 
 // succeeded forgets the failures of inst.

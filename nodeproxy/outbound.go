@@ -123,7 +123,9 @@ func (d *dialer) connect() (*secureLeg, error) {
 		if d.c.ctx.Err() != nil || isOurs(err) {
 			return nil, err
 		}
-		d.balancer.failed(inst, err)
+		if backoff := d.balancer.failed(inst, err); backoff > 0 {
+			d.cfg.Log.Warn("eject an instance", "service", inst.Service, "instance", inst.ID, "node", inst.Node, "for", backoff, "error", err)
+		}
 		errs = append(errs, err)
 	}
 	if len(errs) == 0 {

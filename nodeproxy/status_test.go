@@ -72,10 +72,11 @@ func TestExplain(t *testing.T) {
 	}
 	m.rule(policy.Allow)
 	inst := m.remote("api-1", m.silent())
+	m.next.Services["api"].IgnoredL7 = []string{"service-router api"}
 	m.publish()
 
 	e, err := m.proxy.Explain("web", "api")
-	if err != nil || !e.Allowed || e.Intention != "web => api (allow), intentions.hcl:1" || len(e.Considered) != 1 || e.Path != admin.PathMTLS || len(e.Missing) != 0 {
+	if err != nil || !e.Allowed || e.Intention != "web => api (allow), intentions.hcl:1" || len(e.Considered) != 1 || e.Path != admin.PathMTLS || len(e.Missing) != 0 || len(e.Ignored) != 1 {
 		t.Errorf("%+v, %v", e, err)
 	}
 	for _, at := range []string{"240.0.0.1", "240.0.0.1:9", inst.Address.String()} {

@@ -214,6 +214,7 @@ type Explanation struct {
 	Virtual     []string   `json:"virtual_ips"`
 	Instances   []Instance `json:"instances"`
 	Missing     []string   `json:"missing"` // what would make the connection fail now, each with what to do
+	Ignored     []string   `json:"ignored"` // HTTP-level configuration of the destination that an L4 proxy cannot honour
 }
 
 // EnrollRequest is the body of POST /v1/enroll and /v1/unenroll.
