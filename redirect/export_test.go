@@ -2,15 +2,19 @@ package redirect
 
 import "time"
 
-// ReapAll reaps entries of any age.
-func (r *Redirect) ReapAll() error { return r.reapOlderThan(1 << 62 * time.Nanosecond) }
+// HandshakeTime is the age up to which Reap leaves entries alone.
+const HandshakeTime = time.Duration(outboundConstantHANDSHAKE_SECONDS) * time.Second
 
-// LeaveBehind puts an entry into pending that no connection will ever remove.
-func (r *Redirect) LeaveBehind(workload uint32) error {
+// ReapAt reaps as Reap does when the monotonic clock shows now.
+func (r *Redirect) ReapAt(now time.Duration) error { return r.reapAt(now) }
+
+// LeaveBehind puts an entry into pending that was made when the monotonic clock showed made, in whole seconds, and that no
+// connection will ever remove.
+func (r *Redirect) LeaveBehind(workload uint32, made time.Duration) error {
 	if err := r.obj.Workloads.Put(workload, outboundWorkload{Pending: 1}); err != nil {
 		return err
 	}
-	return r.obj.Pending.Put(outboundTuple{Sport: 1}, outboundOrigin{Workload: workload})
+	return r.obj.Pending.Put(outboundTuple{Sport: 1}, outboundOrigin{Workload: workload, Seconds: uint32(made / time.Second)})
 }
 
 // Account is how many entries of pending the kernel counts for a workload.

@@ -16,10 +16,12 @@ func (r *Redirect) Reap() error {
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return fmt.Errorf("read monotonic clock: %w", err)
 	}
-	return r.reapOlderThan(time.Duration(now.Nano()) - time.Duration(outboundConstantHANDSHAKE_SECONDS)*time.Second)
+	return r.reapAt(time.Duration(now.Nano()))
 }
 
-func (r *Redirect) reapOlderThan(limit time.Duration) error {
+// reapAt is Reap when the monotonic clock shows now.
+func (r *Redirect) reapAt(now time.Duration) error {
+	limit := now - time.Duration(outboundConstantHANDSHAKE_SECONDS)*time.Second
 	pending, err := collect(r.obj.Pending, func(o outboundOrigin) (uint32, bool) {
 		return o.Workload, time.Duration(o.Seconds)*time.Second < limit
 	})

@@ -699,13 +699,20 @@ func waitFor(t *testing.T, p *netlab.Process, text string) {
 func TestReapRemovesWhatNoConnectionWill(t *testing.T) {
 	n := newNode(t)
 	p := n.pod()
-	if err := n.r.LeaveBehind(p.id); err != nil {
+	const made = time.Hour
+	if err := n.r.LeaveBehind(p.id, made); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.r.Reap(); err != nil {
+	if err := n.r.ReapAt(made + redirect.HandshakeTime); err != nil {
 		t.Fatal(err)
 	}
-	n.drained() // the entry is as old as the machine
+	if left, err := n.r.Account(p.id); err != nil || left != 1 {
+		t.Errorf("the account of a workload whose handshake may still go on: %d, %v", left, err)
+	}
+	if err := n.r.ReapAt(made + redirect.HandshakeTime + time.Second); err != nil {
+		t.Fatal(err)
+	}
+	n.drained()
 	if left, err := n.r.Account(p.id); err != nil || left != 0 {
 		t.Errorf("the workload's account: %d, %v", left, err)
 	}
