@@ -126,12 +126,24 @@ func (l *lab) plain(ctx context.Context, node int, name string) (*netlab.Workloa
 }
 
 func (l *lab) serve(ctx context.Context, w *netlab.Workload) error {
+	if err := recyclePorts(w.Namespace); err != nil {
+		return err
+	}
 	at := netip.AddrPortFrom(netip.IPv4Unspecified(), servicePort)
 	p, err := w.Start(netlab.Command{Path: l.self, Args: []string{"serve", at.String()}})
 	if err != nil {
 		return err
 	}
 	return p.WaitOutput(ctx, "listening")
+}
+
+// recyclePorts keeps a round's connections from waiting for the ephemeral ports of the last one: plain TCP uses up the
+// default range within seconds, and every port then stays taken for a minute (ip-sysctl.rst, tcp_tw_reuse).
+func recyclePorts(ns *netlab.Namespace) error {
+	return errors.Join(
+		ns.Sysctl("net/ipv4/ip_local_port_range", "10000 65535"),
+		ns.Sysctl("net/ipv4/tcp_tw_reuse", "1"),
+	)
 }
 
 func (l *lab) start(ctx context.Context) error {

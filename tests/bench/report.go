@@ -105,9 +105,10 @@ func (r *report) costTable() string {
 func (r *report) memoryTable() string {
 	t := newTable("idle connections", "the client's node", "per connection", "the server's node", "per connection")
 	var none []uint64
+	leftOut := ""
 	for _, m := range r.Memory {
-		if m.LeftOut != "" {
-			t.row(fmt.Sprint(m.Connections), "left out: "+m.LeftOut, "", "", "")
+		if m.Resident == nil {
+			leftOut += fmt.Sprintf("\n%d idle connections are left out: a process may not have enough open files for them (ulimit -n).\n", m.Connections)
 			continue
 		}
 		if m.Connections == 0 {
@@ -123,7 +124,7 @@ func (r *report) memoryTable() string {
 		}
 		t.row(cells...)
 	}
-	return t.String()
+	return t.String() + leftOut
 }
 
 func quantity(format string, value float64, unit string) string {
