@@ -64,6 +64,8 @@ test-quick: ## run the tests that take no foreign tools, in under five minutes (
 bench: ## run the benchmarks, as ratios to plain TCP where they cross the kernel (root)
 	@.ci/prerequisites bench
 	@go test -run '^$$' -bench . -benchmem -p 1 -timeout 30m ./...
+	@$(MAKE) build
+	@go run ./tests/bench -out docs/benchmarks
 
 FUZZTIME ?= 10s
 
