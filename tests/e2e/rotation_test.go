@@ -30,25 +30,18 @@ func TestARootRotationWithOneNodePausedFailsNoConnection(t *testing.T) {
 	m.restart(1)
 
 	traffic := m.traffic(map[*netlab.Workload]string{a: m.vip("b"), b: m.vip("a")})
-	old := m.notAfter(0)
+	before := m.generation(0)
 	out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"ca", "rotate", "--config", m.Daemons[0].ConfigPath()}})
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	_, err = m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
-		for _, c := range s.Certificates {
-			if c.Service == "a" && c.NotAfter.After(old) {
-				return nil
-			}
-		}
-		return fmt.Errorf("the certificates are %+v, that of a was valid until %v", s.Certificates, old)
-	})
-	m.must(err)
+	m.awaitSnapshot(0, before) // with leaves of the new root
 	if n := roots(t, shared); n < 2 {
 		t.Errorf("root.pem of node 1 holds %d certificates after a rotation", n)
 	}
 	traffic.passes(50) // node 1 has new leaves, node 2 knows the old root alone
 
+	before = m.generation(1)
 	text, err := os.ReadFile(filepath.Join(shared, "ca", "key.pem"))
 	m.must(err)
 	m.must(os.WriteFile(filepath.Join(m.Dir(), "key"), text, 0o600))
@@ -57,13 +50,7 @@ func TestARootRotationWithOneNodePausedFailsNoConnection(t *testing.T) {
 	m.must(err)
 	m.must(os.WriteFile(filepath.Join(m.Dir(), "root"), text, 0o600))
 	m.must(os.Rename(filepath.Join(m.Dir(), "root"), filepath.Join(copied, "ca", "root.pem")))
-	_, err = m.Daemons[1].Await(m.ctx(), func(s *admin.Status) error {
-		if s.Source.Error != "" || s.Source.Generation < 2 {
-			return fmt.Errorf("generation %d, error %q", s.Source.Generation, s.Source.Error)
-		}
-		return nil
-	})
-	m.must(err)
+	m.awaitSnapshot(1, before)
 	traffic.passes(50) // both have new leaves
 	traffic.stop()
 }
@@ -84,17 +71,24 @@ func roots(t *testing.T, dir string) (n int) {
 	return n
 }
 
-func (m *mesh) notAfter(node int) time.Time {
+// generation is that of the snapshot that a node has in force.
+func (m *mesh) generation(node int) uint64 {
 	m.t.Helper()
 	status, err := m.Daemons[node].Admin().Status(m.ctx())
 	m.must(err)
-	var last time.Time
-	for _, c := range status.Certificates {
-		if c.NotAfter.After(last) {
-			last = c.NotAfter
+	return status.Source.Generation
+}
+
+// awaitSnapshot waits until a node has a snapshot in force that is newer than before, and no error.
+func (m *mesh) awaitSnapshot(node int, before uint64) {
+	m.t.Helper()
+	_, err := m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.Source.Error != "" || s.Source.Generation <= before {
+			return fmt.Errorf("snapshot %d is in force, %q", s.Source.Generation, s.Source.Error)
 		}
-	}
-	return last
+		return nil
+	})
+	m.must(err)
 }
 
 // traffic is clients that connect again and again and may never fail.
