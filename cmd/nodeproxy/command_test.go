@@ -191,6 +191,14 @@ func TestStatusShowsWhatAnOperatorLooksFor(t *testing.T) {
 	}
 }
 
+func TestStatusOfAStoppingDaemonSaysSo(t *testing.T) {
+	status := exampleStatus()
+	status.Stopping, status.Policy.Intentions, status.Kernel.Heartbeat = true, 1, time.Time{}
+	socket := serve(t, &backend{status: status})
+	r := invoke(t, false, nil, "status", "--socket", socket)
+	wantText(t, r.stdout, "stopping: new connections are refused", "heartbeat stopped", "1 intention,")
+}
+
 func TestStatusColumnsAlign(t *testing.T) {
 	socket := serve(t, &backend{status: exampleStatus()})
 	r := invoke(t, false, nil, "status", "--socket", socket)

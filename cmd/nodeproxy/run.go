@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"os"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -49,6 +52,9 @@ func newLogs(cfg config.Log, out io.Writer) (log, access *slog.Logger) {
 func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	log, access := newLogs(cfg.Log, out)
 	d, err := newNode(cfg, log, access)
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("start the daemon: %w: run it as root", err)
+	}
 	if err != nil {
 		return fmt.Errorf("start the daemon: %w", err)
 	}

@@ -158,3 +158,12 @@ func TestUnenrollingWhatNobodyEnrolledByHandIsNotFound(t *testing.T) {
 		t.Errorf("error = %v, want not found", err)
 	}
 }
+
+func TestAWorkloadCanOnlyBeAServiceThatHasAName(t *testing.T) {
+	for _, service := range []string{"../../other", "a b", "*", "a/b"} {
+		err := new(node).Enroll(t.Context(), admin.EnrollRequest{Cgroup: "/c/web", Service: service})
+		if !errors.Is(err, admin.ErrRefused) || !strings.Contains(err.Error(), "/c/web") {
+			t.Errorf("%q: %v, want a refusal", service, err)
+		}
+	}
+}

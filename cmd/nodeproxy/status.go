@@ -68,12 +68,18 @@ func (v *statusView) summary() {
 	if s.Source.Error != "" || s.Source.Generation == 0 {
 		source.paint = v.red
 	}
+	heartbeat := v.ago(s.Kernel.Heartbeat)
+	daemon := cell{fmt.Sprintf("%s, map ABI %d, up %s", s.Version, s.MapABI, span(v.now.Sub(s.Started))), nil}
+	if s.Stopping {
+		heartbeat = "stopped"
+		daemon = cell{daemon.text + ", stopping: new connections are refused, live ones may end by themselves", v.yellow}
+	}
 	var t table
 	t.add(cell{"node", v.dim}, cell{s.Node, v.bold})
-	t.add(cell{"daemon", v.dim}, cell{fmt.Sprintf("%s, map ABI %d, up %s", s.Version, s.MapABI, span(v.now.Sub(s.Started))), nil})
+	t.add(cell{"daemon", v.dim}, daemon)
 	t.add(cell{"source", v.dim}, source)
-	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %d intentions, default %s", s.Policy.Generation, s.Policy.Intentions, s.Policy.Default), nil})
-	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%d links pinned at %s, heartbeat %s", s.Kernel.Links, s.Kernel.Pins, v.ago(s.Kernel.Heartbeat)), nil})
+	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
+	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
 	t.write(v.stdout, "")
 }

@@ -92,6 +92,14 @@ func (t *table) write(w io.Writer, indent string) {
 	}
 }
 
+// count prints how many there are of what.
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
 // size prints bytes as people read them.
 func size(n uint64) string {
 	if n < 1024 {

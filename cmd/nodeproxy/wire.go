@@ -195,6 +195,9 @@ func (d *node) close() {
 
 // Enroll implements admin.Backend.
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
+	if !config.IsServiceName(req.Service) {
+		return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, req.Service), admin.ErrRefused)
+	}
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
 	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
 		return admin.Classify(err, admin.ErrRefused)

@@ -25,6 +25,9 @@ import (
 // No application is connected to, unless its port is open to strangers. The processes that connect end before Canaries
 // returns.
 func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) []Result {
+	if status.Stopping {
+		return []Result{failed("canaries", "not tried: the daemon is stopping, and new connections are refused: start it again")}
+	}
 	var results []Result
 	for i := range status.Workloads {
 		if w := &status.Workloads[i]; w.State == "protected" && w.Processes > 0 && ctx.Err() == nil {

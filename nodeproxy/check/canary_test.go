@@ -95,3 +95,8 @@ func TestMeshPortIsOKOnlyWithTheServicesCertificateAndADemandForOne(t *testing.T
 		want(t, []Result{sample().judgeHandshake(is.outcome)}, is.verdict, is.text)
 	}
 }
+
+func TestCanariesOfAStoppingDaemonAreNotTried(t *testing.T) {
+	status := &admin.Status{Stopping: true, Workloads: []admin.Workload{{State: "protected", Processes: 1}}}
+	want(t, Canaries(t.Context(), status, nil), Failed, "the daemon is stopping")
+}

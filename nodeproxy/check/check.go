@@ -4,7 +4,9 @@ package check
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -58,11 +60,14 @@ func Kernel(features []redirect.Feature) []Result {
 	var results []Result
 	for _, f := range features {
 		name := "kernel " + strings.TrimPrefix(f.Name, "kernel ")
-		if f.Err == nil {
+		switch {
+		case f.Err == nil:
 			results = append(results, ok(name, "available"))
-			continue
+		case errors.Is(f.Err, fs.ErrPermission): // the others would only say the same in other words
+			return []Result{failed("kernel", "ask for its features: %s: run as root", f.Err)}
+		default:
+			results = append(results, failed(name, "%s; %s: run on a kernel that has it", f.Err, f.Costs))
 		}
-		results = append(results, failed(name, "%s; %s: run as root on a kernel that has it", f.Err, f.Costs))
 	}
 	return results
 }
@@ -82,11 +87,18 @@ func Source(ctx context.Context, load func(context.Context) (*catalog.Snapshot, 
 	if err != nil {
 		return nil, []Result{failed("source", "%s", err)}
 	}
-	results := []Result{ok("source", "%d services, %d instances on this node", len(snap.Services), len(snap.LocalInstances()))}
+	results := []Result{ok("source", "services %d, instances on this node %d", len(snap.Services), len(snap.LocalInstances()))}
+	var troubled []string
 	for _, p := range snap.Problems {
 		if p.Service == "" {
 			results = append(results, warning("source: "+p.Kind, "%s", p.Text))
+			continue
 		}
+		troubled = append(troubled, p.Service)
+	}
+	slices.Sort(troubled)
+	if troubled = slices.Compact(troubled); len(troubled) > 0 {
+		results = append(results, warning("source", "something of the configuration of %s is ignored or refused: --service NAME says what", shorten(troubled)))
 	}
 	return snap, results
 }
@@ -95,18 +107,18 @@ func Source(ctx context.Context, load func(context.Context) (*catalog.Snapshot, 
 // whatever its health, which a preflight does not know.
 func Service(snap *catalog.Snapshot, name string) []Result {
 	label := "service " + name
-	svc := snap.Services[name]
-	if svc == nil {
-		return []Result{failed(label, "the source has no such service: it knows %s", known(snap))}
-	}
 	var results []Result
-	for _, what := range svc.IgnoredL7 {
-		results = append(results, warning(label, "%s is ignored: it is HTTP-level, and this proxy carries bytes", what))
-	}
 	for _, p := range snap.Problems {
 		if p.Service == name && p.Kind != "l7-ignored" {
 			results = append(results, warning(label, "%s: %s", p.Kind, p.Text))
 		}
+	}
+	svc := snap.Services[name]
+	if svc == nil {
+		return append(results, failed(label, "the source has no such service: it knows %s", known(snap)))
+	}
+	for _, what := range svc.IgnoredL7 {
+		results = append(results, warning(label, "%s is ignored: it is HTTP-level, and this proxy carries bytes", what))
 	}
 	results = append(results, instances(label, svc)...)
 	if len(svc.Virtual) == 0 {
@@ -144,8 +156,13 @@ func known(snap *catalog.Snapshot) string {
 		names = append(names, name)
 	}
 	slices.Sort(names)
+	return shorten(names)
+}
+
+// shorten names no more than twenty.
+func shorten(names []string) string {
 	if more := len(names) - 20; more > 0 {
-		names = append(names[:20], fmt.Sprintf("%d more", more))
+		names = append(slices.Clip(names[:20]), fmt.Sprintf("%d more", more))
 	}
 	return strings.Join(names, ", ")
 }
@@ -161,7 +178,7 @@ func Workloads(status *admin.Status) []Result {
 		case w.Unprotected():
 			results = append(results, failed(name, "%s: %s", w.State, w.Detail))
 		default:
-			results = append(results, warning(name, "%s %s", w.State, w.Detail))
+			results = append(results, warning(name, "%s: %s", w.State, w.Detail))
 		}
 	}
 	for _, r := range status.Refused {

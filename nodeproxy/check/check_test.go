@@ -3,11 +3,14 @@ package check
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
@@ -32,6 +35,15 @@ func TestMissingKernelFeatureFailsAndSaysWhatItCosts(t *testing.T) {
 	want(t, results, Failed, "kernel sk_lookup: not supported; nothing works")
 	if Worst(results) != Failed {
 		t.Errorf("worst = %s, want failed", Worst(results))
+	}
+}
+
+func TestWithoutRootTheKernelIsOneLine(t *testing.T) {
+	denied := fmt.Errorf("load program: %w", unix.EPERM)
+	results := Kernel([]redirect.Feature{{Name: "cgroup2 mounted"}, {Name: "sockops", Err: denied}, {Name: "sk_lookup", Err: denied}, {Name: "load", Err: errors.New("map create: nonsense")}})
+	want(t, results, Failed, "run as root")
+	if len(results) != 1 {
+		t.Errorf("results = %v, want one", results)
 	}
 }
 
@@ -82,8 +94,9 @@ func TestSourceReportsItsErrorOrItsProblems(t *testing.T) {
 	snap := &catalog.Snapshot{Problems: []catalog.Problem{{Kind: "unsupported", Text: "mesh gateway"}, {Service: "web", Text: "its own"}}}
 	_, results = Source(t.Context(), func(context.Context) (*catalog.Snapshot, error) { return snap, nil })
 	want(t, results, Warning, "mesh gateway")
-	if len(results) != 2 {
-		t.Errorf("results = %v, want the problem of no service only", results)
+	want(t, results, Warning, "configuration of web is ignored or refused: --service NAME")
+	if len(results) != 3 {
+		t.Errorf("results = %v, want the text of the problem of no service only", results)
 	}
 }
 
@@ -111,6 +124,8 @@ func TestServiceListsWhatIsIgnoredAndDenied(t *testing.T) {
 		t.Errorf("api = %v, want one ok", api)
 	}
 	want(t, Service(snap, "nope"), Failed, "api, db, web")
+	snap.Problems = append(snap.Problems, catalog.Problem{Service: "nope", Kind: "unknown-service", Text: "an intention names it"})
+	want(t, Service(snap, "nope"), Warning, "an intention names it")
 }
 
 func TestWorkloadsAreReportedAsTheDaemonSeesThem(t *testing.T) {
