@@ -1,0 +1,240 @@
+package consul
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"nodeproxy.io/tests/meshlab"
+	"nodeproxy.io/tests/netlab"
+)
+
+// patience is how long a test waits for what must happen. It is long because the machine may be busy.
+const patience = 60 * time.Second
+
+const port = 8080
+
+// programs are built once for all tests of the package.
+var programs struct{ nodeproxy, app string }
+
+func TestMain(m *testing.M) {
+	os.Exit(build(m))
+}
+
+func build(m *testing.M) int {
+	if len(netlab.Missing()) > 0 { // every test will say so itself
+		return m.Run()
+	}
+	dir, err := os.MkdirTemp("", "nodeproxy-consul-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	programs.nodeproxy, programs.app = filepath.Join(dir, "nodeproxy"), filepath.Join(dir, "app")
+	for path, pkg := range map[string]string{programs.nodeproxy: "nodeproxy.io/cmd/nodeproxy", programs.app: "nodeproxy.io/tests/e2e/app"} {
+		if out, err := exec.Command("go", "build", "-o", path, pkg).CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build %s: %v\n%s", path, err, out)
+			return 1
+		}
+	}
+	return m.Run()
+}
+
+// mesh is two nodes, each with an agent and a daemon: the first agent is the server. ACLs deny by default.
+type mesh struct {
+	*meshlab.Mesh
+	t      *testing.T
+	agents [2]*Agent
+}
+
+func newMesh(t *testing.T) *mesh {
+	t.Helper()
+	Require(t)
+	if testing.Short() {
+		t.Skip("slow: end to end")
+	}
+	lab, err := meshlab.New(programs.nodeproxy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mesh{Mesh: lab, t: t}
+	t.Cleanup(m.finish)
+	for i, node := range m.Nodes {
+		cgroup, err := node.Cgroup.Child("consul")
+		m.must(err)
+		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: WithACLs, Token: Management}
+		if i > 0 {
+			cfg.Join = m.Nodes[0].IPv4.String()
+		}
+		m.agents[i], err = Start(m.ctx(), m.Lab, cfg)
+		m.must(err)
+	}
+	return m
+}
+
+func (m *mesh) finish() {
+	if m.t.Failed() {
+		for i, d := range m.Daemons {
+			if d.Process != nil {
+				m.t.Logf("output of the daemon of %s:\n%s", d.Node.Name, d.Process.Output())
+			}
+			if status, err := d.Admin().Status(context.Background()); err == nil {
+				m.t.Logf("status of %s: %+v", d.Node.Name, status)
+			}
+			if m.agents[i] != nil && os.Getenv("CONSUL_LOG") != "" {
+				m.t.Logf("output of the agent of %s:\n%s", d.Node.Name, m.agents[i].Process.Output())
+			}
+		}
+	}
+	if err := m.Close(); err != nil {
+		m.t.Errorf("close the lab: %v", err)
+	}
+}
+
+// rules are those that the documentation says are enough, for these services of a node.
+func rules(t *testing.T, node string, services ...string) string {
+	t.Helper()
+	text, err := os.ReadFile("../../docs/consul.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "## What the token needs")
+	_, block, _ := strings.Cut(section, "```hcl\n")
+	block, _, found := strings.Cut(block, "```")
+	if !found {
+		t.Fatal("docs/consul.md has no rules")
+	}
+	write := regexp.MustCompile(`service "\w+" \{\n  policy = "write"\n\}\n`)
+	if len(write.FindAllString(block, -1)) != 2 {
+		t.Fatalf("docs/consul.md: want two services in\n%s", block)
+	}
+	block = write.ReplaceAllString(block, "")
+	for _, name := range services {
+		block += fmt.Sprintf("service %q {\n  policy = \"write\"\n}\n", name)
+	}
+	return strings.ReplaceAll(block, `"node-1"`, fmt.Sprintf("%q", node))
+}
+
+// start starts both daemons, each with a token that can do what the documentation says, and waits until all is protected.
+func (m *mesh) start(services ...[]string) {
+	m.t.Helper()
+	for i, d := range m.Daemons {
+		token, err := m.agents[0].NewToken(m.ctx(), d.Node.Name, rules(m.t, d.Node.Name, services[i]...))
+		m.must(err)
+		path := filepath.Join(d.Node.Dir, "token")
+		m.must(os.WriteFile(path, []byte(token+"\n"), 0o600))
+		d.Source = fmt.Sprintf("source \"consul\" {\n  address    = \"127.0.0.1:8500\"\n  token_file = %q\n}\n", path)
+		m.must(d.Start(m.ctx()))
+	}
+	for _, d := range m.Daemons {
+		_, err := d.AwaitProtected(m.ctx())
+		m.must(err)
+	}
+}
+
+// place makes a workload that serves the test application, registered with its node's agent.
+func (m *mesh) place(node int, service string) *netlab.Workload {
+	m.t.Helper()
+	w, err := m.Nodes[node].Workload(service)
+	m.must(err)
+	m.Daemons[node].Enroll(w, service)
+	m.must(m.agents[node].Register(m.ctx(), Service(service, service+"-1", w.IPv4.String(), port)))
+	p, err := w.Start(netlab.Command{Path: programs.app, Args: []string{"serve", fmt.Sprintf(":%d", port)}})
+	m.must(err)
+	m.must(p.WaitOutput(m.ctx(), "ready"))
+	return w
+}
+
+func (m *mesh) must(err error) {
+	m.t.Helper()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// ctx ends with the test, or when patience does.
+func (m *mesh) ctx() context.Context {
+	ctx, cancel := context.WithTimeoutCause(m.t.Context(), patience, fmt.Errorf("not within %s", patience))
+	m.t.Cleanup(cancel)
+	return ctx
+}
+
+// vip is the virtual IP of a service as a node knows it, with some port.
+func (m *mesh) vip(node int, service string) string {
+	m.t.Helper()
+	ip, err := m.Daemons[node].Virtual(m.ctx(), service)
+	m.must(err)
+	m.must(m.Daemons[node].AwaitInstances(m.ctx(), service, 1))
+	return netip.AddrPortFrom(ip, 80).String()
+}
+
+// dial runs the test application's client and returns its output.
+func (m *mesh) dial(w *netlab.Workload, args ...string) string {
+	m.t.Helper()
+	p, err := w.Start(netlab.Command{Path: programs.app, Args: append([]string{"dial"}, args...)})
+	m.must(err)
+	m.must(p.Wait(m.ctx()))
+	return p.Output()
+}
+
+func reached(out string) bool { return strings.Contains(out, "accept=") }
+
+// eventuallyReaches waits until an echo comes back.
+func (m *mesh) eventuallyReaches(w *netlab.Workload, to string) {
+	m.t.Helper()
+	var out string
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+		if out = m.dial(w, to, "peer"); reached(out) {
+			return
+		}
+	}
+	m.t.Fatalf("%s does not reach %s: %s", w.Name, to, out)
+}
+
+func TestTwoNodesWithLeastPrivilege(t *testing.T) {
+	m := newMesh(t)
+	web, batch, api := m.place(0, "web"), m.place(0, "batch"), m.place(1, "api")
+	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
+	m.start([]string{"web", "batch"}, []string{"api"})
+	vip := m.vip(0, "api")
+
+	m.eventuallyReaches(web, vip)
+	if out := m.dial(batch, vip, "peer"); reached(out) {
+		t.Errorf("batch reaches api: %s", out)
+	}
+	if out := m.dial(web, netip.AddrPortFrom(api.IPv4, port).String(), "peer"); !reached(out) {
+		t.Errorf("web does not reach api by its own address: %s", out)
+	}
+	if out := m.dial(batch, netip.AddrPortFrom(api.IPv4, port).String(), "peer"); reached(out) {
+		t.Errorf("batch reaches api by its own address: %s", out)
+	}
+	for i := range m.Daemons {
+		status, err := m.Daemons[i].Admin().Status(m.ctx())
+		m.must(err)
+		if status.Source.Error != "" {
+			t.Errorf("%s: the documented rules are not enough: %s", m.Nodes[i].Name, status.Source.Error)
+		}
+	}
+
+	stream, err := web.Start(netlab.Command{Path: programs.app, Args: []string{"dial", vip, "stream"}})
+	m.must(err)
+	m.must(stream.WaitOutput(m.ctx(), "a line"))
+	written := time.Now()
+	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "deny"}))
+	m.must(stream.Wait(m.ctx()))
+	if out := stream.Output(); !strings.Contains(out, "end: reset") {
+		t.Errorf("the connection is not reset: %.300s", out)
+	}
+	t.Logf("from the write of the intention to the end of the connection: %s", time.Since(written))
+	if out := m.dial(web, vip, "peer"); reached(out) {
+		t.Errorf("web still reaches api: %s", out)
+	}
+}
