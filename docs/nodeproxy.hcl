@@ -1,0 +1,113 @@
+# Every key of nodeproxy's configuration, with its default unless it says "required" or "example".
+# HCL version 1, or the same in JSON. --config takes this file, or a directory whose .hcl and .json files are merged; no key may
+# be set in two of them. Unknown keys are errors. "nodeproxy check --config PATH" tries a configuration without running it;
+# changes take effect when the daemon is restarted.
+#
+# Lines that begin with "not yet:" are keys of which this version has no mechanism. It refuses them, and accepts them only with
+# the value that stands for "off".
+
+# Who this node is in the mesh.
+node {
+  name    = "node-1"   # required: letters, digits and hyphens. Pins, definitions and the daemon's cgroup are named after it
+  address = "10.0.0.5" # required: the IP address by which other nodes reach this one
+}
+
+# What the mesh is. Exactly one source is required.
+
+# A directory of Consul's own service definitions and config entries, shared by all nodes of the mesh, with a built-in CA.
+# Whoever can write there decides everything; whoever can read ca/key.pem can be any service.
+source "file" {
+  path        = "/etc/nodeproxy/mesh.d" # required
+  virtual_ips = "240.0.0.0/8"           # every service gets an address from it. The same on all nodes
+}
+
+# Or Consul, by the client agent of this node: see docs/consul.md.
+#
+# source "consul" {
+#   mode        = "agent"
+#   address     = "127.0.0.1:8500"            # or http://, https://, unix:///path
+#   token_file  = "/etc/nodeproxy/token"      # example
+#   token_dir   = "/etc/nodeproxy/tokens.d"   # example: one file for each service, with the token for its certificate
+#   datacenter  = "dc1"                       # example: an agent of another one is refused
+#   ca_file     = "/etc/nodeproxy/ca.pem"     # example: whom to trust as the agent, with https://
+#   cert_file   = "/etc/nodeproxy/cert.pem"   # example: what to show to the agent
+#   key_file    = "/etc/nodeproxy/key.pem"    # example
+#   virtual_ips = "240.0.0.0/4"
+#   namespace   = "default"
+#   partition   = "default"
+#   not yet: mode = "servers"
+#   not yet: namespace = "team"
+#   not yet: partition = "team"
+#   not yet: auth_method = "kubernetes"
+#   not yet: bearer_token_file = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+# }
+
+# Which cgroups are which service. Others are not touched. "nodeproxy enroll" names more, without a restart.
+workloads {
+  cgroup "web" {                                          # example. The label is only a name for this block
+    path    = "/sys/fs/cgroup/system.slice/web.service"   # required: on cgroup2. It need not exist yet
+    service = "web"                                       # required
+    mode    = "strict"                                    # default: inbound.mode
+  }
+  # not yet: kubernetes { enabled = true  namespace "shop" { services = ["web", "cart"] } }
+  # not yet: systemd { enabled = true }
+  # not yet: containers { enabled = true  allow = ["web"] }
+  # not yet: consul { enabled = true }
+  # not yet: xattr { enabled = true }
+}
+
+# What connections to workloads meet.
+inbound {
+  mode           = "strict"      # strict: plaintext is refused. permissive: it is let in, and counted
+  ports          = "21500-21999" # each local instance gets one, to speak mTLS on. Not 21000-21255, which are Consul's agent's
+  plaintext_from = []            # networks whose plaintext strict ports take, as ["10.0.0.0/28"]: probers, say
+  # not yet: probers = ["/system.slice/consul.service"]
+}
+
+same_node = "mtls" # how the bytes go between two workloads of this node
+# not yet: same_node = "direct"
+tunnels = false
+# not yet: tunnels = true
+prefer_local = true # instances of this node are tried before others
+
+# While no daemon runs: closed refuses what needs one. open lets instances be dialled in plaintext and opens strict ports, and
+# still refuses virtual IPs.
+on_failure = "closed"
+
+virtual_cidrs = []
+# not yet: virtual_cidrs = ["10.96.0.0/12"]
+
+existing_connections = "keep" # those that a workload has when it is enrolled: they stay what they are
+# not yet: existing_connections = "reset"
+
+# What is above a limit is refused with the reason "capacity". Durations have a unit: "500ms", "5s", "1h".
+limits {
+  connections  = 100000 # on the node. Each takes two file descriptors: see RLIMIT_NOFILE in "nodeproxy check"
+  per_workload = 20000
+  handshake    = "5s"
+  connect      = "5s"   # of one attempt to reach an instance or the application
+  idle         = "0s"   # without a byte either way; 0s: for ever
+  drain        = "30s"  # how long live connections may go on after SIGTERM
+}
+
+dns {
+  enabled = false
+  # not yet: enabled = true
+}
+
+# The log goes to stderr.
+log {
+  level  = "info"   # debug, info, warn, error
+  format = "text"   # or json
+  access = "denied" # which connections are logged: none, denied, all. Fields: docs/access-log.md
+}
+
+admin {
+  socket  = "/run/nodeproxy/admin.sock" # for root only. The commands that ask the daemon take it as --socket
+  metrics = "127.0.0.1:20210"           # Prometheus, at /metrics; "" for none. Names: docs/metrics.md
+}
+
+state {
+  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand
+  pins = "/sys/fs/bpf/nodeproxy"  # on a bpffs. "nodeproxy cleanup" takes it as --pins
+}
