@@ -18,6 +18,9 @@ GOTESTSUM := $(TOOLS)/gotestsum
 # The agent that the tests run against, built once per version. Where it is tests/consul knows too.
 CONSUL := $(CACHE)/consul-$(shell awk '$$1 == "github.com/hashicorp/consul" { print $$2 }' tests/consul/tools/go.mod)/consul
 
+# Lets through what go test says of a package that fails.
+FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
+
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
 TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant
 
@@ -48,9 +51,9 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@$(MAKE) lint
 	@echo '── compile the tests'
 	@$(MAKE) build $(GOTESTSUM) consul
-	@go test -race -run '^$$' ./... >/dev/null
+	@go test -race -run '^$$' ./... | $(FAILURES)
 	@echo '── every benchmark, once'
-	@go test -run '^$$' -bench . -benchtime 1x ./... >/dev/null
+	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
 	@echo '── tests'
 	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m ./...
 
