@@ -57,9 +57,12 @@ func (s *show) deny(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	denied := make(chan admin.Connection, 1)
-	ended := make(chan error, 1)
-	go func() { ended <- s.traceDenied(ctx, denied) }()
-	defer func() { cancel(); _ = <-ended }()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = s.traceDenied(ctx, denied) // without a trace the claim below does not hold
+	}()
+	defer func() { cancel(); <-ended }()
 
 	url := fmt.Sprintf("http://%s/", s.virtual)
 	answer, err := s.get(ctx, s.batch, url)
