@@ -23,7 +23,7 @@ func newEnroll(e *env) *cobra.Command {
 	client := socketFlag(cmd)
 	var req admin.EnrollRequest
 	cmd.Flags().StringVar(&req.Service, "service", "", "the `NAME` of the service that the workload is (required)")
-	cmd.Flags().StringVar(&req.Mode, "mode", "", "`strict` or permissive; the node's inbound.mode if not given")
+	cmd.Flags().StringVar(&req.Mode, "mode", "", "what plaintext to its ports meets, the `MODE`: strict or permissive; the node's inbound.mode if not given")
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		switch {
 		case req.Service == "":
@@ -45,8 +45,10 @@ func newEnroll(e *env) *cobra.Command {
 
 func newUnenroll(e *env) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "unenroll CGROUP",
-		Short:   "Take a cgroup that was enrolled by hand out of the mesh",
+		Use:   "unenroll CGROUP",
+		Short: "Take a cgroup that was enrolled by hand out of the mesh",
+		Long: "Takes a cgroup that was enrolled by hand out of the mesh: what it sends is not encrypted any more, and its ports are open.\n" +
+			"Connections that it has are not cut. CGROUP is as \"nodeproxy status\" shows it, or its path below the mount of cgroup2.",
 		Example: "  nodeproxy unenroll system.slice/web.service",
 		Args:    exactly("CGROUP"),
 	}

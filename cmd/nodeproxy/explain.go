@@ -10,9 +10,11 @@ import (
 
 func newExplain(e *env) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "explain SOURCE DESTINATION",
-		Short:   "Say which intention decides a connection, why, and what is missing if it would fail",
-		Example: "  nodeproxy explain web api",
+		Use:   "explain SOURCE DESTINATION",
+		Short: "Say which intention decides a connection, why, and what is missing if it would fail",
+		Long: "Says which intention decides a connection, why, which way the bytes would take, and what is missing if it would fail.\n" +
+			"Nothing is connected to. SOURCE is a service, DESTINATION a service or an address as an application would dial it.",
+		Example: "  nodeproxy explain web api\n  nodeproxy explain web 240.0.0.2\n  nodeproxy explain web 10.0.0.6:8080",
 		Args:    exactly("SOURCE", "DESTINATION"),
 	}
 	client, asJSON := socketFlag(cmd), jsonFlag(cmd)

@@ -25,7 +25,7 @@ func newTrace(e *env) *cobra.Command {
 	var verdict string
 	cmd.Flags().StringVar(&f.Service, "service", "", "only connections from or to the service `NAME`")
 	cmd.Flags().StringVar(&f.Workload, "workload", "", "only connections of the workload with this `CGROUP`, or end of its path")
-	cmd.Flags().StringVar(&verdict, "verdict", "", "only `allowed` or denied ones")
+	cmd.Flags().StringVar(&verdict, "verdict", "", "only those with this `VERDICT`: allowed or denied")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		f.Verdict = admin.Verdict(verdict)
 		if verdict != "" && f.Verdict != admin.Allowed && f.Verdict != admin.Denied {
