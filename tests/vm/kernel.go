@@ -19,7 +19,7 @@ import (
 // ErrNotOffered is returned by FetchKernel when apt knows no such package.
 var ErrNotOffered = errors.New("apt offers no such package")
 
-// Kernel is a kernel of Debian's, with its network modules, in the user's cache. The cache keeps it: some 20 MB.
+// Kernel is a kernel of Debian's, with its network modules, in the user's cache. The cache keeps it: 20 to 40 MB.
 type Kernel struct {
 	Package string // name and version
 	Release string // what uname -r prints
@@ -92,7 +92,7 @@ func (k *Kernel) download(ctx context.Context, pkg string, progress io.Writer) e
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
+	defer func() { _ = os.RemoveAll(tmp) }()
 	get := exec.CommandContext(ctx, "apt-get", "download", "-q", "-o", "APT::Sandbox::User=", pkg)
 	get.Dir, get.Stdout, get.Stderr = tmp, progress, progress
 	if err := get.Run(); err != nil {

@@ -1,7 +1,7 @@
 // Package vm runs programs under other kernels than this machine's: it boots a stock Debian kernel in QEMU, with an
 // initramfs that holds nothing but the programs, and reports what they printed and how they ended.
 //
-// The processor is emulated (TCG), which needs neither root nor KVM and is the same everywhere; programs run some ten times
+// The processor is emulated (TCG), which needs neither root nor KVM and is the same everywhere; programs run several times
 // slower than outside. Nothing of a machine remains after Run but the kernel, which is kept in the user's cache.
 package vm
 
@@ -15,7 +15,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -51,7 +53,8 @@ type Machine struct {
 }
 
 // Run boots the machine in dir, which it fills, and copies its console to out, line by line. It returns nil if every
-// program exited with status 0, ctx's cause if that ended first, and else an error that says what went wrong inside.
+// program exited with status 0, ctx's cause if that ended first, and else an error that says what went wrong inside. The
+// emulator does not outlive this process.
 func (m Machine) Run(ctx context.Context, dir string, out io.Writer) error {
 	initramfs := filepath.Join(dir, "initramfs")
 	if err := m.writeInitramfs(initramfs); err != nil {
@@ -65,23 +68,29 @@ func (m Machine) Run(ctx context.Context, dir string, out io.Writer) error {
 		"-append", "console=ttyS0 quiet oops=panic panic_on_warn=1 panic=-1")
 	cmd.WaitDelay = killDelay
 	cmd.Stderr = out
+	// The signal comes when the thread that started the emulator ends, which this keeps until Run returns.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	console, err := cmd.StdoutPipe()
 	if err != nil {
 		return fmt.Errorf("boot %s: %w", m.Kernel.Package, err)
 	}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("boot %s: %w", m.Kernel.Package, err)
+	var verdict error
+	if err = cmd.Start(); err == nil {
+		verdict = readConsole(console, out)
+		err = cmd.Wait()
 	}
-	verdict := readConsole(console, out)
-	err = cmd.Wait()
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("run %s: %w", m.Kernel.Package, context.Cause(ctx))
+		err = context.Cause(ctx)
 	case err != nil:
-		return fmt.Errorf("run %s: %s: %w", m.Kernel.Package, emulator, err)
+		err = fmt.Errorf("%s: %w", emulator, err)
+	default:
+		err = verdict
 	}
-	if verdict != nil {
-		return fmt.Errorf("run %s: %w", m.Kernel.Package, verdict)
+	if err != nil {
+		return fmt.Errorf("run %s: %w", m.Kernel.Package, err)
 	}
 	return nil
 }
