@@ -22,7 +22,8 @@ CONSUL := $(CACHE)/consul-$(shell awk '$$1 == "github.com/hashicorp/consul" { pr
 FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant
+VM_PACKAGES := qemu-system-x86 xz-utils
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant $(VM_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -62,6 +63,11 @@ test-quick: ## run the tests that take no foreign tools, in under five minutes (
 	@test -z "$$(gofmt -l bpf cmd nodeproxy policy redirect tests)" || { echo 'run gofmt on:'; gofmt -l bpf cmd nodeproxy policy redirect tests; exit 1; }
 	@go vet ./...
 	@go test -short -p 1 -timeout 5m ./...
+
+.PHONY: test-vm
+test-vm: ## run the kernel tests and the demonstration under stock Debian kernels, emulated (downloads them once)
+	@.ci/packages $(VM_PACKAGES)
+	@go test -v -count 1 -timeout 30m ./tests/vm
 
 .PHONY: bench
 bench: ## run the benchmarks, as ratios to plain TCP where they cross the kernel (root)
