@@ -38,15 +38,19 @@ type asker struct {
 	*world
 }
 
-// watch asks t with blocking queries until ctx ends. A failure starts over at index 0, with jitter: the servers behind
-// the agent may be others by then.
+// watch asks t with blocking queries until ctx ends. A failure starts over at index 0, with jitter: the agent, or the
+// servers behind it, may be others by then, with other indexes. So does a connection that another query lost.
 func (a asker) watch(ctx context.Context, t topic) {
-	var index uint64
+	var index, losses uint64
 	var last [sha256.Size]byte
 	for ctx.Err() == nil {
 		asked := time.Now()
 		q := t.ask()
-		q.index = index
+		if now := a.losses(); now == losses {
+			q.index = index
+		} else {
+			losses = now
+		}
 		next, sum, err := a.try(ctx, t, q, last)
 		if ctx.Err() != nil {
 			break

@@ -22,7 +22,7 @@ const (
 	grace = 10 * time.Second
 
 	// maxRequests is how many requests that do not wait are under way at once.
-	maxRequests = 8
+	maxRequests = 6
 
 	maxAnswer = 256 << 20
 	maxError  = 300 // bytes of an error's text
@@ -35,8 +35,22 @@ type client struct {
 	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: the transport's own
 	tls    *tlsFiles                                                            // nil: plain HTTP
 	tokens tokens
-	http   atomic.Pointer[http.Transport]
+	http   atomic.Pointer[transports]
 	slots  chan struct{} // taken by requests that do not wait
+}
+
+// transports are how requests are sent that do not wait, and those that do.
+type transports struct {
+	prompt *http.Transport
+
+	// waiting uses each connection once: when a connection that was used before is lost, net/http repeats the request by
+	// itself, and an agent that has just started would be asked to wait for changes after an index that is another's.
+	waiting *http.Transport
+}
+
+func (t *transports) close() {
+	t.prompt.CloseIdleConnections()
+	t.waiting.CloseIdleConnections()
 }
 
 func newClient(cfg *Config) (*client, error) {
@@ -76,22 +90,25 @@ func (c *client) reload() error {
 	if old != nil && (c.tls == nil || !c.tls.changed()) {
 		return nil
 	}
-	t := &http.Transport{DialContext: c.dial, IdleConnTimeout: time.Minute, MaxIdleConnsPerHost: maxRequests}
+	t := &transports{
+		prompt:  &http.Transport{DialContext: c.dial, IdleConnTimeout: time.Minute, MaxIdleConnsPerHost: maxRequests},
+		waiting: &http.Transport{DialContext: c.dial, DisableKeepAlives: true},
+	}
 	if c.tls != nil {
 		config, err := c.tls.load()
 		if err != nil {
 			return err
 		}
-		t.TLSClientConfig = config
+		t.prompt.TLSClientConfig, t.waiting.TLSClientConfig = config, config.Clone()
 	}
 	c.http.Store(t)
 	if old != nil {
-		old.CloseIdleConnections()
+		old.close()
 	}
 	return nil
 }
 
-func (c *client) close() { c.http.Load().CloseIdleConnections() }
+func (c *client) close() { c.http.Load().close() }
 
 // question is one GET.
 type question struct {
@@ -141,10 +158,7 @@ func (c *client) get(ctx context.Context, q question) (*answer, error) {
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("get %s: %w", q.path, err)
-	}
-	return a, nil
+	return a, err
 }
 
 func (c *client) do(ctx context.Context, q question) (*answer, error) {
@@ -167,7 +181,11 @@ func (c *client) do(ctx context.Context, q question) (*answer, error) {
 	if token != "" {
 		req.Header.Set("X-Consul-Token", token)
 	}
-	resp, err := c.http.Load().RoundTrip(req)
+	transport := c.http.Load().prompt
+	if q.index > 0 {
+		transport = c.http.Load().waiting
+	}
+	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		return nil, err
 	}

@@ -25,7 +25,7 @@ const (
 	renewTo   = 0.9
 
 	// maxSigning is how many leaves are asked for at once: the servers sign few in a second.
-	maxSigning = 8
+	maxSigning = maxRequests
 )
 
 // leaves are the certificates of the services that workloads of this node run as. A certificate stays until a newer one

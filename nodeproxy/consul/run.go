@@ -117,9 +117,9 @@ func (r *run) askAll(ctx context.Context) {
 func (r *run) poll(ctx context.Context, now <-chan struct{}) {
 	topics := append([]topic{r.agentTopic(), r.localTopic()}, r.entryTopics()...)
 	last := make([][sha256.Size]byte, len(topics))
-	tick := time.NewTicker(look)
-	defer tick.Stop()
-	for {
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for failures := 0; ; {
 		asked, all := time.Now(), true
 		if err := r.client.reload(); err != nil {
 			r.world.failed("anything over TLS", asked, err)
@@ -132,14 +132,18 @@ func (r *run) poll(ctx context.Context, now <-chan struct{}) {
 			last[i], ok = r.ask.once(ctx, t, last[i])
 			all = all && ok
 		}
-		if all {
+		if failures++; all {
 			r.world.sawAll(asked)
+			failures = 0
+			next.Reset(look)
+		} else {
+			next.Reset(min(look, backoff(failures)))
 		}
 		for waiting := true; waiting; {
 			select {
 			case <-ctx.Done():
 				return
-			case <-tick.C:
+			case <-next.C:
 				waiting = false
 			case <-now:
 				last[1], _ = r.ask.once(ctx, topics[1], last[1])

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/consul"
+	"nodeproxy.io/policy"
 	lab "nodeproxy.io/tests/consul"
 	"nodeproxy.io/tests/netlab"
 )
@@ -184,7 +186,7 @@ func newFront(t *testing.T, agent string) *front {
 	t.Helper()
 	f := &front{
 		socket: filepath.Join(t.TempDir(), "front.sock"),
-		agent: &http.Transport{MaxIdleConnsPerHost: 300, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		agent: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", agent)
 		}},
 		open: make(map[net.Conn]bool), statuses: make(map[int]int), requests: make(map[string]int),
@@ -255,10 +257,15 @@ func (f *front) fail(status int, match func(*http.Request) bool) {
 	}
 }
 
-func (f *front) count(path string) int {
+// total is how many requests there were.
+func (f *front) total() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.requests[path]
+	sum := 0
+	for _, n := range f.requests {
+		sum += n
+	}
+	return sum
 }
 
 func TestASnapshotHoldsWhatTheAgentKnows(t *testing.T) {
@@ -332,4 +339,315 @@ func TestAnIntentionIsInForceAtOnceAndWhenItIsRemoved(t *testing.T) {
 	}
 	w.must(w.agent.Remove(w.ctx(), "service-intentions", "api"))
 	w.await("web may connect again", allowed(true))
+}
+
+func denied(source, service string) func(*catalog.Snapshot) error {
+	return func(s *catalog.Snapshot) error {
+		if v := s.Policy.Decide(s.Identity(source), service); v.Allowed || v.Why == policy.ByDefault {
+			return fmt.Errorf("%+v", v)
+		}
+		return nil
+	}
+}
+
+func TestStormsOfErrorsChangeNothingAndAreMetWithPatience(t *testing.T) {
+	for _, status := range []int{http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusForbidden} {
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			w := newWorld(t, lab.Config{})
+			w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+			w.run("api")
+			ready := func(s *catalog.Snapshot) error {
+				if s.Services["api"] == nil || s.Leaves["api"] == nil {
+					return errors.New("api is not ready")
+				}
+				return nil
+			}
+			w.await("api is ready", ready)
+			w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+
+			w.front.fail(status, func(*http.Request) bool { return true })
+			w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"})) // wakes a query
+			h := w.awaitHealth("the error", func(h catalog.Health) bool { return h.Err != nil })
+			if !strings.Contains(h.Err.Error(), http.StatusText(status)) || time.Since(h.Updated) > patience {
+				t.Errorf("health: %+v", h)
+			}
+			asked := w.front.total()
+			time.Sleep(3 * time.Second) // the rate is what is asserted
+			if n := w.front.total() - asked; n > 60 {
+				t.Errorf("%d requests in three seconds", n)
+			}
+			if err := ready(w.current()); err != nil {
+				t.Error(err)
+			}
+			w.front.fail(0, nil)
+			w.await("the intention is in force", denied("web", "api"))
+			w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+		})
+	}
+}
+
+func TestOneForbiddenAnswerIsNoError(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	var once sync.Map
+	w.front.fail(http.StatusForbidden, func(req *http.Request) bool {
+		_, again := once.LoadOrStore(req.URL.Path, true)
+		return !again
+	})
+	w.run("api")
+	w.await("api has a leaf", func(s *catalog.Snapshot) error {
+		if s.Leaves["api"] == nil {
+			return errors.New("none")
+		}
+		return w.source.Health().Err
+	})
+}
+
+func TestADeadAgentsLastWordStaysInForce(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
+	w.run("api")
+	w.await("the intention is in force", denied("web", "api"))
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil && !h.Updated.IsZero() })
+	before := w.current()
+	killed := time.Now()
+	w.agent.Process.Kill()
+	h := w.awaitHealth("the error", func(h catalog.Health) bool { return h.Err != nil })
+	if h.Updated.After(killed.Add(time.Second)) || killed.Sub(h.Updated) > 15*time.Second {
+		t.Errorf("the agent was killed at %s; health says %+v", killed, h)
+	}
+	if now := w.current(); now != before {
+		t.Errorf("a snapshot without anything new: %+v", now)
+	}
+
+	w.must(w.agent.Restart(w.ctx())) // with another CA, and nothing registered
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.await("the new agent's word is in force", func(s *catalog.Snapshot) error {
+		if s.TrustDomain == before.TrustDomain || s.Services["api"] == nil || s.Leaves["api"] == nil {
+			return fmt.Errorf("trust domain %s, before %s; %d services; leaves %v", s.TrustDomain, before.TrustDomain, len(s.Services), s.Leaves)
+		}
+		if s.Leaves["api"].Leaf.URIs[0].String() != s.Identity("api").String() {
+			return errors.New("the leaf is of the other mesh")
+		}
+		return nil
+	})
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+}
+
+func TestAnIndexThatGoesBackStartsOver(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	const path = "/v1/connect/intentions/match"
+	var asked []string // the indexes, in order
+	w.front.change = func(req *http.Request, answer http.Header) {
+		if req.URL.Path == path && !req.URL.Query().Has("index") {
+			answer.Set("X-Consul-Index", "1000000") // as of a server that has since been replaced
+		}
+	}
+	w.front.spoil = func(_ http.ResponseWriter, req *http.Request) bool {
+		q := req.URL.Query()
+		if req.URL.Path != path {
+			return false
+		}
+		w.front.mu.Lock()
+		defer w.front.mu.Unlock()
+		asked = append(asked, q.Get("index"))
+		if q.Get("index") == "1000000" { // it would be answered after the whole wait, there being no such index
+			q.Set("wait", "100ms")
+			req.URL.RawQuery = q.Encode()
+		}
+		return false
+	}
+	w.run("api")
+	w.await("there is one", func(*catalog.Snapshot) error { return nil })
+	w.front.mu.Lock()
+	w.front.change = nil
+	w.front.mu.Unlock()
+	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
+	w.await("the intention is in force", denied("web", "api"))
+	w.must(w.agent.Remove(w.ctx(), "service-intentions", "api"))
+	w.await("it is gone", func(s *catalog.Snapshot) error {
+		if v := s.Policy.Decide(s.Identity("web"), "api"); !v.Allowed {
+			return fmt.Errorf("%+v", v)
+		}
+		return nil
+	})
+	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
+	w.await("it is back", denied("web", "api"))
+	if err := w.source.Health().Err; err != nil {
+		t.Error(err)
+	}
+	w.front.mu.Lock()
+	defer w.front.mu.Unlock()
+	for i := 1; i < len(asked); i++ {
+		if asked[i-1] == "1000000" && asked[i] != "" {
+			t.Errorf("after an index that went back %q was asked, want none: %q", asked[i], asked)
+		}
+	}
+	if last := asked[len(asked)-1]; len(asked) < 4 || last == "" || last == "1000000" {
+		t.Errorf("asked %q: want an index of the agent's own in the end", asked)
+	}
+}
+
+func TestALeafFollowsTheActiveRootAndEveryRootIsTrusted(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.run("api")
+	first := w.await("api has a leaf", func(s *catalog.Snapshot) error {
+		if s.Leaves["api"] == nil {
+			return errors.New("none")
+		}
+		return nil
+	})
+	w.must(w.agent.Do(w.ctx(), http.MethodPut, "/v1/connect/ca/configuration", map[string]any{
+		"Provider": "consul", "Config": map[string]any{"LeafCertTTL": "72h", "PrivateKeyType": "ec", "PrivateKeyBits": 384},
+	}, nil))
+	both := w.await("there are two roots", func(s *catalog.Snapshot) error {
+		if len(s.Roots) != 2 {
+			return fmt.Errorf("%d", len(s.Roots))
+		}
+		return nil
+	})
+	if !both.Roots[1].Equal(first.Roots[0]) || both.Roots[0].Equal(first.Roots[0]) {
+		t.Error("the active root is not the first")
+	}
+	if both.Leaves["api"] == nil {
+		t.Error("the leaf is gone")
+	}
+	w.await("the leaf is of the new root", func(s *catalog.Snapshot) error {
+		leaf := s.Leaves["api"].Leaf
+		return leaf.CheckSignatureFrom(s.Roots[0])
+	})
+	for _, s := range w.all {
+		if s.Generation >= first.Generation && s.Leaves["api"] == nil {
+			t.Errorf("generation %d has no leaf", s.Generation)
+		}
+	}
+}
+
+func TestConnectionsDoNotGrowWithServices(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow")
+	}
+	const services = 200
+	w := newWorld(t, lab.Config{})
+	need := make([]string, services)
+	for i := range need {
+		need[i] = fmt.Sprintf("service-%03d", i)
+		w.must(w.agent.Register(w.ctx(), lab.Service(need[i], need[i]+"-1", fmt.Sprintf("10.1.%d.2", i), 8080)))
+		actions := make(map[string]string)
+		for j := range 5 {
+			actions[fmt.Sprintf("service-%03d", (i+j+1)%services)] = "deny"
+		}
+		w.must(w.agent.Intentions(w.ctx(), need[i], actions))
+	}
+	began := time.Now()
+	w.run(need...)
+	snap := w.await("all is there", func(s *catalog.Snapshot) error {
+		if len(s.Leaves) != services || s.Policy.Len() != 5*services {
+			return fmt.Errorf("%d leaves, %d intentions", len(s.Leaves), s.Policy.Len())
+		}
+		for _, name := range need {
+			if svc := s.Services[name]; svc == nil || len(svc.Virtual) != 1 {
+				return fmt.Errorf("%s: %+v", name, svc)
+			}
+		}
+		return nil
+	})
+	t.Logf("all was there after %s", time.Since(began))
+	for i := range 3 { // services that are called
+		w.source.Called(need[i])
+	}
+	w.must(w.agent.Intentions(w.ctx(), need[199], map[string]string{"web": "deny"}))
+	w.await("a change is seen", denied("web", need[199]))
+	w.front.mu.Lock()
+	defer w.front.mu.Unlock()
+	t.Logf("at most %d connections, statuses %v, snapshot %d", w.front.most, w.front.statuses, snap.Generation)
+	if w.front.most > 16 {
+		t.Errorf("%d connections at once", w.front.most)
+	}
+	if n := w.front.statuses[http.StatusTooManyRequests]; n > 0 {
+		t.Errorf("%d answers were 429", n)
+	}
+}
+
+func TestACalledServiceIsWatched(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.run()
+	w.await("api is known", func(s *catalog.Snapshot) error {
+		if s.Services["api"] == nil {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	w.source.Called("api")
+	// Another node's instance: only the catalog tells of it, and only a watch at once.
+	register := func(status string) {
+		w.must(w.agent.Do(w.ctx(), http.MethodPut, "/v1/catalog/register", map[string]any{
+			"Node": "node-2", "Address": "192.0.2.2",
+			"Service": map[string]any{"ID": "api-2-sidecar-proxy", "Service": "api-sidecar-proxy", "Kind": "connect-proxy", "Address": "10.2.2.2", "Port": 21000,
+				"Proxy": map[string]any{"DestinationServiceName": "api", "DestinationServiceID": "api-2", "LocalServicePort": 8080}},
+			"Check": map[string]any{"Node": "node-2", "CheckID": "c", "Name": "c", "Status": status, "ServiceID": "api-2-sidecar-proxy"},
+		}, nil))
+	}
+	instance := func(healthy bool) func(*catalog.Snapshot) error {
+		return func(s *catalog.Snapshot) error {
+			for _, inst := range s.Services["api"].Instances {
+				if inst.ID == "api-2" && inst.Healthy == healthy && inst.Mesh.String() == "10.2.2.2:21000" && !inst.Local {
+					return nil
+				}
+			}
+			return fmt.Errorf("%d instances", len(s.Services["api"].Instances))
+		}
+	}
+	register("passing")
+	w.await("the instance is there", instance(true))
+	began := time.Now()
+	register("critical")
+	w.await("the instance is there, unhealthy", instance(false))
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("a check was seen after %s", took)
+	}
+}
+
+func TestATokenFileIsReadAgainAndAServiceHasItsOwn(t *testing.T) {
+	w := newWorld(t, lab.Config{HCL: lab.WithACLs, Token: lab.Management})
+	w.must(w.agent.Register(w.ctx(), map[string]any{"Name": "api", "ID": "api-1", "Port": 8080}))
+	reading := `agent_prefix "" { policy = "read" } node_prefix "" { policy = "read" } service_prefix "" { policy = "read" }`
+	dir := t.TempDir()
+	w.config.TokenFile, w.config.TokenDir = filepath.Join(dir, "token"), filepath.Join(dir, "tokens.d")
+	w.must(os.Mkdir(w.config.TokenDir, 0o700))
+	w.must(os.WriteFile(w.config.TokenFile, []byte("00000000-dead-dead-dead-000000000000\n"), 0o600))
+	w.run("api")
+	h := w.awaitHealth("that the token is wrong", func(h catalog.Health) bool { return h.Err != nil && strings.Contains(h.Err.Error(), "403") })
+	if !strings.Contains(h.Err.Error(), "docs/consul.md") {
+		t.Errorf("the error does not say what to do: %v", h.Err)
+	}
+	token, err := w.agent.NewToken(w.ctx(), "reading", reading)
+	w.must(err)
+	w.must(os.WriteFile(w.config.TokenFile, []byte(token+"\n"), 0o600))
+	snap := w.await("api is known", func(s *catalog.Snapshot) error {
+		if s.Services["api"] == nil {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	if snap.Policy.Default() != policy.Deny {
+		t.Error("the default of the ACLs is deny, the policy's is not")
+	}
+	w.awaitHealth("that there may be no leaf", func(h catalog.Health) bool {
+		return h.Err != nil && strings.Contains(h.Err.Error(), "certificate for api")
+	})
+	token, err = w.agent.NewToken(w.ctx(), "api", `service "api" { policy = "write" }`)
+	w.must(err)
+	w.must(os.WriteFile(filepath.Join(w.config.TokenDir, "api"), []byte(token), 0o600))
+	w.await("api has a leaf", func(s *catalog.Snapshot) error {
+		if s.Leaves["api"] == nil {
+			return errors.New("none")
+		}
+		return nil
+	})
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
 }

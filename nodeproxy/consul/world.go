@@ -2,6 +2,7 @@ package consul
 
 import (
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -63,6 +64,7 @@ type world struct {
 	mu     sync.Mutex
 	data   data
 	faults map[string]*fault // by what is asked
+	lost   uint64            // how many questions got no answer at all
 	looked time.Time         // when all that is polled was last answered
 	logged string            // the error that was logged
 }
@@ -117,9 +119,19 @@ func (w *world) failed(what string, asked time.Time, err error) (count int) {
 	}
 	f.count++
 	f.err = err
+	if _, answered := errors.AsType[*statusError](err); !answered {
+		w.lost++
+	}
 	w.report()
 	wake(w.changed) // the first snapshot waits for answers, and not for ever
 	return f.count
+}
+
+// losses is how many questions got no answer at all.
+func (w *world) losses() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.lost
 }
 
 // answered notes that what was asked was answered.
