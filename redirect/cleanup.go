@@ -77,6 +77,7 @@ func cleanupNode(dir, node string) (removed []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	own := ownCgroups(dir, versions, node)
 	for _, v := range versions {
 		got, err := cleanupVersion(filepath.Join(dir, v))
 		removed = append(removed, got...)
@@ -87,18 +88,41 @@ func cleanupNode(dir, node string) (removed []string, err error) {
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return removed, fmt.Errorf("remove pin directory: %w", err)
 	}
-	mount, err := CgroupMount()
-	if err != nil {
-		return removed, err
-	}
-	own := filepath.Join(mount, daemonCgroup(node))
-	switch err := os.Remove(own); {
-	case err == nil:
-		removed = append(removed, "cgroup "+own)
-	case !errors.Is(err, fs.ErrNotExist):
-		return removed, fmt.Errorf("remove the daemon's cgroup: %w: a process is still in it", err)
+	for _, cgroup := range own {
+		switch err := os.Remove(cgroup); {
+		case err == nil:
+			removed = append(removed, "cgroup "+cgroup)
+		case !errors.Is(err, fs.ErrNotExist):
+			return removed, fmt.Errorf("remove the daemon's cgroup: %w: a process is still in it", err)
+		}
 	}
 	return removed, nil
+}
+
+// ownCgroups finds the cgroup that OwnCgroup made for the daemon whose links are pinned below dir. A cgroup of that name
+// which is another daemon's is left alone.
+func ownCgroups(dir string, versions []string, node string) []string {
+	mount, err := CgroupMount()
+	if err != nil {
+		return nil
+	}
+	cgroup := filepath.Join(mount, daemonCgroup(node))
+	id, err := CgroupID(cgroup)
+	if err != nil {
+		return nil
+	}
+	for _, v := range versions {
+		l, err := link.LoadPinnedLink(filepath.Join(dir, v, daemonPin), nil)
+		if err != nil {
+			continue
+		}
+		linked := linkedCgroup(l)
+		l.Close()
+		if linked == id {
+			return []string{cgroup}
+		}
+	}
+	return nil
 }
 
 // cleanupVersion removes links first, so that at no moment a steering program runs without its maps.

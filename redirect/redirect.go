@@ -32,6 +32,9 @@ const MapABI = int(outboundConstantMAP_ABI)
 // StaleSeconds is the heartbeat's bound: a daemon not seen alive for that long is gone, for the kernel.
 const StaleSeconds = int(outboundConstantSTALE_SECONDS)
 
+// daemonPin is the link on the daemon's own cgroup, in the pin directory.
+const daemonPin = "daemon"
+
 // Config says where a Redirect lives.
 type Config struct {
 	Pins     string // a directory on bpffs; state of this node goes to <Pins>/<Node>/v<MapABI>
@@ -100,7 +103,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if r.events, err = ringbuf.NewReader(r.obj.Events); err != nil {
 		return nil, fmt.Errorf("read kernel events: %w", err)
 	}
-	if r.own, err = r.attachPinned(cfg.Cgroup, filepath.Join(r.dir, "daemon"), ebpf.AttachCGroupSockOps, r.obj.ProxySockops); err != nil {
+	if r.own, err = r.attachPinned(cfg.Cgroup, filepath.Join(r.dir, daemonPin), ebpf.AttachCGroupSockOps, r.obj.ProxySockops); err != nil {
 		return nil, fmt.Errorf("attach to the daemon's cgroup %s: %w", cfg.Cgroup, err)
 	}
 	if err := r.adopt(); err != nil {

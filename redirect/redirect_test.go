@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -99,6 +100,9 @@ func appListen() {
 
 // node is a lab with a Redirect whose daemon is the test process.
 type node struct {
+	mu      sync.Mutex // guards r, when it is changed, and resting
+	resting bool
+
 	t    testing.TB
 	lab  *netlab.Lab
 	r    *redirect.Redirect
@@ -140,7 +144,48 @@ func newNode(t testing.TB) *node {
 	}
 	n.open()
 	t.Cleanup(func() { n.r.Close() })
+	n.keepBeating()
 	return n
+}
+
+// keepBeating beats for the daemon until the end of the test, unless n.resting.
+func (n *node) keepBeating() {
+	done := make(chan struct{})
+	var beating sync.WaitGroup
+	beating.Go(func() {
+		tick := time.NewTicker(500 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+			n.mu.Lock()
+			if !n.resting {
+				_ = n.r.Beat() // closed for a moment when a test changes daemons
+			}
+			n.mu.Unlock()
+		}
+	})
+	n.t.Cleanup(func() {
+		close(done)
+		beating.Wait()
+	})
+}
+
+func (n *node) rest(resting bool) {
+	n.t.Helper()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.resting = resting
+	change := n.r.Beat
+	if resting {
+		change = n.r.Rest
+	}
+	if err := change(); err != nil {
+		n.t.Fatal(err)
+	}
 }
 
 func (n *node) open() {
@@ -149,7 +194,9 @@ func (n *node) open() {
 	if err != nil {
 		n.t.Fatalf("%+v", err)
 	}
+	n.mu.Lock()
 	n.r = r
+	n.mu.Unlock()
 	if err := r.Beat(); err != nil {
 		n.t.Fatal(err)
 	}
@@ -223,7 +270,7 @@ func (p *pod) app(cgroup *netlab.Cgroup, env ...string) *netlab.Process {
 	if err != nil {
 		p.n.t.Fatal(err)
 	}
-	proc, err := p.n.lab.Start(netlab.Command{Path: self, Env: env, Namespace: p.netns, Cgroup: cgroup})
+	proc, err := p.n.lab.Start(netlab.Command{Path: self, Env: append(env, "GORACE=atexit_sleep_ms=0"), Namespace: p.netns, Cgroup: cgroup})
 	if err != nil {
 		p.n.t.Fatal(err)
 	}
@@ -353,13 +400,9 @@ func TestRefusalsOfTheConnectHook(t *testing.T) {
 	}
 	refused("virtual IP of no service", p.dial("tcp4", "240.0.0.2:80"))
 	refused("bound to a device", p.dial("tcp4", "240.0.0.1:80", "NP_DEVICE=eth0"))
-	if err := n.r.Rest(); err != nil {
-		t.Fatal(err)
-	}
+	n.rest(true)
 	refused("daemon stopped", p.dial("tcp4", "240.0.0.1:80"))
-	if err := n.r.Beat(); err != nil {
-		t.Fatal(err)
-	}
+	n.rest(false)
 	if got := p.dial("tcp4", "240.0.0.1:80"); !strings.Contains(got, "240.0.0.1:80 for workload") {
 		t.Errorf("daemon back: %s", got)
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -87,6 +88,10 @@ func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Wor
 	if s.instance.Delivery.Port() != 0 {
 		port = s.instance.Delivery.Port()
 	}
+	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() && !ip.IsLoopback() && !s.space.has(ip) {
+		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
+			"deliver to instance %s: address %s is not one of the workload's network namespace; correct the service definition", s.Instance, ip)}
+	}
 	listeners, err := s.space.Listeners(port)
 	if err != nil {
 		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
@@ -112,9 +117,6 @@ func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Wor
 // each first in the client's address family, so that the application can be shown the client's address.
 func (s *served) candidates(client netip.AddrPort) []netip.Addr {
 	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() {
-		if !ip.IsLoopback() && !s.space.has(ip) {
-			return nil
-		}
 		return []netip.Addr{ip}
 	}
 	v4, v6 := netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()
@@ -131,14 +133,7 @@ func (s *served) candidates(client netip.AddrPort) []netip.Addr {
 	return all
 }
 
-func (s *space) has(ip netip.Addr) bool {
-	for _, a := range s.addrs {
-		if a == ip {
-			return true
-		}
-	}
-	return false
-}
+func (s *space) has(ip netip.Addr) bool { return slices.Contains(s.addrs, ip) }
 
 // ownerOf says which of the workloads that serve s owns every listener that a connection to ip could reach. found: there
 // is one at all; a nil workload: at least one belongs to somebody else.

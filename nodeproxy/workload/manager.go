@@ -80,12 +80,12 @@ type entry struct {
 	instances []string
 }
 
-// space is an open namespace.
+// space is an open namespace. The data path sees it through a view: what it reads is not changed, but replaced.
 type space struct {
 	*redirect.Namespace
 	public *Namespace
 	addrs  []netip.Addr
-	unused int
+	unused int // reconcile's own
 }
 
 // NewManager moves the process into a cgroup of its own and opens the node's kernel state, taking over what an earlier

@@ -175,7 +175,11 @@ func (m *Manager) watchNamespaces() {
 			m.log.Error("cannot see a network namespace's addresses; keeping the last", "inode", inode, "error", err)
 			continue
 		}
-		s.addrs = addrs
+		if !slices.Equal(addrs, s.addrs) {
+			changed := *s // the data path reads the other one
+			changed.addrs = addrs
+			m.namespaces[inode] = &changed
+		}
 	}
 }
 

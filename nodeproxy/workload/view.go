@@ -227,6 +227,9 @@ func (m *Manager) State() State {
 	for _, f := range fills {
 		state.Maps = append(state.Maps, MapFill(f))
 	}
+	if state.Counters, err = m.redirect.Counters(); err != nil {
+		m.log.Error("cannot read the counters for status", "error", err)
+	}
 	state.Heartbeat, state.Links = m.redirect.Pulse()
 	return state
 }

@@ -113,6 +113,7 @@ type State struct {
 	Heartbeat time.Time
 	Links     int
 	Maps      []MapFill
+	Counters  map[string]uint64 // the programs' own, since the maps were made
 }
 
 // WorkloadState is one enrolled workload.
