@@ -191,12 +191,13 @@ func TestStatusShowsWhatAnOperatorLooksFor(t *testing.T) {
 	}
 }
 
-func TestStatusOfAStoppingDaemonSaysSo(t *testing.T) {
+func TestStatusSaysWhatIsUnusual(t *testing.T) {
 	status := exampleStatus()
+	status.Kernel.Counters = map[string]uint64{admin.CounterUnprotectedUDP: 12, admin.CounterEventsLost: 3}
 	status.Stopping, status.Policy.Intentions, status.Kernel.Heartbeat = true, 1, time.Time{}
 	socket := serve(t, &backend{status: status})
 	r := invoke(t, false, nil, "status", "--socket", socket)
-	wantText(t, r.stdout, "stopping: new connections are refused", "heartbeat stopped", "1 intention,")
+	wantText(t, r.stdout, "stopping: new connections are refused", "heartbeat stopped", "1 intention,", "12 datagrams", "3 verdicts were lost")
 }
 
 func TestStatusColumnsAlign(t *testing.T) {

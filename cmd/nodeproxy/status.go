@@ -81,6 +81,9 @@ func (v *statusView) summary() {
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
 	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
+	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
+		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
+	}
 	t.write(v.stdout, "")
 }
 
@@ -188,6 +191,9 @@ func (v *statusView) problems() {
 		if w.Unprotected() || w.Detail != "" && w.State != "empty" {
 			say("workload %s (%s) is %s: %s", w.Cgroup, w.Service, w.State, w.Detail)
 		}
+	}
+	if n := v.s.Kernel.Counters[admin.CounterEventsLost]; n > 0 {
+		say("kernel: %d verdicts were lost since its maps were made: trace and counters do not show them", n)
 	}
 	for _, r := range v.s.Refused {
 		say("claim refused: %s may not be %s (%s): %s", r.Cgroup, r.Service, r.Provider, r.Why)

@@ -13,6 +13,7 @@ type collector struct {
 
 	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
+	unprotectedUDP, eventsLost                           *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -35,13 +36,16 @@ func newCollector(m *Metrics) *collector {
 		sourceAge:         desc("source_age_seconds", "Age of the control plane's data; since the start of the daemon while there is none."),
 		unprotected:       desc("unprotected_workloads", "Claimed workloads that are not protected now."),
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
+
+		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
+		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost} {
 		ch <- d
 	}
 }
@@ -100,6 +104,8 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 		}
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
+	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
+	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])
 }
 
 func counter(d *prometheus.Desc, v uint64, labels ...string) prometheus.Metric {

@@ -177,7 +177,15 @@ type Kernel struct {
 	Heartbeat time.Time   `json:"heartbeat"`
 	Links     int         `json:"links"`
 	Maps      []KernelMap `json:"maps"`
+	// Counters are the programs' own, since the maps were made: also while no daemon ran.
+	Counters map[string]uint64 `json:"counters"`
 }
+
+// Names of Counters.
+const (
+	CounterUnprotectedUDP = "unprotected_udp" // datagrams to the ports of workloads: they are let in
+	CounterEventsLost     = "events_lost"     // verdicts of the kernel that the trace does not show: the daemon was too slow
+)
 
 // KernelMap is the fill of one map.
 type KernelMap struct {

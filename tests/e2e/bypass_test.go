@@ -51,6 +51,9 @@ func TestLoopbackUDPAndForeignDestinationsAreUntouched(t *testing.T) {
 	if !strings.Contains(p.Output(), "answer heard question from "+at(api.IPv4, port)) {
 		t.Errorf("UDP: %s", p.Output())
 	}
+	if n := m.metric(1, "nodeproxy_unprotected_udp_total"); n == 0 {
+		t.Error("the datagram to a workload's port is not counted")
+	}
 	if n := m.metric(0, "nodeproxy_connections_opened_total"); n != 0 {
 		t.Errorf("node 1 proxied %v connections, and none was to the mesh", n)
 	}
