@@ -187,18 +187,6 @@ func (m *mesh) dial(w *netlab.Workload, args ...string) string {
 
 func reached(out string) bool { return strings.Contains(out, "accept=") }
 
-// eventuallyReaches waits until an echo comes back.
-func (m *mesh) eventuallyReaches(w *netlab.Workload, to string) {
-	m.t.Helper()
-	var out string
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
-		if out = m.dial(w, to, "peer"); reached(out) {
-			return
-		}
-	}
-	m.t.Fatalf("%s does not reach %s: %s", w.Name, to, out)
-}
-
 func TestTwoNodesWithLeastPrivilege(t *testing.T) {
 	m := newMesh(t)
 	web, batch, api := m.place(0, "web"), m.place(0, "batch"), m.place(1, "api")
@@ -206,7 +194,7 @@ func TestTwoNodesWithLeastPrivilege(t *testing.T) {
 	m.start([]string{"web", "batch"}, []string{"api"})
 	vip := m.vip(0, "api")
 
-	m.eventuallyReaches(web, vip)
+	m.eventually("web reaches api", web, vip, reached)
 	if out := m.dial(batch, vip, "peer"); reached(out) {
 		t.Errorf("batch reaches api: %s", out)
 	}
