@@ -28,7 +28,8 @@ const (
 
 type message [messageSize]byte
 
-// serverThreads is more than the connections that are busy at a time: each of them blocks a thread of its own.
+// serverThreads is more than the connections that are busy at a time: each of them blocks a thread of its own, which also
+// accepted it, so that a connection costs the server one wake-up.
 const serverThreads = 128
 
 // serve answers clients at an address until the process is killed.
@@ -50,13 +51,15 @@ func serve(address string, out io.Writer) error {
 	defer unix.Close(parked)
 	go closeParked(parked) // ends with the process
 	fmt.Fprintln(out, "listening")
-	for {
-		conn, err := ln.accept()
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
+	return together(serverThreads, func(int) error {
+		for {
+			conn, err := ln.accept()
+			if err != nil {
+				return fmt.Errorf("accept: %w", err)
+			}
+			answer(conn, parked)
 		}
-		go answer(conn, parked)
-	}
+	})
 }
 
 // answer serves one connection. What fails ends it, and the client says so.
