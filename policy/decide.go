@@ -200,6 +200,8 @@ func (p *Policy) Explain(src Identity, dst string) Explanation {
 		}
 	}
 	switch {
+	case e.Intention != nil && e.Why == ByIntention && len(e.Considered) == 1:
+		e.Sentence = fmt.Sprintf("%s decides: it is the only one that matches", e.Intention)
 	case e.Intention != nil && e.Why == ByIntention:
 		e.Sentence = fmt.Sprintf("%s decides: it has the highest precedence of %d that match", e.Intention, len(e.Considered))
 	case e.Intention != nil:

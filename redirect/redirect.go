@@ -112,6 +112,9 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	return r, nil
 }
 
+// Dir is the pin directory.
+func (r *Redirect) Dir() string { return r.dir }
+
 // Close lets go of the kernel state and closes the listeners of namespaces still open. What is pinned stays in force.
 func (r *Redirect) Close() error {
 	r.mu.Lock()

@@ -29,20 +29,46 @@ func (m *Manager) Dial(ctx context.Context, ns *Namespace, to netip.AddrPort) (*
 }
 
 // DialCheck connects to where a health check of a local instance points, from inside the instance's namespace, past its
-// own guard. An instance that no workload serves is checked from the node.
+// own guard. An instance that no workload serves is checked from the node. It waits until the workloads are known: before
+// that, an earlier daemon's guard would refuse it and the instance would be taken for dead.
 func (m *Manager) DialCheck(ctx context.Context, instance, network, addr string) (net.Conn, error) {
+	select {
+	case <-m.ready:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("check instance %s at %s: the workloads are not known yet: %w", instance, addr, context.Cause(ctx))
+	}
 	for _, s := range m.view.Load().served {
 		if s.Instance != instance || len(s.Workloads) == 0 {
 			continue
 		}
-		to, err := netip.ParseAddrPort(addr)
+		to, err := literal(ctx, addr)
 		if err != nil {
-			return nil, fmt.Errorf("check instance %s at %q: %w: use a literal address", instance, addr, err)
+			return nil, fmt.Errorf("check instance %s at %q: %w", instance, addr, err)
 		}
 		return s.space.Dial(ctx, netip.Addr{}, to, redirect.Announcement{Kind: redirect.Check, Workload: s.Workloads[0].ID})
 	}
 	var d net.Dialer
 	return d.DialContext(ctx, network, addr)
+}
+
+// literal resolves addr as the node does, but for localhost, which is the workload's own.
+func literal(ctx context.Context, addr string) (netip.AddrPort, error) {
+	host, service, err := net.SplitHostPort(addr)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	port, err := net.DefaultResolver.LookupPort(ctx, "tcp", service)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	if host == "localhost" {
+		host = "127.0.0.1"
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	return netip.AddrPortFrom(ips[0].Unmap(), uint16(port)), nil
 }
 
 // Deliver implements the proxy's Kernel.

@@ -51,7 +51,9 @@ type Manager struct {
 	cgroup   string // the daemon's own
 	mount    string // of cgroup2
 
-	kick chan struct{}
+	kick  chan struct{}
+	ready chan struct{} // closed once the workloads are known and protected
+	once  sync.Once     // closes ready
 	view atomic.Pointer[view]
 
 	mu     sync.Mutex // guards claims and snap
@@ -112,6 +114,7 @@ func NewManager(cfg Config) (*Manager, error) {
 	m := &Manager{
 		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount,
 		kick:       make(chan struct{}, 1),
+		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),

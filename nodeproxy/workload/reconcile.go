@@ -33,6 +33,9 @@ func (m *Manager) reconcile() {
 	shown := *next
 	shown.states, shown.refused = m.states(), slices.Clone(m.refused)
 	m.view.Store(&shown)
+	if m.pruned {
+		m.once.Do(func() { close(m.ready) })
+	}
 }
 
 // complete reports whether every provider has spoken and a snapshot is there: only then it is known what is not wanted.
