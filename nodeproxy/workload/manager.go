@@ -54,7 +54,7 @@ type Manager struct {
 	kick  chan struct{}
 	ready chan struct{} // closed once the workloads are known and protected
 	once  sync.Once     // closes ready
-	view atomic.Pointer[view]
+	view  atomic.Pointer[view]
 
 	mu     sync.Mutex // guards claims and snap
 	claims map[string][]Claim
