@@ -113,20 +113,32 @@ func modeOf[M ~string](m M) *workload.Mode {
 // dialFunc dials for a check of an instance.
 type dialFunc = func(ctx context.Context, instance, network, address string) (net.Conn, error)
 
+// newSource makes the configured source. With a nil dial it only reads.
 func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Source, error) {
-	if c := cfg.Consul; c != nil {
-		return consul.New(consul.Config{
-			Address: c.Address, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
-			CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile,
-			Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs},
-			Permissive: cfg.Inbound.Mode == config.Permissive, Log: log,
-		})
+	if cfg.Consul != nil {
+		c := consulConfig(cfg)
+		c.Log = log
+		if dial != nil { // the daemon's: it registers what it serves
+			c.StateFile = filepath.Join(cfg.State.Dir, "state.json")
+		}
+		return consul.New(c)
 	}
 	return file.New(file.Config{
 		Dir: cfg.Source.Path, Node: cfg.Node.Name, NodeAddress: cfg.Node.Address,
 		VirtualRange: cfg.Source.VirtualIPs, Ports: file.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort},
 		Permissive: cfg.Inbound.Mode == config.Permissive, DialContext: dial, Log: log,
 	})
+}
+
+func consulConfig(cfg *config.Config) consul.Config {
+	c := cfg.Consul
+	return consul.Config{
+		Address: c.Address, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
+		CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile,
+		Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs},
+		Ports: consul.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort}, Version: version,
+		Permissive: cfg.Inbound.Mode == config.Permissive,
+	}
 }
 
 // callers tells a source that wants to know which services are called, and everything else to the recorder.

@@ -84,7 +84,7 @@ func (a asker) once(ctx context.Context, t topic, last [sha256.Size]byte) ([sha2
 
 // try asks q and applies the answer if it differs from the last. The index to ask with next is 0 after an error.
 func (a asker) try(ctx context.Context, t topic, q question, last [sha256.Size]byte) (uint64, [sha256.Size]byte, error) {
-	got, err := a.get(ctx, q)
+	got, err := a.request(ctx, q)
 	if err != nil {
 		return 0, last, err
 	}

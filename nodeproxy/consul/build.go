@@ -24,15 +24,16 @@ type builder struct {
 	cfg      *Config
 	data     *data
 	certs    map[string]*tls.Certificate
-	needed   []string // services that workloads of this node run as
+	needed   []string          // services that workloads of this node run as
+	given    map[string]uint16 // mesh ports of instances that have no sidecar of the operator's, by ID
 	compiled *compiled
 	*settings
 	services map[string]*catalog.Service
 }
 
-func (r *run) builder(d *data) *builder {
+func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
 	return &builder{
-		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: r.leaves.needed(), compiled: &r.compiled,
+		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, compiled: &r.compiled,
 		settings: d.entries.settings(), services: make(map[string]*catalog.Service),
 	}
 }
@@ -95,14 +96,16 @@ func (b *builder) service(name string) *catalog.Service {
 	return svc
 }
 
-// addRemote adds an instance of another node.
+// addRemote adds an instance of another node. Its application's own address is the mesh's only where a nodeproxy serves
+// it: elsewhere whoever dials it means just that.
 func (b *builder) addRemote(name string, e endpoint) {
 	inst := &catalog.Instance{
 		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: e.tags, Meta: e.meta,
 	}
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
-	if e.app.port != 0 {
+	isServed := slices.ContainsFunc(b.data.proxies[e.node], func(p Ports) bool { return p.contains(inst.Mesh.Port()) })
+	if e.app.port != 0 && isServed {
 		inst.Address = b.place(inst, e.app, e.nodeAddress)
 	}
 	svc := b.service(name)
@@ -117,7 +120,7 @@ func (b *builder) addLocal() {
 		switch {
 		case !isDefault(s.Namespace) || !isDefault(s.Partition):
 			b.problem(s.Service, "unsupported", "%q is registered in namespace %q and partition %q: only \"default\" is supported", id, s.Namespace, s.Partition)
-		case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil:
+		case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && !isOurs(s):
 			b.adopt(s, served)
 		case s.Kind == api.ServiceKindTypical && s.Connect != nil && s.Connect.Native:
 			b.addNative(s)
@@ -136,7 +139,7 @@ func isDefault(name string) bool { return name == "" || name == "default" }
 // adopt adds the instance behind a registered sidecar.
 func (b *builder) adopt(s *api.AgentService, served map[string]bool) {
 	name := s.Proxy.DestinationServiceName
-	app := b.application(s)
+	app := b.data.application(s)
 	inst := b.localInstance(s, name)
 	if app != nil {
 		inst.Tags, inst.Meta = app.Tags, app.Meta
@@ -167,23 +170,6 @@ func (b *builder) adopt(s *api.AgentService, served map[string]bool) {
 	svc.Instances = append(svc.Instances, inst)
 }
 
-// application finds the instance behind a sidecar: the one it names, or the only one of that service.
-func (b *builder) application(sidecar *api.AgentService) *api.AgentService {
-	if id := sidecar.Proxy.DestinationServiceID; id != "" {
-		return b.data.local[id]
-	}
-	var found []*api.AgentService
-	for _, s := range b.data.local {
-		if s.Kind == api.ServiceKindTypical && s.Service == sidecar.Proxy.DestinationServiceName {
-			found = append(found, s)
-		}
-	}
-	if len(found) != 1 {
-		return nil
-	}
-	return found[0]
-}
-
 func (b *builder) addNative(s *api.AgentService) {
 	inst := b.localInstance(s, s.Service)
 	inst.Native = true
@@ -192,15 +178,19 @@ func (b *builder) addNative(s *api.AgentService) {
 	svc.Instances = append(svc.Instances, inst)
 }
 
-// addUnserved adds an instance that has no sidecar. It speaks no mTLS, so nobody can call it.
+// addUnserved adds an instance that has no sidecar of the operator's: one of ours is registered, if it has a port for it.
+// It is delivered to wherever the workload listens.
 func (b *builder) addUnserved(s *api.AgentService) {
 	inst := b.localInstance(s, s.Service)
 	inst.Address = b.applicationPlace(inst, s)
 	inst.DeliverySocket = s.SocketPath
 	svc := b.service(s.Service)
 	svc.Instances = append(svc.Instances, inst)
-	if s.Port != 0 || s.SocketPath != "" {
-		b.problem(s.Service, "unreachable", "instance %q of %q has no sidecar registered, so nobody can call it: add connect { sidecar_service {} } to its definition", s.ID, s.Service)
+	switch port := b.given[s.ID]; {
+	case port != 0:
+		inst.Mesh = b.place(inst, place{s.Address, int(port)}, b.data.agent.address)
+	case s.Port != 0 || s.SocketPath != "":
+		b.problem(s.Service, "unreachable", "instance %q of %q has no sidecar, and no mesh port is left for it: add connect { sidecar_service {} } to its definition, or widen inbound.ports", s.ID, s.Service)
 	}
 }
 
@@ -211,7 +201,7 @@ func (b *builder) localInstance(s *api.AgentService, name string) *catalog.Insta
 	}
 	if known := b.data.services[name]; known != nil {
 		for _, e := range known.instances {
-			if e.node == inst.Node && e.proxyID == s.ID {
+			if e.node == inst.Node && (e.proxyID == s.ID || e.proxyID == s.ID+sidecarSuffix) {
 				inst.Healthy = e.healthy
 			}
 		}

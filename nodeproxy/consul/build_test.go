@@ -44,6 +44,7 @@ func sample() *data {
 			}},
 		},
 		entries:    entries,
+		proxies:    map[string][]Ports{"node-2": {{21000, 21000}}, "node-3": {{21000, 21009}}, "node-9": {{21000, 21000}}},
 		intentions: map[string][]intention{"api": nil, "web": nil},
 	}
 }

@@ -1,7 +1,10 @@
 package consul
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -110,8 +113,10 @@ func (c *client) reload() error {
 
 func (c *client) close() { c.http.Load().close() }
 
-// question is one GET.
+// question is one request: a GET unless method says otherwise.
 type question struct {
+	method  string
+	body    any
 	path    string
 	params  url.Values
 	service string // whose token to use, "" for the general one
@@ -139,8 +144,17 @@ func hasStatus(err error, status int) bool {
 	return ok && e.status == status
 }
 
-// get asks, and waits for a slot first unless the question itself waits.
-func (c *client) get(ctx context.Context, q question) (*answer, error) {
+// put changes something, with the token of service. body is sent as JSON unless it is nil.
+func (c *client) put(ctx context.Context, path, service string, body any) error {
+	_, err := c.request(ctx, question{method: http.MethodPut, path: path, service: service, body: body})
+	if err != nil {
+		return fmt.Errorf("put %s: %w", path, err)
+	}
+	return nil
+}
+
+// request asks, and waits for a slot first unless the question itself waits.
+func (c *client) request(ctx context.Context, q question) (*answer, error) {
 	timeout := grace
 	if q.index > 0 {
 		timeout += longest + longest/16
@@ -170,7 +184,19 @@ func (c *client) do(ctx context.Context, q question) (*answer, error) {
 		params.Set("index", strconv.FormatUint(q.index, 10))
 		params.Set("wait", longest.String())
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+q.path+"?"+params.Encode(), nil)
+	var sent io.Reader
+	if q.body != nil {
+		text, err := json.Marshal(q.body)
+		if err != nil {
+			return nil, err
+		}
+		sent = bytes.NewReader(text)
+	}
+	path, query, _ := strings.Cut(q.path, "?")
+	if len(params) > 0 {
+		query = params.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, cmp.Or(q.method, http.MethodGet), c.base+path+"?"+query, sent)
 	if err != nil {
 		return nil, err
 	}

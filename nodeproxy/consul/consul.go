@@ -5,15 +5,18 @@
 // known stays in force, and Health says since when. Nothing is ever dropped because a question could not be answered.
 //
 // The number of connections to the agent does not grow with the services of the node or of the mesh: one for the roots,
-// one for this node's registrations, one for the names of all services, one for the intentions of all of them (a second
-// and third beyond some thousand names), at most maxRequests for everything that does not wait, and one for each service
+// one for this node's registrations, one for the names of all services, one for the node proxies, one for the intentions of
+// this node's services and one for those of all others (more beyond some thousand names), at most maxRequests for everything that does not wait, and one for each service
 // that workloads of this node call, at most maxCalled. Consul allows 200 per client address.
 //
 // The services of the whole datacenter are in the snapshot, so that any of them can be called by its virtual IP. The
 // instances of one that is being called are watched; those of the others are read when the catalog changes, at a rate that is
 // bounded, and again when they are first called.
 //
-// What is asked of the token is in docs/consul.md. The package changes nothing in Consul.
+// With a StateFile it registers a sidecar for each instance that workloads of this node serve and that has none, and the
+// service "node-proxy" for itself; see keepRegistered and Withdraw. It changes nothing else in Consul.
+//
+// What is asked of the token is in docs/consul.md.
 package consul
 
 import (
@@ -49,6 +52,11 @@ type Config struct {
 	// VirtualRanges are those that the servers give virtual IPs out of. A virtual IP outside is not believed.
 	VirtualRanges []netip.Prefix
 
+	// StateFile keeps which of Ports each instance without a sidecar was given. "" registers nothing.
+	StateFile string
+	Ports     Ports
+	Version   string // of this daemon, for other nodeproxies
+
 	Permissive bool // plaintext is let in where Consul's MutualTLSMode says nothing
 
 	Log *slog.Logger // nil discards
@@ -67,6 +75,9 @@ func (c *Config) validate() error {
 			errs = append(errs, fmt.Errorf("virtual_ips %s is no range, or holds the node's own address %s", r, c.NodeAddress))
 		}
 	}
+	if c.StateFile != "" && (c.Ports.First == 0 || c.Ports.Last < c.Ports.First) {
+		errs = append(errs, fmt.Errorf("inbound.ports %d-%d is no range", c.Ports.First, c.Ports.Last))
+	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		errs = append(errs, errors.New("cert_file and key_file go together: set both or none"))
 	}
@@ -83,6 +94,10 @@ type Source struct {
 
 	named chan struct{} // gets a value, without blocking, when the names of services may have changed
 	known chan struct{} // the same for the services that are in the mesh, or on this node
+
+	ports   *ports // nil: nothing is registered
+	wanted  chan *wanted
+	lookNow chan struct{} // gets a value, without blocking, when this node's registrations may have changed
 }
 
 var (
@@ -104,10 +119,17 @@ func New(cfg Config) (*Source, error) {
 	if err != nil {
 		return fail(err)
 	}
+	var given *ports
+	if cfg.StateFile != "" {
+		if given, err = openPorts(cfg.StateFile, cfg.Ports); err != nil {
+			return fail(err)
+		}
+	}
 	w := newWorld(cfg.Log)
 	return &Source{
 		cfg: cfg, client: client, world: w, leaves: newLeaves(client, w), called: newCalled(),
 		named: make(chan struct{}, 1), known: make(chan struct{}, 1),
+		ports: given, wanted: make(chan *wanted, 1), lookNow: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -123,7 +145,10 @@ func (s *Source) Called(service string) { s.called.add(service) }
 // Health implements catalog.Source. Updated is when every part of the data was last known to be current.
 func (s *Source) Health() catalog.Health {
 	updated, err := s.world.health()
-	return catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: errors.Join(err, s.leaves.err())}
+	if leaves := s.leaves.err(); leaves != nil {
+		err = errors.Join(err, leaves)
+	}
+	return catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: err}
 }
 
 // Run implements catalog.Source. That the agent does not answer is only temporary, hence Run ends with ctx only, and all

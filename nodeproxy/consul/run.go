@@ -52,7 +52,9 @@ func (r *run) send() {
 		return
 	}
 	r.revision = d.revision
-	b := r.builder(&d)
+	needed := r.leaves.needed()
+	given := r.givePorts(&d, needed)
+	b := r.builder(&d, needed, given)
 	snap, err := b.build(r.generation+1, time.Now())
 	if err != nil {
 		if r.rejected != err.Error() {
@@ -66,6 +68,13 @@ func (r *run) send() {
 	r.rejected = ""
 	r.generation++
 	r.deliver(snap)
+	if r.ports != nil {
+		select {
+		case <-r.wanted: // an older one that was not taken
+		default:
+		}
+		r.wanted <- wantedOf(&r.cfg, &d, snap, needed, given)
+	}
 }
 
 // complete says whether every question has been answered once, or, where it is one of many, will not be. The first
@@ -74,7 +83,7 @@ func (r *run) complete(d *data) bool {
 	if r.generation > 0 {
 		return true
 	}
-	if d.agent == nil || d.roots == nil || d.local == nil || d.names == nil || !d.entries.complete() {
+	if d.agent == nil || d.roots == nil || d.local == nil || d.names == nil || d.proxies == nil || !d.entries.complete() {
 		return false
 	}
 	for _, name := range d.names {
@@ -94,7 +103,6 @@ func (r *run) complete(d *data) bool {
 func (r *run) askAll(ctx context.Context) {
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
-	lookNow := make(chan struct{}, 1)
 	for failures := 1; ctx.Err() == nil; failures++ { // who the agent is comes first: other questions need its name
 		if _, ok := r.ask.once(ctx, r.agentTopic(), [sha256.Size]byte{}); ok {
 			break
@@ -106,15 +114,19 @@ func (r *run) askAll(ctx context.Context) {
 	}
 	tasks.Go(func() { r.ask.watch(ctx, r.rootsTopic()) })
 	tasks.Go(func() { r.ask.watch(ctx, r.namesTopic()) })
-	tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic(lookNow)) })
+	tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic()) })
 	tasks.Go(func() { r.matchAll(ctx) })
 	tasks.Go(func() { r.readServices(ctx) })
 	tasks.Go(func() { r.watchCalled(ctx) })
-	r.poll(ctx, lookNow)
+	tasks.Go(func() { r.ask.watch(ctx, r.nodeProxiesTopic()) })
+	if r.ports != nil {
+		tasks.Go(func() { r.keepRegistered(ctx) })
+	}
+	r.poll(ctx)
 }
 
 // poll looks at what cannot be waited for, or need not, and at the registrations of this node when they have changed.
-func (r *run) poll(ctx context.Context, now <-chan struct{}) {
+func (r *run) poll(ctx context.Context) {
 	topics := append([]topic{r.agentTopic(), r.localTopic()}, r.entryTopics()...)
 	last := make([][sha256.Size]byte, len(topics))
 	next := time.NewTimer(0)
@@ -145,7 +157,7 @@ func (r *run) poll(ctx context.Context, now <-chan struct{}) {
 				return
 			case <-next.C:
 				waiting = false
-			case <-now:
+			case <-r.lookNow:
 				last[1], _ = r.ask.once(ctx, topics[1], last[1])
 			}
 		}

@@ -102,7 +102,7 @@ func (r *run) applications(ctx context.Context, name string, found []endpoint) e
 	if !slices.ContainsFunc(found, func(e endpoint) bool { return !e.native }) {
 		return nil
 	}
-	a, err := r.client.get(ctx, question{path: "/v1/catalog/service/" + escape(name)})
+	a, err := r.client.request(ctx, question{path: "/v1/catalog/service/" + escape(name)})
 	if err != nil {
 		return err
 	}

@@ -160,13 +160,13 @@ func (r *run) namesTopic() topic {
 
 // registrationsTopic says when to ask for this node's registrations. They themselves come from the agent, which has them
 // before the catalog does and when the servers are gone.
-func (r *run) registrationsTopic(lookNow chan struct{}) topic {
+func (r *run) registrationsTopic() topic {
 	return topic{what: "this node's entries in the catalog", every: 50 * time.Millisecond,
 		ask: func() question {
 			return question{path: "/v1/catalog/node-services/" + escape(r.world.current().agent.node)}
 		},
 		apply: func(*answer) error {
-			wake(lookNow)
+			wake(r.lookNow)
 			return nil
 		}}
 }

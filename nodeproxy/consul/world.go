@@ -27,6 +27,7 @@ type data struct {
 	names      []string            // of all services of the datacenter, nil before the first answer
 	services   map[string]*service // those that were looked at
 	entries    *entries
+	proxies    map[string][]Ports     // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]intention // by destination; a name that is not there was not asked for yet
 }
 

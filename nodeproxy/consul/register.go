@@ -1,0 +1,400 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+const (
+	// proxyService is the service that this daemon registers for itself. Other nodeproxies find in its meta what it
+	// serves, and every sidecar that it registers is critical when it is.
+	proxyService = "node-proxy"
+
+	managedBy   = "managed-by"
+	ours        = "nodeproxy"
+	versionMeta = "nodeproxy-version"
+	portsMeta   = "nodeproxy-ports" // "", "-2", "-3", …: what a value can hold is limited
+	maxMeta     = 500               // bytes of one value; Consul takes 512
+
+	sidecarSuffix = "-sidecar-proxy"
+
+	// heartbeat is how often the agent is told that this daemon lives, lifetime how long it believes it.
+	heartbeat = 10 * time.Second
+	lifetime  = 45 * time.Second
+
+	// unclaimed is how long after the start a registration of ours is left alone whose service no workload has been
+	// enrolled as: workloads are claimed one after the other.
+	unclaimed = time.Minute
+)
+
+func isOurs(s *api.AgentService) bool { return s.Meta[managedBy] == ours }
+
+// application finds the instance behind a sidecar: the one it names, or the only one of that service.
+func (d *data) application(sidecar *api.AgentService) *api.AgentService {
+	if id := sidecar.Proxy.DestinationServiceID; id != "" {
+		return d.local[id]
+	}
+	var found []*api.AgentService
+	for _, s := range d.local {
+		if s.Kind == api.ServiceKindTypical && s.Service == sidecar.Proxy.DestinationServiceName {
+			found = append(found, s)
+		}
+	}
+	if len(found) != 1 {
+		return nil
+	}
+	return found[0]
+}
+
+// unserved lists the instances of this node that need a sidecar of ours: of services that workloads run as, not native,
+// and without a sidecar of the operator's.
+func unserved(d *data, needed []string) []*api.AgentService {
+	served := make(map[string]bool)
+	for _, s := range d.local {
+		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || isOurs(s) {
+			continue
+		}
+		if app := d.application(s); app != nil {
+			served[app.ID] = true
+		}
+	}
+	var all []*api.AgentService
+	for _, id := range slices.Sorted(maps.Keys(d.local)) {
+		s := d.local[id]
+		native := s.Connect != nil && s.Connect.Native
+		if s.Kind == api.ServiceKindTypical && !native && !served[id] && slices.Contains(needed, s.Service) && (s.Port != 0 || s.SocketPath != "") && id != proxyService {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// givePorts assigns mesh ports to the instances that need a sidecar of ours.
+func (r *run) givePorts(d *data, needed []string) map[string]uint16 {
+	if r.ports == nil {
+		return nil
+	}
+	var ids []string
+	for _, s := range unserved(d, needed) {
+		ids = append(ids, s.ID)
+	}
+	registered, taken := make(map[string]uint16), make(map[uint16]bool)
+	for _, s := range d.local {
+		port := uint16(s.Port) //nolint:gosec // the agent checks ports
+		if s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && isOurs(s) {
+			registered[s.Proxy.DestinationServiceID] = port
+			continue
+		}
+		taken[port] = true
+	}
+	given, err := r.ports.assign(ids, registered, taken, time.Now())
+	if err != nil {
+		r.world.failed("nothing: mesh ports may change with a restart", time.Now(), err)
+	} else {
+		r.world.answered("nothing: mesh ports may change with a restart")
+	}
+	return given
+}
+
+// sidecar is the registration of ours for an instance.
+func sidecar(app *api.AgentService, port uint16) *api.AgentServiceRegistration {
+	meta := map[string]string{managedBy: ours}
+	for k, v := range app.Meta {
+		if k != managedBy {
+			meta[k] = v
+		}
+	}
+	id := app.ID + sidecarSuffix
+	reg := &api.AgentServiceRegistration{
+		Kind: api.ServiceKindConnectProxy, ID: id, Name: app.Service + sidecarSuffix, // any other name needs more rights
+		Address: app.Address, Port: int(port), Tags: app.Tags, Meta: meta, Locality: app.Locality,
+		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: app.Service, DestinationServiceID: app.ID},
+		Checks: api.AgentServiceChecks{
+			{CheckID: id + "-app", Name: "application", AliasService: app.ID},
+			{CheckID: id + "-np", Name: "node proxy", AliasService: proxyService},
+		},
+	}
+	if app.Weights != (api.AgentWeights{}) {
+		reg.Weights = &app.Weights
+	}
+	if ip, err := netip.ParseAddr(app.Address); err == nil && (ip.IsLoopback() || ip.IsUnspecified()) {
+		reg.Address = "" // the node's
+	}
+	if app.SocketPath != "" {
+		reg.Proxy.LocalServiceSocketPath = app.SocketPath
+	} else {
+		reg.Proxy.LocalServiceAddress, reg.Proxy.LocalServicePort = "127.0.0.1", app.Port
+	}
+	return reg
+}
+
+// same says whether what is registered is reg, as far as the agent shows it.
+func same(s *api.AgentService, reg *api.AgentServiceRegistration) bool {
+	if s == nil || s.Service != reg.Name || s.Address != reg.Address || s.Port != reg.Port || !slices.Equal(s.Tags, reg.Tags) || !maps.Equal(s.Meta, reg.Meta) {
+		return false
+	}
+	if reg.Weights != nil && s.Weights != *reg.Weights {
+		return false
+	}
+	if reg.Proxy == nil {
+		return true
+	}
+	return s.Proxy != nil && s.Proxy.DestinationServiceName == reg.Proxy.DestinationServiceName &&
+		s.Proxy.DestinationServiceID == reg.Proxy.DestinationServiceID && s.Proxy.LocalServiceAddress == reg.Proxy.LocalServiceAddress &&
+		s.Proxy.LocalServicePort == reg.Proxy.LocalServicePort && s.Proxy.LocalServiceSocketPath == reg.Proxy.LocalServiceSocketPath &&
+		reflect.DeepEqual(s.Locality, reg.Locality)
+}
+
+// wanted is what this daemon wants to be registered, as of one snapshot.
+type wanted struct {
+	self     *api.AgentServiceRegistration
+	sidecars map[string]*api.AgentServiceRegistration // by ID
+	apps     map[string]string                        // services by the ID of the sidecar
+	needed   []string
+}
+
+// wantedOf is what to register for snap. A sidecar is wanted once its service has a certificate: before, nobody answers at
+// its port.
+func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, given map[string]uint16) *wanted {
+	w := &wanted{sidecars: make(map[string]*api.AgentServiceRegistration), apps: make(map[string]string), needed: needed}
+	for _, app := range unserved(d, needed) {
+		reg := sidecar(app, given[app.ID])
+		if _, operators := d.local[reg.ID]; operators && !isOurs(d.local[reg.ID]) {
+			continue
+		}
+		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
+			w.sidecars[reg.ID], w.apps[reg.ID] = reg, app.Service
+		}
+	}
+	var served []uint16
+	for _, inst := range snap.LocalInstances() {
+		if inst.Mesh.IsValid() && !inst.Native && slices.Contains(needed, inst.Service) {
+			served = append(served, inst.Mesh.Port())
+		}
+	}
+	meta := map[string]string{managedBy: ours, versionMeta: cfg.Version}
+	for i, text := range portTexts(served) {
+		meta[portsKey(i)] = text
+	}
+	w.self = &api.AgentServiceRegistration{
+		ID: proxyService, Name: proxyService, Address: cfg.NodeAddress.String(), Meta: meta,
+		Check: &api.AgentServiceCheck{CheckID: proxyService, Name: "node proxy", TTL: lifetime.String(), Status: api.HealthPassing},
+	}
+	return w
+}
+
+func portsKey(i int) string {
+	if i == 0 {
+		return portsMeta
+	}
+	return portsMeta + "-" + strconv.Itoa(i+1)
+}
+
+// portTexts writes ports as "21500-21509,21700", in texts that fit into a value each.
+func portTexts(all []uint16) []string {
+	slices.Sort(all)
+	all = slices.Compact(all)
+	var texts []string
+	for i := 0; i < len(all); {
+		last := i
+		for last+1 < len(all) && all[last+1] == all[last]+1 {
+			last++
+		}
+		text := strconv.Itoa(int(all[i]))
+		if last > i {
+			text += "-" + strconv.Itoa(int(all[last]))
+		}
+		if n := len(texts); n > 0 && len(texts[n-1])+1+len(text) <= maxMeta {
+			texts[n-1] += "," + text
+		} else {
+			texts = append(texts, text)
+		}
+		i = last + 1
+	}
+	return texts
+}
+
+// servedPorts reads what portTexts wrote, from the meta of a node proxy.
+func servedPorts(meta map[string]string) (all []Ports) {
+	for i := 0; meta[portsKey(i)] != ""; i++ {
+		for text := range strings.SplitSeq(meta[portsKey(i)], ",") {
+			low, high, isRange := strings.Cut(text, "-")
+			if !isRange {
+				high = low
+			}
+			first, err1 := strconv.ParseUint(low, 10, 16)
+			last, err2 := strconv.ParseUint(high, 10, 16)
+			if err1 == nil && err2 == nil && first > 0 {
+				all = append(all, Ports{uint16(first), uint16(last)})
+			}
+		}
+	}
+	return all
+}
+
+// keepRegistered brings the agent's registrations in line with what the last snapshot wants, until ctx ends. What is
+// registered then stays: it becomes critical by itself when no daemon comes back.
+func (r *run) keepRegistered(ctx context.Context) {
+	started := time.Now()
+	claimed := make(map[string]bool) // services that workloads have run as
+	var w *wanted
+	beat := time.NewTicker(heartbeat)
+	defer beat.Stop()
+	failures := 0
+	retry := time.NewTimer(0)
+	retry.Stop()
+	defer retry.Stop()
+	for {
+		alive := false
+		select {
+		case <-ctx.Done():
+			return
+		case w = <-r.wanted:
+		case <-beat.C:
+			alive = true
+		case <-retry.C:
+		}
+		if w == nil {
+			continue
+		}
+		for _, name := range w.needed {
+			claimed[name] = true
+		}
+		asked := time.Now()
+		err := r.register(ctx, w, alive, func(service string) bool { return claimed[service] || time.Since(started) > unclaimed })
+		if err != nil && ctx.Err() == nil {
+			failures++
+			r.world.failed("its registrations", asked, explain(err))
+			retry.Reset(backoff(failures))
+			continue
+		}
+		failures = 0
+		retry.Stop()
+		r.world.answered("its registrations")
+	}
+}
+
+// register registers what is missing or different, and withdraws what is not wanted. settled says of a service that is not
+// needed whether that is known for sure.
+func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(service string) bool) error {
+	local := r.world.current().local
+	var errs []error
+	changed := false
+	put := func(service, path string, body any) {
+		err := r.client.put(ctx, path, service, body)
+		changed = true
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	const replace = "/v1/agent/service/register?replace-existing-checks=true"
+	if !same(local[proxyService], w.self) {
+		put("", replace, w.self)
+	} else if alive {
+		if err := r.client.put(ctx, "/v1/agent/check/pass/"+proxyService, "", nil); hasStatus(err, http.StatusNotFound) {
+			put("", replace, w.self)
+		} else if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
+		if !same(local[id], w.sidecars[id]) {
+			put(w.apps[id], replace, w.sidecars[id])
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(local)) {
+		s := local[id]
+		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || !isOurs(s) || w.sidecars[id] != nil {
+			continue
+		}
+		name := s.Proxy.DestinationServiceName
+		app := local[s.Proxy.DestinationServiceID]
+		orphan := app == nil || app.Connect != nil && app.Connect.Native
+		if orphan || slices.Contains(w.needed, name) && !r.waiting(w, id) || !slices.Contains(w.needed, name) && settled(name) {
+			put(name, "/v1/agent/service/deregister/"+escape(id), nil)
+		}
+	}
+	if changed {
+		wake(r.lookNow)
+	}
+	return errors.Join(errs...)
+}
+
+// waiting says whether a sidecar of ours is not wanted only because its service has no certificate yet, as after a restart.
+func (r *run) waiting(w *wanted, id string) bool {
+	d := r.world.current()
+	for _, app := range unserved(&d, w.needed) {
+		if app.ID+sidecarSuffix == id {
+			return true
+		}
+	}
+	return false
+}
+
+// nodeProxiesTopic says which ports of which nodes nodeproxies serve.
+func (r *run) nodeProxiesTopic() topic {
+	return topic{what: "other node proxies", every: 100 * time.Millisecond, ask: fixed("/v1/catalog/service/" + proxyService), apply: func(a *answer) error {
+		var list []*api.CatalogService
+		if err := decode(a, &list); err != nil {
+			return err
+		}
+		proxies := make(map[string][]Ports)
+		for _, s := range list {
+			if s.ServiceMeta[managedBy] == ours {
+				proxies[s.Node] = append(proxies[s.Node], servedPorts(s.ServiceMeta)...)
+			}
+		}
+		r.world.update(func(d *data) bool {
+			d.proxies = proxies
+			return true
+		})
+		return nil
+	}}
+}
+
+// Withdraw removes all registrations that a daemon made with the agent of cfg, and says which.
+func Withdraw(ctx context.Context, cfg Config) (removed []string, err error) {
+	c, err := newClient(&cfg)
+	if err != nil {
+		return nil, fmt.Errorf("withdraw registrations: %w", err)
+	}
+	defer c.close()
+	got, err := c.request(ctx, question{path: "/v1/agent/services"})
+	local := make(map[string]*api.AgentService)
+	if err == nil {
+		err = decode(got, &local)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("withdraw registrations: %w", err)
+	}
+	var errs []error
+	for _, id := range slices.Sorted(maps.Keys(local)) {
+		s := local[id]
+		isProxy := s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil
+		if isOurs(s) && (isProxy || id == proxyService) {
+			service := ""
+			if isProxy {
+				service = s.Proxy.DestinationServiceName
+			}
+			if err := c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil); err != nil {
+				errs = append(errs, fmt.Errorf("withdraw registration %q: %w", id, err))
+				continue
+			}
+			removed = append(removed, "registration "+id)
+		}
+	}
+	return removed, errors.Join(errs...)
+}
