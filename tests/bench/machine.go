@@ -17,6 +17,9 @@ type machine struct {
 	Kernel    string `json:"kernel"`
 	Go        string `json:"go"`
 	Nodeproxy string `json:"nodeproxy"`
+
+	// Others is the share of the processors that others used meanwhile: what it is worth to compare absolute values.
+	Others float64 `json:"others_share"`
 }
 
 func (b *bench) machine(ctx context.Context) (machine, error) {
@@ -46,5 +49,6 @@ func (m *machine) markdown() string {
 	return fmt.Sprintf(`- machine: %s, %d cores, %d MiB
 - kernel: %s
 - nodeproxy %s, built with %s
-`, m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Nodeproxy, m.Go)
+- other work on the machine meanwhile: %.0f %% of its processors
+`, m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Nodeproxy, m.Go, 100*m.Others)
 }

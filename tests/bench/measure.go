@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"time"
 )
 
@@ -55,16 +56,31 @@ func measure(ctx context.Context, s settings, p *progress) (r *report, err error
 	if err := b.prove(ctx); err != nil {
 		return nil, err
 	}
-	var samples []sample
-	for round := 1; round <= s.rounds; round++ {
-		p.say("round %d of %d", round, s.rounds)
-		more, err := b.round(ctx, round)
-		if err != nil {
-			return nil, err
-		}
-		samples = append(samples, more...)
+	samples, others, err := b.rounds(ctx)
+	if err != nil {
+		return nil, err
 	}
+	where.Others = others
 	return newReport(&s, where, l.paths, idle, samples), nil
+}
+
+// rounds measures all rounds. others is the share of the machine's processors that was not the lab's meanwhile.
+func (b *bench) rounds(ctx context.Context) (all []sample, others float64, err error) {
+	before, err := b.elsewhere()
+	if err != nil {
+		return nil, 0, err
+	}
+	began := time.Now()
+	for round := 1; round <= b.settings.rounds; round++ {
+		b.say("round %d of %d", round, b.settings.rounds)
+		samples, err := b.round(ctx, round)
+		if err != nil {
+			return nil, 0, err
+		}
+		all = append(all, samples...)
+	}
+	after, err := b.elsewhere()
+	return all, (after - before).Seconds() / time.Since(began).Seconds() / float64(runtime.NumCPU()), err
 }
 
 // round measures everything once. The paths that are compared come one right after the other.
@@ -73,7 +89,7 @@ func (b *bench) round(ctx context.Context, round int) ([]sample, error) {
 	for _, kind := range kinds() {
 		for _, n := range b.connections {
 			for _, p := range b.paths {
-				b.step("round %d of %d: %s, %d connections, %s", round, b.rounds, kind, n, p.name)
+				b.step("round %d of %d: %s, %d connections, %s", round, b.settings.rounds, kind, n, p.name)
 				s, err := b.sample(ctx, p, order{Kind: kind, Connections: n, Duration: b.duration, Opens: b.opens})
 				if err != nil {
 					return nil, fmt.Errorf("measure %s with %d connections over %s: %w", kind, n, p.name, err)

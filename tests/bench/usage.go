@@ -96,3 +96,21 @@ func field(file, prefix string) (string, error) {
 	}
 	return "", fmt.Errorf("read %s: it has no %q", file, prefix)
 }
+
+// ticks is how finely /proc/stat counts, on every architecture (proc_stat(5), USER_HZ).
+const ticks = 100
+
+// elsewhere is the processor time of the whole machine outside the lab so far: of other processes (interrupts left out)
+// and of other machines on the same host ("steal").
+func (l *lab) elsewhere() (time.Duration, error) {
+	line, err := field("/proc/stat", "cpu ")
+	if err != nil {
+		return 0, err
+	}
+	var user, nice, system, idle, iowait, irq, softirq, steal uint64
+	if _, err := fmt.Sscan(line, &user, &nice, &system, &idle, &iowait, &irq, &softirq, &steal); err != nil {
+		return 0, fmt.Errorf("read /proc/stat: %w", err)
+	}
+	ours, err := proxies{l.Cgroup().Path()}.cpu()
+	return time.Duration(user+nice+system+steal)*time.Second/ticks - ours, err
+}
