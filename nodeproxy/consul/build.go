@@ -161,7 +161,7 @@ func (b *builder) adopt(s *api.AgentService, served map[string]bool) {
 			inst.Mesh = netip.AddrPort{}
 			break
 		}
-		inst.Delivery = netip.AddrPortFrom(ip.Unmap(), uint16(s.Proxy.LocalServicePort)) //nolint:gosec // the agent checks ports
+		inst.Delivery = netip.AddrPortFrom(ip.Unmap(), uint16(s.Proxy.LocalServicePort))
 	}
 	if len(s.Proxy.Upstreams) > 0 {
 		b.problem(name, "unsupported", "the upstreams of sidecar %q are not honoured: call them by virtual IP", s.ID)
@@ -241,7 +241,7 @@ func (b *builder) place(inst *catalog.Instance, at place, nodeAddress string) ne
 	case b.isVirtual(ip):
 		return refuse("virtual IPs are given out of that range")
 	}
-	return netip.AddrPortFrom(ip, uint16(at.port)) //nolint:gosec // checked above
+	return netip.AddrPortFrom(ip, uint16(at.port))
 }
 
 func (b *builder) virtualRanges() []netip.Prefix {
@@ -255,13 +255,15 @@ func (b *builder) isVirtual(ip netip.Addr) bool {
 	return slices.ContainsFunc(b.virtualRanges(), func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
+// claim is an instance's address, in its place.
+type claim struct {
+	inst *catalog.Instance
+	at   *netip.AddrPort
+}
+
 // refuseContested takes an address that several instances claim from all of them, so that nobody's traffic can be drawn
-// elsewhere by registering at its address. Only what this node's agent knows of its own goes before others.
+// elsewhere by registering at its address.
 func (b *builder) refuseContested() {
-	type claim struct {
-		inst *catalog.Instance
-		at   *netip.AddrPort
-	}
 	claims := make(map[netip.AddrPort][]claim)
 	for _, name := range slices.Sorted(maps.Keys(b.services)) {
 		for _, inst := range b.services[name].Instances {
@@ -276,32 +278,40 @@ func (b *builder) refuseContested() {
 		if len(all) == 1 {
 			continue
 		}
-		keep := -1
+		keep := keeper(all)
 		for i, c := range all {
-			first := all[0].inst
-			switch {
-			case c.inst.Local && (keep < 0 || !all[keep].inst.Local):
-				keep = i
-			case c.inst.Local: // two of this node
-				keep = len(all)
-			case keep < 0 && !slices.ContainsFunc(all, func(o claim) bool {
-				return o.inst.Local || o.inst.Service != first.Service || o.inst.Node != first.Node
-			}):
-				keep = i // one instance, registered twice
+			if i == keep {
+				continue
 			}
-		}
-		for i, c := range all {
-			if i != keep {
-				other := all[0].inst
-				if i == 0 {
-					other = all[1].inst
-				}
-				*c.at = netip.AddrPort{}
-				b.problem(c.inst.Service, "refused", "instance %q of %q on node %q is registered at %s, which instance %q of %q on node %q claims too: give one of them another address or port",
-					c.inst.ID, c.inst.Service, c.inst.Node, at, other.ID, other.Service, other.Node)
+			other := all[0].inst
+			if i == 0 {
+				other = all[1].inst
 			}
+			*c.at = netip.AddrPort{}
+			b.problem(c.inst.Service, "refused", "instance %q of %q on node %q is registered at %s, which instance %q of %q on node %q claims too: give one of them another address or port",
+				c.inst.ID, c.inst.Service, c.inst.Node, at, other.ID, other.Service, other.Node)
 		}
 	}
+}
+
+// keeper says which of several claims to one address holds, or -1: the only one of this node, whose own agent knows best,
+// or the first where all are of one service on one node, which is one instance registered twice.
+func keeper(all []claim) int {
+	local, locals, twins := -1, 0, true
+	for i, c := range all {
+		if c.inst.Local {
+			local = i
+			locals++
+		}
+		twins = twins && c.inst.Service == all[0].inst.Service && c.inst.Node == all[0].inst.Node
+	}
+	switch {
+	case locals == 1:
+		return local
+	case locals == 0 && twins:
+		return 0
+	}
+	return -1
 }
 
 // giveVirtual gives services their virtual IPs. One that two services have belongs to none, and connections to it are refused.

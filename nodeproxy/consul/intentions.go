@@ -54,7 +54,7 @@ func (r *run) matchAll(ctx context.Context) {
 				default:
 					running = append(running, query{})
 				}
-				asking, stop := context.WithCancel(ctx) //nolint:govet // stopped with the query
+				asking, stop := context.WithCancel(ctx)
 				running[i] = query{wanted[i], stop}
 				tasks.Go(func() { r.ask.watch(asking, r.matchTopic(wanted[i])) })
 			}

@@ -214,7 +214,7 @@ func (l *leaves) settle(res result) {
 	case !fresh: // it renews at a time of its own, and keeps the last one until then
 		leaf.due = time.Now().Add(max(minBackoff, min(life/50, time.Until(res.cert.Leaf.NotAfter)/10)))
 	default:
-		part := renewFrom + rand.Float64()*(renewTo-renewFrom) //nolint:gosec // it spreads load, nothing depends on it
+		part := renewFrom + rand.Float64()*(renewTo-renewFrom)
 		leaf.tries, leaf.due = 0, res.cert.Leaf.NotBefore.Add(time.Duration(part*float64(life)))
 	}
 	if fresh {

@@ -46,7 +46,7 @@ func openPorts(file string, pool Ports) (*ports, error) {
 		err = json.Unmarshal(text, &read)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read port assignments: %w: correct the file, or delete it", err)
+		return nil, fmt.Errorf("read port assignments in %s: %w: correct the file, or delete it", file, err)
 	}
 	for id, a := range read.Ports {
 		if pool.contains(a.Port) {
@@ -94,7 +94,7 @@ func (p *ports) assign(ids []string, registered map[string]uint16, taken map[uin
 func (p *ports) free(ids []string, owner map[uint16]string, taken map[uint16]bool) uint16 {
 	var best uint16
 	for port := int(p.pool.First); port <= int(p.pool.Last); port++ {
-		port := uint16(port) //nolint:gosec // the pool's ends are ports
+		port := uint16(port)
 		id := owner[port]
 		switch {
 		case taken[port]:
@@ -128,11 +128,13 @@ func replace(path string, text []byte) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // gone by then, if all went well
 	_, err = f.Write(text)
 	err = errors.Join(err, f.Sync(), f.Close())
-	if err != nil {
-		return err
+	if err == nil {
+		err = os.Rename(f.Name(), path)
 	}
-	return os.Rename(f.Name(), path)
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
 }

@@ -281,7 +281,7 @@ func (r *run) watchCalled(ctx context.Context) {
 		}
 		for name := range wanted {
 			if stop[name] == nil {
-				watching, cancel := context.WithCancel(ctx) //nolint:govet // cancelled when it is not wanted any more, or with ctx
+				watching, cancel := context.WithCancel(ctx)
 				stop[name] = cancel
 				tasks.Go(func() { r.ask.watch(watching, r.serviceTopic(watching, name)) })
 			}

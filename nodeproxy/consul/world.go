@@ -195,7 +195,7 @@ func (w *world) problem() error {
 // report logs when things turn bad or good. The caller holds w.mu.
 func (w *world) report() {
 	text := ""
-	if err := w.problem(); err != nil && err != errUnread {
+	if err := w.problem(); err != nil && !errors.Is(err, errUnread) {
 		text = err.Error()
 	}
 	switch {
