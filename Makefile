@@ -104,13 +104,17 @@ $(LINT): ; @$(call tool,github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 $(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)
 
 .PHONY: consul
-consul: $(CONSUL) ## compile the Consul that the tests run against, once (about four minutes)
+consul: $(CONSUL) $(dir $(CONSUL))native ## compile the Consul that the tests run against, once (about four minutes)
 
 $(CONSUL):
 	@echo 'compiling Consul into $(@D), once'
 	@mkdir -p $(@D)
 	@go -C tests/consul/tools build -v -trimpath -o $@ github.com/hashicorp/consul 2>&1 | \
 		awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
+
+$(dir $(CONSUL))native: tests/consul/tools/native/main.go tests/consul/tools/go.mod | $(CONSUL)
+	@echo 'compiling a peer with the native library into $(@D)'
+	@go -C tests/consul/tools build -trimpath -o $@ ./native
 
 define tool
 echo 'compiling $(1) into $(TOOLS), once'; mkdir -p $(TOOLS); go -C tests/tools build -o $(TOOLS)/ $(1)

@@ -39,7 +39,12 @@ acl {
 `
 
 // Binary finds the Consul that the Makefile builds, once per version, outside the repository.
-func Binary() (string, error) {
+func Binary() (string, error) { return built("consul") }
+
+// Native finds the peer with Consul's own library, beside it.
+func Native() (string, error) { return built("native") }
+
+func built(name string) (string, error) {
 	version, err := version()
 	if err != nil {
 		return "", fmt.Errorf("find Consul: %w", err)
@@ -52,7 +57,7 @@ func Binary() (string, error) {
 		}
 		cache = filepath.Join(home, ".cache")
 	}
-	path := filepath.Join(cache, "nodeproxy-tools", "consul-"+version, "consul")
+	path := filepath.Join(cache, "nodeproxy-tools", "consul-"+version, name)
 	if _, err := os.Stat(path); err != nil {
 		return "", fmt.Errorf("find Consul: %w: run make consul", err)
 	}
@@ -87,7 +92,8 @@ func version() (string, error) {
 func Require(tb netlab.TB) {
 	tb.Helper()
 	netlab.Require(tb)
-	switch _, err := Binary(); {
+	_, err := Native() // built last
+	switch {
 	case err == nil:
 	case os.Getenv("REQUIRE_PRIVILEGED") == "1":
 		tb.Fatalf("REQUIRE_PRIVILEGED=1, and: %v", err)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -24,22 +25,28 @@ func (m *mesh) foreign(node int, service string) *netlab.Workload {
 	return w
 }
 
+// startClient runs a program in a workload that asks the agent of its node.
+func (m *mesh) startClient(w *netlab.Workload, path string, args ...string) *netlab.Process {
+	m.t.Helper()
+	agent := m.agents[slices.Index(m.Nodes[:], w.Node)]
+	p, err := w.Start(netlab.Command{
+		Path: path, Args: args, Env: []string{"CONSUL_HTTP_ADDR=unix://" + agent.Socket(), "CONSUL_HTTP_TOKEN=" + Management},
+	})
+	m.must(err)
+	m.t.Cleanup(func() {
+		if m.t.Failed() {
+			m.t.Logf("output of %s in %s:\n%s", args, w.Name, p.Output())
+		}
+	})
+	return p
+}
+
 // builtin runs Consul's built-in proxy in a workload.
 func (m *mesh) builtin(w *netlab.Workload, args ...string) {
 	m.t.Helper()
 	binary, err := Binary()
 	m.must(err)
-	agent := m.agents[slices.Index(m.Nodes[:], w.Node)]
-	p, err := w.Start(netlab.Command{
-		Path: binary, Args: append([]string{"connect", "proxy"}, args...),
-		Env: []string{"CONSUL_HTTP_ADDR=unix://" + agent.Socket(), "CONSUL_HTTP_TOKEN=" + Management},
-	})
-	m.must(err)
-	m.t.Cleanup(func() {
-		if m.t.Failed() {
-			m.t.Logf("output of the built-in proxy of %s:\n%s", w.Name, p.Output())
-		}
-	})
+	m.startClient(w, binary, append([]string{"connect", "proxy"}, args...)...)
 }
 
 // metrics are those of a node's daemon.
@@ -93,4 +100,42 @@ func TestTheBuiltInProxyIsAPeerBothWays(t *testing.T) {
 	}
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"legacy": "deny"}))
 	m.eventually("the built-in proxy is denied", legacy, local, func(out string) bool { return !reached(out) })
+}
+
+func TestTheNativeLibraryIsAPeerBothWays(t *testing.T) {
+	m := newMesh(t)
+	web, batch := m.place(0, "web"), m.place(0, "batch")
+	m.place(1, "api")
+	cache, err := m.Nodes[1].Workload("cache")
+	m.must(err)
+	at := netip.AddrPortFrom(cache.IPv4, 9000)
+	m.must(m.agents[1].Register(m.ctx(), map[string]any{
+		"Name": "cache", "ID": "cache-1", "Address": at.Addr().String(), "Port": at.Port(), "Connect": map[string]any{"Native": true},
+	}))
+	native, err := Native()
+	m.must(err)
+	m.must(m.startClient(cache, native, "serve", "cache", at.String()).WaitOutput(m.ctx(), "ready"))
+	m.must(m.agents[0].Intentions(m.ctx(), "cache", map[string]string{"web": "allow"}))
+	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"cache": "allow"}))
+	m.start([]string{"web", "batch"}, []string{"api"})
+
+	vip := m.vip(0, "cache")
+	m.eventually("nodeproxy calls the native service", web, vip, func(out string) bool { return strings.Contains(out, "accept=cache") })
+	if out := m.dial(batch, vip, "peer"); reached(out) {
+		t.Errorf("batch may not call cache, and does: %s", out)
+	}
+	if out := m.dial(web, at.String(), "peer"); reached(out) {
+		t.Errorf("the native service's own address is redirected: %s", out)
+	}
+	call := func(as string) string {
+		p := m.startClient(cache, native, "dial", as, "api")
+		_ = p.Wait(m.ctx()) // it fails when it is denied
+		return p.Output()
+	}
+	if out := call("cache"); !reached(out) {
+		t.Errorf("the native client does not reach api: %s", out)
+	}
+	if out := call("stranger"); reached(out) {
+		t.Errorf("stranger may not call api, and does: %s", out)
+	}
 }
