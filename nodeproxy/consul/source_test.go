@@ -2,10 +2,19 @@ package consul_test
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
@@ -13,6 +22,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -649,5 +660,121 @@ func TestATokenFileIsReadAgainAndAServiceHasItsOwn(t *testing.T) {
 		}
 		return nil
 	})
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+}
+
+func TestAHungAgentIsNoticed(t *testing.T) {
+	if testing.Short() {
+		t.Skip("slow")
+	}
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.run("api")
+	w.await("api has a leaf", func(s *catalog.Snapshot) error {
+		if s.Leaves["api"] == nil {
+			return errors.New("none")
+		}
+		return nil
+	})
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+	stopped := time.Now()
+	w.must(w.agent.Process.Signal(syscall.SIGSTOP))
+	h := w.awaitHealth("the error", func(h catalog.Health) bool { return h.Err != nil })
+	if h.Updated.After(stopped.Add(time.Second)) || !strings.Contains(h.Err.Error(), "no answer within") {
+		t.Errorf("stopped at %s; health says %+v", stopped, h)
+	}
+	if s := w.current(); s.Leaves["api"] == nil || s.Services["api"] == nil {
+		t.Errorf("something is gone: %+v", s)
+	}
+	w.must(w.agent.Process.Signal(syscall.SIGCONT))
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil && h.Updated.After(stopped) })
+}
+
+// writePEM writes blocks into a file, by rename.
+func writePEM(t *testing.T, path, kind string, der ...[]byte) {
+	t.Helper()
+	var text []byte
+	for _, d := range der {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: d})...)
+	}
+	if err := errors.Join(os.WriteFile(path+".new", text, 0o600), os.Rename(path+".new", path)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// authority is a CA that signs one certificate for 127.0.0.1, good for either side.
+type authority struct {
+	root, leaf []byte
+	key        []byte
+}
+
+func newAuthority(t *testing.T) authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	leaf := &x509.Certificate{SerialNumber: big.NewInt(2), NotBefore: ca.NotBefore, NotAfter: ca.NotAfter, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}}
+	var a authority
+	var errs [3]error
+	a.root, errs[0] = x509.CreateCertificate(rand.Reader, ca, ca, key.Public(), key)
+	a.leaf, errs[1] = x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), key)
+	a.key, errs[2] = x509.MarshalPKCS8PrivateKey(key)
+	if err := errors.Join(errs[:]...); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func (a authority) write(t *testing.T, cfg *consul.Config) {
+	t.Helper()
+	writePEM(t, cfg.CertFile, "CERTIFICATE", a.leaf)
+	writePEM(t, cfg.KeyFile, "PRIVATE KEY", a.key)
+	writePEM(t, cfg.CAFile, "CERTIFICATE", a.root)
+}
+
+func (a authority) config() *tls.Config {
+	root, _ := x509.ParseCertificate(a.root)
+	key, _ := x509.ParsePKCS8PrivateKey(a.key)
+	pool := x509.NewCertPool()
+	pool.AddCert(root)
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{a.leaf}, PrivateKey: key}}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool}
+}
+
+func TestHTTPSWithClientCertificatesThatAreReplaced(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	var current atomic.Pointer[tls.Config]
+	first, second := newAuthority(t), newAuthority(t)
+	current.Store(first.config())
+	ln, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return current.Load(), nil }})
+	w.must(err)
+	server := &http.Server{Handler: w.front, ConnState: w.front.connState, ErrorLog: log.New(io.Discard, "", 0)}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = server.Serve(ln) }()
+	t.Cleanup(func() { server.Close(); <-done })
+	dir := t.TempDir()
+	w.config.Address = "https://" + ln.Addr().String()
+	w.config.CAFile, w.config.CertFile, w.config.KeyFile = filepath.Join(dir, "ca"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+	first.write(t, &w.config)
+	w.run("api")
+	w.await("api has a leaf", func(s *catalog.Snapshot) error {
+		if s.Leaves["api"] == nil {
+			return errors.New("none")
+		}
+		return nil
+	})
+	current.Store(second.config())
+	w.front.mu.Lock()
+	for c := range w.front.open {
+		c.Close()
+	}
+	w.front.mu.Unlock()
+	w.awaitHealth("that the certificates do not fit", func(h catalog.Health) bool { return h.Err != nil })
+	second.write(t, &w.config)
+	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
+	w.await("the intention is in force", denied("web", "api"))
 	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
 }
