@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -176,10 +177,12 @@ func (c *client) request(ctx context.Context, q question) (*answer, error) {
 }
 
 func (c *client) do(ctx context.Context, q question) (*answer, error) {
-	params := url.Values{}
-	for k, v := range q.params {
-		params[k] = v
+	path, query, _ := strings.Cut(q.path, "?")
+	params, err := url.ParseQuery(query)
+	if err != nil {
+		return nil, err
 	}
+	maps.Copy(params, q.params)
 	if q.index > 0 {
 		params.Set("index", strconv.FormatUint(q.index, 10))
 		params.Set("wait", longest.String())
@@ -192,11 +195,7 @@ func (c *client) do(ctx context.Context, q question) (*answer, error) {
 		}
 		sent = bytes.NewReader(text)
 	}
-	path, query, _ := strings.Cut(q.path, "?")
-	if len(params) > 0 {
-		query = params.Encode()
-	}
-	req, err := http.NewRequestWithContext(ctx, cmp.Or(q.method, http.MethodGet), c.base+path+"?"+query, sent)
+	req, err := http.NewRequestWithContext(ctx, cmp.Or(q.method, http.MethodGet), c.base+path+"?"+params.Encode(), sent)
 	if err != nil {
 		return nil, err
 	}

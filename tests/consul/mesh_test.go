@@ -39,8 +39,11 @@ func build(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	programs.nodeproxy, programs.app = filepath.Join(dir, "nodeproxy"), filepath.Join(dir, "app")
-	for path, pkg := range map[string]string{programs.nodeproxy: "nodeproxy.io/cmd/nodeproxy", programs.app: "nodeproxy.io/tests/e2e/app"} {
-		if out, err := exec.Command("go", "build", "-o", path, pkg).CombinedOutput(); err != nil {
+	for path, args := range map[string][]string{
+		programs.nodeproxy: append(raceFlags(), "nodeproxy.io/cmd/nodeproxy"),
+		programs.app:       {"nodeproxy.io/tests/e2e/app"},
+	} {
+		if out, err := exec.Command("go", append([]string{"build", "-o", path}, args...)...).CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build %s: %v\n%s", path, err, out)
 			return 1
 		}
@@ -66,6 +69,9 @@ func newMesh(t *testing.T) *mesh {
 		t.Fatal(err)
 	}
 	m := &mesh{Mesh: lab, t: t}
+	for _, d := range m.Daemons {
+		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66"}
+	}
 	t.Cleanup(m.finish)
 	for i, node := range m.Nodes {
 		cgroup, err := node.Cgroup.Child("consul")
@@ -81,6 +87,11 @@ func newMesh(t *testing.T) *mesh {
 }
 
 func (m *mesh) finish() {
+	for _, d := range m.Daemons {
+		if d.Process != nil && strings.Contains(d.Process.Output(), "DATA RACE") {
+			m.t.Errorf("the daemon of %s has a data race:\n%s", d.Node.Name, d.Process.Output())
+		}
+	}
 	if m.t.Failed() {
 		for i, d := range m.Daemons {
 			if d.Process != nil {

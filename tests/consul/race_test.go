@@ -1,0 +1,6 @@
+//go:build race
+
+package consul
+
+// raceFlags builds the daemon as the tests are built.
+func raceFlags() []string { return []string{"-race"} }
