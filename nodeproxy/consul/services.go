@@ -19,7 +19,15 @@ import (
 // service is what the catalog says of one service.
 type service struct {
 	instances []endpoint // that speak Connect mTLS; none: it is not in the mesh
+	changed   time.Time  // when they last did
 	read      time.Time
+}
+
+// ailing says whether s has an unhealthy instance, and it is time to see if that is still so: the longer it is, the less
+// often. A new instance is unhealthy until its first check.
+func (s *service) ailing() bool {
+	wait := min(max(s.read.Sub(s.changed), time.Second/2), staleAtLast)
+	return time.Since(s.read) > wait && slices.ContainsFunc(s.instances, func(e endpoint) bool { return !e.healthy })
 }
 
 // endpoint is one place where Connect mTLS is spoken for a service.
@@ -47,7 +55,8 @@ const (
 	readers = 6
 
 	// A service that nobody here calls is read again when the catalog has changed, after staleAfter or after spacing for
-	// each service there is, whichever is longer; and in any case after staleAtLast.
+	// each service there is, whichever is longer; and in any case after staleAtLast. One with an unhealthy instance is read
+	// again earlier, see ailing.
 	staleAfter  = 10 * time.Second
 	spacing     = 50 * time.Millisecond
 	staleAtLast = 5 * time.Minute
@@ -148,9 +157,13 @@ func (r *run) serviceTopic(ctx context.Context, name string) topic {
 				if _, known := slices.BinarySearch(d.names, name); !known {
 					return false
 				}
-				old := d.services[name]
-				d.services[name] = &service{instances: found, read: time.Now()}
-				return old == nil || !reflect.DeepEqual(old.instances, found)
+				old, now := d.services[name], time.Now()
+				if old != nil && reflect.DeepEqual(old.instances, found) {
+					d.services[name] = &service{instances: found, read: now, changed: old.changed}
+					return false
+				}
+				d.services[name] = &service{instances: found, read: now, changed: now}
+				return true
 			})
 			wake(r.known)
 			return nil
@@ -191,7 +204,7 @@ func (r *run) due(changed time.Time) []string {
 		case s == nil:
 			never = append(never, name)
 		case watched[name]:
-		case time.Since(s.read) > staleAtLast, s.read.Before(changed) && time.Since(s.read) > soonest:
+		case s.ailing(), time.Since(s.read) > staleAtLast, s.read.Before(changed) && time.Since(s.read) > soonest:
 			again = append(again, name)
 		}
 	}

@@ -623,6 +623,39 @@ func TestACalledServiceIsWatched(t *testing.T) {
 	}
 }
 
+func TestTheFirstCheckOfANewInstanceIsSeenWithoutACall(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.run()
+	w.await("there is one", func(*catalog.Snapshot) error { return nil })
+	register := func(status string) {
+		w.must(w.agent.Do(w.ctx(), http.MethodPut, "/v1/catalog/register", map[string]any{
+			"Node": "node-2", "Address": "192.0.2.2",
+			"Service": map[string]any{"ID": "api-2-sidecar-proxy", "Service": "api-sidecar-proxy", "Kind": "connect-proxy", "Address": "10.2.2.2", "Port": 21000,
+				"Proxy": map[string]any{"DestinationServiceName": "api", "DestinationServiceID": "api-2"}},
+			"Check": map[string]any{"Node": "node-2", "CheckID": "c", "Name": "c", "Status": status, "ServiceID": "api-2-sidecar-proxy"},
+		}, nil))
+	}
+	w.must(w.agent.Do(w.ctx(), http.MethodPut, "/v1/catalog/register", map[string]any{
+		"Node": "node-2", "Address": "192.0.2.2", "Service": map[string]any{"ID": "api-2", "Service": "api", "Address": "10.2.2.2", "Port": 8080},
+	}, nil))
+	register("critical")
+	healthy := func(want bool) func(*catalog.Snapshot) error {
+		return func(s *catalog.Snapshot) error {
+			if svc := s.Services["api"]; svc == nil || svc.Instances[0].Healthy != want {
+				return errors.New("it is not")
+			}
+			return nil
+		}
+	}
+	w.await("it is unhealthy", healthy(false))
+	began := time.Now()
+	register("passing")
+	w.await("it is healthy", healthy(true))
+	if took := time.Since(began); took > 6*time.Second {
+		t.Errorf("it was seen after %s", took)
+	}
+}
+
 func TestATokenFileIsReadAgainAndAServiceHasItsOwn(t *testing.T) {
 	w := newWorld(t, lab.Config{HCL: lab.WithACLs, Token: lab.Management})
 	w.must(w.agent.Register(w.ctx(), map[string]any{"Name": "api", "ID": "api-1", "Port": 8080}))
