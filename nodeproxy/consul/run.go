@@ -83,7 +83,7 @@ func (r *run) complete(d *data) bool {
 	if r.generation > 0 {
 		return true
 	}
-	if d.agent == nil || d.roots == nil || d.local == nil || d.names == nil || d.proxies == nil || !d.entries.complete() {
+	if d.agent == nil || d.roots == nil || d.local == nil || d.looks == nil || d.proxies == nil || !d.entries.complete() {
 		return false
 	}
 	for _, name := range d.names {

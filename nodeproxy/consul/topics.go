@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -130,23 +131,18 @@ func (r *run) namesTopic() topic {
 		if err := decode(a, &tags); err != nil {
 			return err
 		}
-		names := make([]string, 0, len(tags))
+		looks := make(map[string]string, len(tags))
 		for name := range tags {
-			service, isSidecar := strings.CutSuffix(name, "-sidecar-proxy")
+			service, isSidecar := strings.CutSuffix(name, sidecarSuffix)
 			if _, known := tags[service]; name != "consul" && !(isSidecar && known) {
-				names = append(names, name)
+				_, hasSidecar := tags[name+sidecarSuffix]
+				looks[name] = fmt.Sprint(tags[name], hasSidecar, tags[name+sidecarSuffix])
 			}
 		}
-		slices.Sort(names)
 		var gone []string
 		r.world.update(func(d *data) bool {
-			d.names, d.filtered = names, a.filtered
-			for name := range d.services {
-				if _, found := slices.BinarySearch(names, name); !found {
-					gone = append(gone, name)
-					delete(d.services, name)
-				}
-			}
+			gone = d.rename(looks)
+			d.filtered = a.filtered
 			return true
 		})
 		for _, name := range gone {
@@ -156,6 +152,24 @@ func (r *run) namesTopic() topic {
 		wake(r.known)
 		return nil
 	}}
+}
+
+// rename replaces the names of all services. What each looks like by its tags is compared: what looks different is to be
+// read at once. It returns the names that are gone.
+func (d *data) rename(looks map[string]string) (gone []string) {
+	d.names = slices.Sorted(maps.Keys(looks))
+	for name, s := range d.services {
+		look, there := looks[name]
+		switch {
+		case !there:
+			gone = append(gone, name)
+			delete(d.services, name)
+		case look != d.looks[name]:
+			d.services[name] = &service{instances: s.instances, changed: s.changed} // as if it was read long ago
+		}
+	}
+	d.looks = looks
+	return gone
 }
 
 // registrationsTopic says when to ask for this node's registrations. They themselves come from the agent, which has them

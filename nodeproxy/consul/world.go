@@ -24,7 +24,8 @@ type data struct {
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
 	filtered   bool   // ACLs hide services
 	local      map[string]*api.AgentService
-	names      []string            // of all services of the datacenter, nil before the first answer
+	names      []string            // of all services of the datacenter, sorted
+	looks      map[string]string   // their tags, and whether they have sidecars; nil before the first answer
 	services   map[string]*service // those that were looked at
 	entries    *entries
 	proxies    map[string][]Ports     // that nodeproxies serve, by node; nil before the first answer
