@@ -45,8 +45,6 @@ static __always_inline void report(const struct flow *f, const struct rule *r, _
 		return;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	e->time = bpf_ktime_get_ns();
-	e->netns = f->t.netns;
 	e->src = f->t.src;
 	e->dst = f->t.dst;
 	e->sport = f->t.sport;
@@ -88,9 +86,9 @@ static __always_inline int our_outbound_port(const struct flow *f)
 	__u64 cookie = netns_cookie;
 	struct ns_ready *ns = bpf_map_lookup_elem(&ns_ready, &cookie);
 
-	if (!ns || !addr_is_loopback(&f->t.dst))
+	if (!ns || f->port != (f->family == AF_INET ? ns->port4 : ns->port6))
 		return 0;
-	return f->port == (f->family == AF_INET ? ns->port4 : ns->port6);
+	return f->family == AF_INET ? f->t.dst.w[3] == bpf_htonl(0x7f000001) : addr_is_loopback(&f->t.dst);
 }
 
 static __always_inline struct rule *find_rule(const struct flow *f)
@@ -112,12 +110,14 @@ static __always_inline struct rule *find_rule(const struct flow *f)
 static __always_inline int announced(const struct flow *f, const struct rule *r)
 {
 	struct direct *d = bpf_map_lookup_elem(&direct, &f->t);
+	struct workload *w;
 
 	if (!d || bpf_ktime_get_ns() - d->time > HANDSHAKE_SECONDS * SECOND)
 		return 0;
-	if (d->kind == DIRECT_OWN && !netns_private)
-		return d->workload == r->workload; /* in the node's namespace a workload passes to its own port only */
-	return 1;
+	if (d->kind != DIRECT_OWN || netns_private)
+		return 1;
+	w = bpf_map_lookup_elem(&workloads, &d->workload);
+	return w && w->group == r->group; /* in the node's namespace a workload passes to its own service's port only */
 }
 
 static __always_inline int may_be_plaintext(const struct flow *f, const struct rule *r)

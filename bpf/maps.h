@@ -44,6 +44,7 @@ struct {
 struct workload {
 	__s32 pending; /* entries of pending */
 	__s32 direct;  /* entries of direct; the daemon's reaping may race with a program, so neither is exact */
+	__u32 group;   /* the workloads of one service are one group */
 };
 
 struct {
@@ -199,7 +200,8 @@ enum rule_action {
 };
 struct rule {
 	__u32 action;
-	__u32 workload;
+	__u32 workload; /* for the verdict */
+	__u32 group;	/* whose own calls pass */
 };
 
 struct {
@@ -283,8 +285,6 @@ enum event_flag {
 	EVENT_ALLOWED = 2,
 };
 struct event {
-	__u64 time;
-	__u64 netns;
 	struct addr src;
 	struct addr dst;
 	__be16 sport;
@@ -344,14 +344,17 @@ static __always_inline void count(__u32 which)
 		*n += 1;
 }
 
-/* Whether the daemon has not been seen alive for STALE_NS; *open is set when that lets traffic pass. */
+/* Whether the daemon has not been seen alive for STALE_SECONDS; *open is set when that lets traffic pass. */
 static __always_inline int heartbeat_stale(int *open)
 {
 	__u32 zero = 0;
 	struct heartbeat *h = bpf_map_lookup_elem(&heartbeat, &zero);
+	__u64 beat;
 
 	if (!h)
 		return 1;
 	*open = h->open;
-	return bpf_ktime_get_ns() - h->beat > STALE_SECONDS * SECOND;
+	beat = READ(h->beat);
+	/* A beat written after it was read here, but before the clock is, must not look like one from the future. */
+	return !beat || (__s64)(bpf_ktime_get_ns() - beat) > (__s64)(STALE_SECONDS * SECOND);
 }

@@ -20,10 +20,29 @@ struct dial {
 	__u16 v4; /* the connection runs over IPv4 */
 };
 
-static __always_inline int refuse(const struct dial *d, __u32 workload, __u16 reason)
+/* Forgets an older origin of a reused socket, and tells an outer workload that this one has decided. */
+static __always_inline int mark(struct bpf_sock *sk, const struct membership *m)
 {
-	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	struct origin *o;
 
+	if (!(m->flags & MEMBER_HAS_OUTER)) {
+		bpf_sk_storage_delete(&sk_out, sk);
+		return 1;
+	}
+	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!o)
+		return 0;
+	o->workload = m->workload;
+	o->flags = 0;
+	return 1;
+}
+
+static __always_inline int refuse(struct bpf_sock *sk, const struct membership *m, const struct dial *d, __u16 reason)
+{
+	struct event *e;
+
+	mark(sk, m); /* else the outer workload would refuse it again, in its own name */
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	count(STAT_REFUSED);
 	bpf_set_retval(-ECONNREFUSED);
 	if (!e) {
@@ -31,11 +50,10 @@ static __always_inline int refuse(const struct dial *d, __u32 workload, __u16 re
 		return REFUSE;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	e->time = bpf_ktime_get_ns();
 	e->dst = d->dst;
 	e->dport = d->port;
 	e->reason = reason;
-	e->workload = workload;
+	e->workload = m->workload;
 	e->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	bpf_ringbuf_submit(e, 0);
@@ -77,21 +95,10 @@ static __always_inline int decided_by_inner(struct bpf_sock *sk, const struct me
 	return bpf_map_lookup_elem(&workloads, &o->workload) != 0;
 }
 
-/* Lets the socket connect as if we were not here. A reused socket must not keep an older origin. */
+/* Lets the socket connect as if we were not here. */
 static __always_inline int pass(struct bpf_sock *sk, const struct membership *m)
 {
-	struct origin *o;
-
-	if (!(m->flags & MEMBER_HAS_OUTER)) {
-		bpf_sk_storage_delete(&sk_out, sk);
-		return CONTINUE;
-	}
-	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!o)
-		return REFUSE; /* without the mark the outer workload would claim the socket */
-	o->workload = m->workload;
-	o->flags = 0;
-	return CONTINUE;
+	return mark(sk, m) ? CONTINUE : REFUSE; /* without the mark the outer workload would claim the socket */
 }
 
 /* Decides on one connect. Returns the listener's port in host order when it is to be redirected, else 0 with *verdict. */
@@ -114,7 +121,7 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 	dest = find_destination(d, id);
 	if (!dest) {
 		if (in_virtual_range(d)) {
-			*verdict = refuse(d, id, REASON_UNKNOWN_SERVICE);
+			*verdict = refuse(sk, m, d, REASON_UNKNOWN_SERVICE);
 			return 0; /* a virtual IP that was given back must not leave the node */
 		}
 		*verdict = pass(sk, m);
@@ -126,33 +133,33 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 			*verdict = pass(sk, m);
 			return 0; /* on_failure = "open" */
 		}
-		*verdict = refuse(d, id, REASON_STALE);
+		*verdict = refuse(sk, m, d, REASON_STALE);
 		return 0; /* nobody would serve the redirected connection */
 	}
 	device = READ(sk->bound_dev_if);
 	if (device > 1) {
-		*verdict = refuse(d, id, REASON_BOUND_DEVICE);
+		*verdict = refuse(sk, m, d, REASON_BOUND_DEVICE);
 		return 0; /* bound to another device than lo: loopback is out of reach */
 	}
 	netns = bpf_get_netns_cookie(ctx);
 	ns = bpf_map_lookup_elem(&ns_ready, &netns);
 	port = ns ? (d->v4 ? ns->port4 : ns->port6) : 0;
 	if (!port) {
-		*verdict = refuse(d, id, REASON_NOT_READY);
+		*verdict = refuse(sk, m, d, REASON_NOT_READY);
 		return 0; /* no listener in this namespace yet */
 	}
 	w = bpf_map_lookup_elem(&workloads, &id);
 	if (!w) {
-		*verdict = refuse(d, id, REASON_UNKNOWN_WORKLOAD);
+		*verdict = refuse(sk, m, d, REASON_UNKNOWN_WORKLOAD);
 		return 0; /* being un-enrolled */
 	}
 	if (w->pending >= MAX_PENDING_PER_WORKLOAD) {
-		*verdict = refuse(d, id, REASON_CAPACITY);
+		*verdict = refuse(sk, m, d, REASON_CAPACITY);
 		return 0; /* too many of its connections are on their way to us */
 	}
 	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!o) {
-		*verdict = refuse(d, id, REASON_STORAGE);
+		*verdict = refuse(sk, m, d, REASON_STORAGE);
 		return 0; /* no memory for the origin */
 	}
 	o->dst = d->dst;
@@ -311,12 +318,17 @@ static __always_inline void forget_pending(const struct tuple *t, __u32 workload
 		__sync_fetch_and_add(&w->pending, -1);
 }
 
-static __always_inline void forget_direct(const struct tuple *t, __u32 workload)
+static __always_inline void forget_direct(const struct tuple *t)
 {
+	struct direct *d = bpf_map_lookup_elem(&direct, t);
 	struct workload *w;
+	__u32 workload;
 
-	if (bpf_map_delete_elem(&direct, t))
+	if (!d)
 		return;
+	workload = d->workload; /* who announced it pays for it */
+	if (bpf_map_delete_elem(&direct, t))
+		return; /* somebody else did */
 	w = bpf_map_lookup_elem(&workloads, &workload);
 	if (w)
 		__sync_fetch_and_add(&w->direct, -1);
@@ -365,14 +377,14 @@ static __always_inline void workload_connects(struct bpf_sock_ops *ctx, struct b
 	struct workload *w;
 	struct tuple t;
 
+	if (o && o->workload != id)
+		return; /* a nearer enrolment's */
 	read_tuple(ctx, &t, 0);
 	if (!o || !(o->flags & ORIGIN_REDIRECTED)) {
 		if (guarded_and_own(&t))
 			announce(ctx, &t, &own);
 		return;
 	}
-	if (o->workload != id)
-		return; /* a nearer enrolment's */
 	w = bpf_map_lookup_elem(&workloads, &id);
 	if (!w || bpf_map_update_elem(&pending, &t, o, BPF_NOEXIST))
 		return; /* full: the accepted socket has no origin and is refused */
@@ -398,7 +410,7 @@ static __always_inline void workload_accepts(struct bpf_sock_ops *ctx, struct bp
 			p->port = d->peer_port;
 		}
 	}
-	forget_direct(&t, d->workload);
+	forget_direct(&t);
 }
 
 SEC("sockops")
@@ -426,7 +438,7 @@ int workload_sockops(struct bpf_sock_ops *ctx)
 		if (o && (o->flags & ORIGIN_REDIRECTED))
 			forget_pending(&t, o->workload);
 		else
-			forget_direct(&t, m->workload);
+			forget_direct(&t);
 		break;
 	}
 	return 1;
@@ -467,7 +479,7 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 		if (!p)
 			break;
 		read_tuple(ctx, &t, 0);
-		forget_direct(&t, p->workload);
+		forget_direct(&t);
 		break;
 	}
 	return 1;

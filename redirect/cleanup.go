@@ -6,14 +6,16 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
-// Prune removes what is pinned for namespaces that are not open and enrolments that keep does not name: what an earlier
-// daemon left and this one has no use for. Call it once the workloads are known.
+// Prune removes the enrolments that keep does not name and the guards of namespaces that are not open: what an earlier
+// daemon left and this one has no use for. Call it once the workloads are known and their namespaces open.
 func (r *Redirect) Prune(keep func(cgroup uint64) bool) error {
 	var errs []error
 	for _, e := range r.Enrolled() {
@@ -23,28 +25,16 @@ func (r *Redirect) Prune(keep func(cgroup uint64) bool) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var stale []uint64
-	var cookie uint64
-	var ready outboundNsReady
-	for it := r.obj.NsReady.Iterate(); it.Next(&cookie, &ready); {
-		if _, open := r.namespaces[cookie]; !open {
-			stale = append(stale, cookie)
-		}
-	}
-	for _, cookie := range stale {
-		errs = append(errs, r.obj.NsReady.Delete(cookie))
-	}
-	root := filepath.Join(r.dir, "namespaces")
-	entries, err := os.ReadDir(root)
-	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("read pinned guards: %w", err))...)
-	}
-	for _, entry := range entries {
-		var cookie uint64
-		if _, err := fmt.Sscanf(entry.Name(), "%d", &cookie); err == nil && r.namespaces[cookie] != nil {
+	for cookie := range r.inherited {
+		if err := r.obj.NsReady.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("close namespace %d for redirects: %w", cookie, err))
 			continue
 		}
-		errs = append(errs, os.RemoveAll(filepath.Join(root, entry.Name())))
+		if err := os.RemoveAll(filepath.Join(r.dir, "namespaces", strconv.FormatUint(cookie, 10))); err != nil {
+			errs = append(errs, fmt.Errorf("remove guard: %w", err))
+			continue
+		}
+		delete(r.inherited, cookie)
 	}
 	return errors.Join(errs...)
 }
@@ -55,7 +45,7 @@ func (r *Redirect) Prune(keep func(cgroup uint64) bool) error {
 func Cleanup(pins, node string) (removed []string, err error) {
 	nodes := []string{node}
 	if node == "" {
-		if nodes, err = subdirectories(pins); err != nil {
+		if nodes, err = subdirectories(pins, isNode(pins)); err != nil {
 			return nil, err
 		}
 	}
@@ -66,14 +56,12 @@ func Cleanup(pins, node string) (removed []string, err error) {
 			return removed, err
 		}
 	}
-	if err := os.Remove(pins); err != nil && node == "" && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) {
-		return removed, fmt.Errorf("remove pin directory: %w", err)
-	}
+	_ = os.Remove(pins) // it may be a mount point, or hold what is not ours
 	return removed, nil
 }
 
 func cleanupNode(dir, node string) (removed []string, err error) {
-	versions, err := subdirectories(dir)
+	versions, err := subdirectories(dir, isVersion)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +73,7 @@ func cleanupNode(dir, node string) (removed []string, err error) {
 			return removed, err
 		}
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(dir); err != nil && len(versions) > 0 {
 		return removed, fmt.Errorf("remove pin directory: %w", err)
 	}
 	for _, cgroup := range own {
@@ -139,13 +127,16 @@ func cleanupVersion(dir string) (removed []string, err error) {
 			return err
 		case strings.HasPrefix(path, filepath.Join(dir, "maps")):
 			maps = append(maps, path)
-		default:
+		case path != filepath.Join(dir, daemonPin):
 			links = append(links, path)
 		}
 		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read pin directory: %w", err)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, daemonPin)); err == nil {
+		links = append(links, filepath.Join(dir, daemonPin)) // the last: by it a cleanup that is repeated finds the cgroup
 	}
 	for _, path := range links {
 		if err := removeLink(path); err != nil {
@@ -183,7 +174,7 @@ func removeLink(path string) error {
 	return nil
 }
 
-func subdirectories(dir string) ([]string, error) {
+func subdirectories(dir string, ours func(name string) bool) ([]string, error) {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -193,9 +184,28 @@ func subdirectories(dir string) ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.IsDir() {
+		if e.IsDir() && ours(e.Name()) {
 			names = append(names, e.Name())
 		}
 	}
 	return names, nil
+}
+
+// isVersion recognises the directory of a map ABI.
+func isVersion(name string) bool {
+	number, ok := strings.CutPrefix(name, "v")
+	_, err := strconv.ParseUint(number, 10, 16)
+	return ok && err == nil
+}
+
+// isNode recognises a node's directory below pins, which may be shared with other software.
+func isNode(pins string) func(name string) bool {
+	return func(name string) bool {
+		versions, err := subdirectories(filepath.Join(pins, name), isVersion)
+		if err != nil || len(versions) == 0 {
+			return false
+		}
+		_, err = os.Stat(filepath.Join(pins, name, versions[0], "maps"))
+		return err == nil
+	}
 }

@@ -68,9 +68,9 @@ func (r *Redirect) NewWorkload() (uint32, error) {
 	return id, err
 }
 
-// Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload. An enrolled cgroup
-// becomes the new workload in one step. On error the cgroup is as it was.
-func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error) {
+// Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload, in the group of its
+// service's workloads. An enrolled cgroup becomes the new workload in one step. On error the cgroup is as it was.
+func (r *Redirect) Enroll(cgroup string, workload, group uint32, n Nesting) (err error) {
 	id, err := CgroupID(cgroup)
 	if err != nil {
 		return err
@@ -88,7 +88,7 @@ func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error)
 			err = errors.Join(err, r.detach(id, e))
 		}
 	}()
-	if err := r.obj.Workloads.Put(workload, outboundWorkload{}); err != nil {
+	if err := r.obj.Workloads.Put(workload, outboundWorkload{Group: group}); err != nil {
 		return fmt.Errorf("add workload of %s (room for %d): %w", cgroup, r.obj.Workloads.MaxEntries(), err)
 	}
 	old := e.workload
@@ -198,12 +198,29 @@ func (r *Redirect) detach(cgroup uint64, e *enrolment) error {
 	return errors.Join(err, os.RemoveAll(e.dir), e.close())
 }
 
-// adopt takes over the enrolments that an earlier daemon pinned; half attached and dead ones are removed.
+// adopt takes over the enrolments and remembers the guards that an earlier daemon pinned; half attached and dead ones are
+// removed, as are the ids of workloads that are gone.
 func (r *Redirect) adopt() error {
-	root := filepath.Join(r.dir, "cgroups")
+	err := eachPinned(filepath.Join(r.dir, "cgroups"), r.adoptOne)
+	if err != nil {
+		return err
+	}
+	err = eachPinned(filepath.Join(r.dir, "namespaces"), func(cookie uint64, _ string) error {
+		r.inherited[cookie] = true
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return r.forgetUnknownWorkloads()
+}
+
+// eachPinned calls f for every directory of root that is named by a number, and removes the others: what was being built
+// there was never renamed.
+func eachPinned(root string, f func(id uint64, dir string) error) error {
 	entries, err := os.ReadDir(root)
 	if err != nil {
-		return fmt.Errorf("read pinned enrolments: %w", err)
+		return fmt.Errorf("read pin directory: %w", err)
 	}
 	for _, entry := range entries {
 		dir := filepath.Join(root, entry.Name())
@@ -214,7 +231,33 @@ func (r *Redirect) adopt() error {
 			}
 			continue
 		}
-		if err := r.adoptOne(id, dir); err != nil {
+		if err := f(id, dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forgetUnknownWorkloads removes the ids of workloads whose cgroup went while no daemon ran.
+func (r *Redirect) forgetUnknownWorkloads() error {
+	known := make(map[uint32]bool)
+	for _, e := range r.enrolled {
+		known[e.workload] = true
+	}
+	var gone []uint32
+	var id uint32
+	var w outboundWorkload
+	it := r.obj.Workloads.Iterate()
+	for it.Next(&id, &w) {
+		if !known[id] {
+			gone = append(gone, id)
+		}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read workloads: %w", err)
+	}
+	for _, id := range gone {
+		if err := r.forgetWorkload(id); err != nil {
 			return err
 		}
 	}

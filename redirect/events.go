@@ -71,7 +71,6 @@ type Event struct {
 	Inbound     bool
 	Allowed     bool
 	Workload    uint32
-	Namespace   uint64 // cookie, inbound only
 	Source      netip.AddrPort
 	Destination netip.AddrPort
 	PID         uint32
@@ -94,7 +93,7 @@ func (r *Redirect) Events(f func(Event)) error {
 			return fmt.Errorf("decode kernel event: %w", err)
 		}
 		f(Event{
-			Verdict: Verdict(e.Reason), Workload: e.Workload, Namespace: e.Netns, PID: e.Pid, Comm: comm(e.Comm),
+			Verdict: Verdict(e.Reason), Workload: e.Workload, PID: e.Pid, Comm: comm(e.Comm),
 			Inbound: e.Flags&uint16(outboundEventFlagEVENT_INBOUND) != 0,
 			Allowed: e.Flags&uint16(outboundEventFlagEVENT_ALLOWED) != 0,
 			Source:  fromEndpoint(e.Src, e.Sport), Destination: fromEndpoint(e.Dst, e.Dport),

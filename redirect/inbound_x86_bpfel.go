@@ -98,6 +98,7 @@ type inboundRule struct {
 	_        structs.HostLayout
 	Action   uint32
 	Workload uint32
+	Group    uint32
 }
 
 type inboundRuleKey struct {
@@ -122,6 +123,7 @@ type inboundWorkload struct {
 	_       structs.HostLayout
 	Pending int32
 	Direct  int32
+	Group   uint32
 }
 
 // Names of all BPF objects in the ELF.

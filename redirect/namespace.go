@@ -35,17 +35,23 @@ type Namespace struct {
 }
 
 // OpenNamespace listens in the network namespace that file stands for (/proc/PID/ns/net), guards it with sk_lookup and
-// only then lets redirects go there. It takes ownership of file. Until SetRules says otherwise nothing inbound is touched.
+// only then lets redirects go there. A namespace is opened once at a time. It takes ownership of file. Until SetRules says otherwise nothing inbound is touched.
 func (r *Redirect) OpenNamespace(file *os.File) (_ *Namespace, err error) {
 	ns := &Namespace{file: file, r: r}
+	if err := ns.identify(); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	r.mu.Lock()
+	_, open := r.namespaces[ns.Cookie]
+	r.mu.Unlock()
+	if open {
+		return nil, errors.Join(fmt.Errorf("open network namespace %d: it is open already", ns.Inode), file.Close())
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, ns.undo())
 		}
 	}()
-	if err := ns.identify(); err != nil {
-		return nil, err
-	}
 	if ns.diag, err = openDiag(ns); err != nil {
 		return nil, err
 	}
@@ -64,6 +70,7 @@ func (r *Redirect) OpenNamespace(file *os.File) (_ *Namespace, err error) {
 		return nil, fmt.Errorf("open namespace %d for redirects: %w", ns.Inode, err)
 	}
 	r.namespaces[ns.Cookie] = ns
+	delete(r.inherited, ns.Cookie)
 	return ns, nil
 }
 
@@ -120,7 +127,7 @@ func (ns *Namespace) Do(f func() error) error {
 		return f()
 	}
 	runtime.LockOSThread()
-	if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+	if err := ns.enter(); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter network namespace %d: %w", ns.Inode, err)
 	}
@@ -131,6 +138,17 @@ func (ns *Namespace) Do(f func() error) error {
 	}
 	runtime.UnlockOSThread()
 	return errDo
+}
+
+// enter holds the file open meanwhile, so that Close on another goroutine cannot give its number to another file.
+func (ns *Namespace) enter() error {
+	raw, err := ns.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var errEnter error
+	err = raw.Control(func(fd uintptr) { errEnter = unix.Setns(int(fd), unix.CLONE_NEWNET) })
+	return errors.Join(err, errEnter)
 }
 
 // identify reads what names the namespace.
@@ -256,7 +274,7 @@ func (ns *Namespace) loadLookup() (*ebpf.Program, error) {
 	shared := &ns.r.obj
 	var obj inboundPrograms
 	err = spec.LoadAndAssign(&obj, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct,
+		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct, "workloads": shared.Workloads,
 		"heartbeat": shared.Heartbeat, "plaintext_from": shared.PlaintextFrom, "events": shared.Events, "stats": shared.Stats,
 	}})
 	if err != nil {

@@ -65,8 +65,6 @@ const (
 
 type outboundEvent struct {
 	_        structs.HostLayout
-	Time     uint64
-	Netns    uint64
 	Src      outboundAddr
 	Dst      outboundAddr
 	Sport    uint16
@@ -177,6 +175,7 @@ type outboundRule struct {
 	_        structs.HostLayout
 	Action   uint32
 	Workload uint32
+	Group    uint32
 }
 
 type outboundRuleAction uint32
@@ -225,6 +224,7 @@ type outboundWorkload struct {
 	_       structs.HostLayout
 	Pending int32
 	Direct  int32
+	Group   uint32
 }
 
 // Names of all BPF objects in the ELF.

@@ -55,6 +55,7 @@ type Redirect struct {
 	mu         sync.Mutex
 	enrolled   map[uint64]*enrolment // by cgroup id
 	namespaces map[uint64]*Namespace // by cookie
+	inherited  map[uint64]bool       // cookies of the namespaces that an earlier daemon guards and this one has not opened
 	dests      shadow[outboundDestinationKey, outboundDestination]
 	ranges     shadow[outboundRangeKey, uint32]
 	plaintext  shadow[outboundRangeKey, uint32]
@@ -70,6 +71,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		dir:        filepath.Join(cfg.Pins, cfg.Node, fmt.Sprintf("v%d", MapABI)),
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
+		inherited:  make(map[uint64]bool),
 	}
 	if err := checkPins(cfg, r.dir); err != nil {
 		return nil, err

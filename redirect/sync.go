@@ -10,7 +10,6 @@ import (
 
 // Destination is one address that is redirected.
 type Destination struct {
-	Workload uint32 // 0: for every workload
 	Addr     netip.Addr
 	Port     uint16 // 0: every port
 	Instance bool   // an instance's own address: dialled plain while the daemon is gone, if on_failure is "open"
@@ -34,7 +33,8 @@ type Rule struct {
 	Addr      netip.Addr // zero: every address
 	Port      uint16     // 0: every port
 	Action    Action
-	Workload  uint32
+	Workload  uint32 // named in verdicts
+	Group     uint32 // whose own calls pass, in the node's namespace
 }
 
 // SetDestinations makes the redirected addresses exactly those given, by diff: an address that changes hands does so in
@@ -49,7 +49,7 @@ func (r *Redirect) SetDestinations(dests []Destination, ranges []netip.Prefix) e
 		if d.Instance {
 			v.Flags = uint32(outboundDestFlagDEST_INSTANCE)
 		}
-		want[outboundDestinationKey{Ip: toAddr(d.Addr), Workload: d.Workload, Port: swap(d.Port)}] = v
+		want[outboundDestinationKey{Ip: toAddr(d.Addr), Port: swap(d.Port)}] = v
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -78,7 +78,8 @@ func rangeKeys(ranges []netip.Prefix) map[outboundRangeKey]uint32 {
 	return keys
 }
 
-// SetRules makes the inbound rules exactly those given, by diff.
+// SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
+// and this one has not opened: they stay until Prune.
 func (r *Redirect) SetRules(rules []Rule) error {
 	want := make(map[outboundRuleKey]outboundRule, len(rules))
 	for _, rule := range rules {
@@ -86,10 +87,15 @@ func (r *Redirect) SetRules(rules []Rule) error {
 		if rule.Addr.IsValid() {
 			key.Ip = toAddr(rule.Addr)
 		}
-		want[key] = outboundRule{Action: uint32(rule.Action), Workload: rule.Workload}
+		want[key] = outboundRule{Action: uint32(rule.Action), Workload: rule.Workload, Group: rule.Group}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for key, rule := range r.rules {
+		if r.inherited[key.Netns] {
+			want[key] = rule
+		}
+	}
 	return r.rules.sync("rules", r.obj.Rules, want)
 }
 

@@ -122,18 +122,21 @@ func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Wor
 	if err != nil {
 		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
 	}
+	var foreign error
 	for _, ip := range s.candidates(client) {
 		w, found := v.ownerOf(s, listeners, ip)
-		if !found {
-			continue
-		}
 		target := netip.AddrPortFrom(ip, port)
-		if w == nil {
-			return target, nil, &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
+		if w != nil {
+			return target, w, nil
+		}
+		if found && foreign == nil {
+			foreign = &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
 				"deliver to instance %s: what listens on %s is not in the workload's cgroup %s; correct the service definition or stop that process",
 				s.Instance, target, s.Workloads[0].Cgroup)}
 		}
-		return target, w, nil
+	}
+	if foreign != nil {
+		return netip.AddrPort{}, nil, foreign
 	}
 	return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: fmt.Errorf(
 		"deliver to instance %s: nothing listens on port %d in its network namespace; is the application up?", s.Instance, port)}
@@ -184,36 +187,44 @@ func reaches(l redirect.Socket, ip netip.Addr) bool {
 	return at == ip
 }
 
-// owner returns the workload serving s in whose cgroup, or below, cgroup is.
+// owner returns the workload serving s in whose cgroup, or below but not in an inner workload's, cgroup is.
 func (v *view) owner(s *served, cgroup uint64) *Workload {
 	if cgroup == 0 {
 		return nil
 	}
 	for _, w := range s.Workloads {
-		if v.subtree[w.ID][cgroup] || below(w.Cgroup, cgroup) {
+		if v.subtree[w.ID][cgroup] || v.below(w, cgroup) {
 			return w
 		}
 	}
 	return nil
 }
 
-// below looks for a cgroup that is younger than the view.
-func below(dir string, id uint64) bool {
-	found := errors.New("found")
-	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
-		if err != nil || !d.IsDir() {
+// below looks for a cgroup of w that is younger than the view.
+func (v *view) below(w *Workload, id uint64) bool {
+	others := make(map[string]bool)
+	for _, other := range v.byID {
+		others[other.Cgroup] = other.Cgroup != w.Cgroup
+	}
+	found := false
+	err := filepath.WalkDir(w.Cgroup, func(path string, d os.DirEntry, err error) error {
+		switch {
+		case err != nil || !d.IsDir():
 			return skipGone(err)
+		case others[path]:
+			return filepath.SkipDir // an inner workload's
 		}
 		if got, err := redirect.CgroupID(path); err == nil && got == id {
-			return found
+			found = true
+			return filepath.SkipAll
 		}
 		return nil
 	})
-	return err == found
+	return err == nil && found
 }
 
-// checkAccepted makes sure that the workload's own socket accepted conn. A connection that the application has not
-// accepted yet in the kernel's eyes (TCP_DEFER_ACCEPT waits for data) is judged by the listeners.
+// checkAccepted makes sure that the workload's own socket accepted conn. Where the accepted socket cannot be asked, because
+// it waits for data first (TCP_DEFER_ACCEPT) or is closed already, whoever listens there is asked.
 func checkAccepted(ctx context.Context, v *view, s *served, conn *net.TCPConn, target netip.AddrPort) error {
 	client, err := netip.ParseAddrPort(conn.LocalAddr().String())
 	if err != nil {
@@ -222,16 +233,13 @@ func checkAccepted(ctx context.Context, v *view, s *served, conn *net.TCPConn, t
 	for wait := 100 * time.Microsecond; ; wait *= 2 {
 		sock, err := s.space.Accepted(client, target)
 		switch {
-		case err == nil && sock.Handshaking:
-			if _, w, err := pickTarget(v, s, netip.AddrPortFrom(target.Addr(), 0)); err != nil || w == nil {
-				return err
-			}
-			return nil
-		case err == nil && !sock.Listening:
+		case err == nil && sock.Cgroup != 0 && !sock.Listening:
 			if v.owner(s, sock.Cgroup) == nil {
-				return &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf("deliver to instance %s: the process that accepted at %s is not in the workload's cgroup", s.Instance, target)}
+				return notTheWorkloads(s, target)
 			}
 			return nil
+		case err == nil && !sock.Listening || !established(conn):
+			return checkListeners(v, s, target)
 		case err != nil && !errors.Is(err, unix.ENOENT):
 			return &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
 		}
@@ -242,6 +250,38 @@ func checkAccepted(ctx context.Context, v *view, s *served, conn *net.TCPConn, t
 		case <-time.After(wait):
 		}
 	}
+}
+
+func checkListeners(v *view, s *served, target netip.AddrPort) error {
+	listeners, err := s.space.Listeners(target.Port())
+	if err != nil {
+		return &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
+	}
+	if w, found := v.ownerOf(s, listeners, target.Addr()); found && w == nil {
+		return notTheWorkloads(s, target)
+	}
+	return nil
+}
+
+func notTheWorkloads(s *served, target netip.AddrPort) error {
+	return &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
+		"deliver to instance %s: the process that accepted at %s is not in the workload's cgroup", s.Instance, target)}
+}
+
+// established reports whether neither end has closed conn.
+func established(conn *net.TCPConn) bool {
+	const tcpEstablished = 1
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	state := uint8(0)
+	err = raw.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			state = info.State
+		}
+	})
+	return err == nil && state == tcpEstablished
 }
 
 // deliverUnix connects to a socket path as the workload's processes see it, and checks who listens there.

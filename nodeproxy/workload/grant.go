@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"nodeproxy.io/redirect"
@@ -96,6 +98,7 @@ func (m *Manager) follow() {
 		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
 		m.workloads[path] = e
 	}
+	m.watcher.follow(slices.Collect(maps.Keys(m.workloads)))
 }
 
 func (m *Manager) mode(c Claim) Mode {
@@ -112,6 +115,7 @@ func (m *Manager) changed(e *entry, c Claim) bool {
 // release forgets an entry. keep leaves the kernel's enrolment in place, for the entry of the same cgroup that follows.
 func (m *Manager) release(e *entry, keep bool) {
 	delete(m.workloads, e.Cgroup)
+	m.forgetWarnings(e.Cgroup)
 	if keep || e.cgroup == 0 {
 		return
 	}

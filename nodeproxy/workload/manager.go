@@ -21,7 +21,8 @@ const (
 	reapEvery      = 30 * time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
-	namespaceGrace = 3                     // reconciliations without a process before a namespace's listeners close
+	namespaceGrace = 3 * time.Second       // how long a namespace of no workload keeps its listeners
+	maxNamespaces  = 16                    // of one workload
 )
 
 // Config is what a Manager needs.
@@ -66,7 +67,10 @@ type Manager struct {
 	namespaces map[uint64]*space // by inode
 	refused    []RefusedClaim
 	pruned     bool
-	warned     map[string]string // what was last logged of a cgroup, so that it is logged once
+	warned     map[warning]bool
+	groups     map[string]uint32 // the kernel's numbers of services
+	missed     bool              // a namespace could not be opened in this reconciliation
+	watcher    *watcher
 }
 
 // entry is a granted claim.
@@ -87,8 +91,11 @@ type space struct {
 	*redirect.Namespace
 	public *Namespace
 	addrs  []netip.Addr
-	unused int // reconcile's own
+	used   time.Time // when a workload was last seen in it; reconcile's own
 }
+
+// warning is what was logged of a cgroup, so that it is logged once.
+type warning struct{ cgroup, text string }
 
 // NewManager moves the process into a cgroup of its own and opens the node's kernel state, taking over what an earlier
 // daemon left in force. Close it after Run.
@@ -118,7 +125,8 @@ func NewManager(cfg Config) (*Manager, error) {
 		claims:     make(map[string][]Claim),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),
-		warned:     make(map[string]string),
+		warned:     make(map[warning]bool),
+		groups:     make(map[string]uint32),
 	}
 	m.view.Store(&view{})
 	return m, nil
@@ -141,14 +149,17 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	for _, p := range m.cfg.Providers {
 		wg.Go(func() { m.provide(ctx, p) })
 	}
-	wg.Go(func() { m.beat(ctx) })
+	var beating sync.WaitGroup
+	beating.Go(func() { m.beat(ctx) })
+	m.watcher = newWatcher(m.wake, m.log)
 	wg.Go(func() {
 		if err := m.redirect.Events(func(e redirect.Event) { m.event(e, h) }); err != nil {
 			m.log.Error("kernel verdicts are not reported any more", "error", err)
 		}
 	})
 	m.loop(ctx, h)
-	err := errors.Join(m.redirect.Rest(), m.redirect.Stop())
+	beating.Wait() // a last beat must not come after Rest
+	err := errors.Join(m.redirect.Rest(), m.redirect.Stop(), m.watcher.close())
 	for _, ns := range m.namespaces {
 		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {
 			err = errors.Join(err, ignoreClosed(ln.Close()))

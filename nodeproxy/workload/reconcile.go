@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,6 +20,7 @@ import (
 // reconcile compares what should be with what is, once, and repairs it. Order matters: listeners exist before anything is
 // redirected to them, guards and ids before a workload is switched on.
 func (m *Manager) reconcile() {
+	m.missed = false
 	m.follow()
 	for _, e := range m.workloads {
 		m.scan(e)
@@ -33,7 +36,7 @@ func (m *Manager) reconcile() {
 	shown := *next
 	shown.states, shown.refused = m.states(), slices.Clone(m.refused)
 	m.view.Store(&shown)
-	if m.pruned {
+	if m.complete() {
 		m.once.Do(func() { close(m.ready) })
 	}
 }
@@ -69,6 +72,7 @@ func (m *Manager) protect(next *view) {
 
 // scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
 func (m *Manager) scan(e *entry) {
+	last := e.inodes
 	e.processes, e.inodes, e.subtree = 0, nil, make(map[uint64]bool)
 	err := filepath.WalkDir(e.Cgroup, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -77,17 +81,20 @@ func (m *Manager) scan(e *entry) {
 		if !d.IsDir() {
 			return nil
 		}
+		if path != e.Cgroup && m.workloads[path] != nil {
+			return fs.SkipDir // an inner workload's processes and listeners are its own
+		}
 		id, err := redirect.CgroupID(path)
 		if err != nil {
 			return skipGone(err)
 		}
 		e.subtree[id] = true
-		if path != e.Cgroup && m.workloads[path] != nil {
-			return m.scanIDs(e, path) // an inner workload's processes are its own
-		}
 		return m.scanProcesses(e, path)
 	})
 	e.problem = err
+	if e.processes == 0 {
+		e.inodes = last // an application that restarts must not find its port open to strangers
+	}
 	slices.Sort(e.inodes)
 	e.inodes = slices.Compact(e.inodes)
 }
@@ -97,24 +104,6 @@ func skipGone(err error) error {
 		return nil
 	}
 	return err
-}
-
-// scanIDs adds the ids below an inner workload's cgroup and leaves its processes alone.
-func (m *Manager) scanIDs(e *entry, root string) error {
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.IsDir() {
-			return skipGone(err)
-		}
-		id, err := redirect.CgroupID(path)
-		if err == nil {
-			e.subtree[id] = true
-		}
-		return skipGone(err)
-	})
-	if err != nil {
-		return err
-	}
-	return fs.SkipDir
 }
 
 func (m *Manager) scanProcesses(e *entry, dir string) error {
@@ -134,33 +123,41 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 		e.processes++
 		e.inodes = append(e.inodes, st.Ino)
 		if _, open := m.namespaces[st.Ino]; !open {
-			m.openNamespace(e, pid)
+			m.openNamespace(e, pid, len(slices.Compact(slices.Sorted(slices.Values(e.inodes)))))
 		}
 	}
 	return nil
 }
 
-// openNamespace listens in the namespace of a process, unless the process has left it meanwhile.
-func (m *Manager) openNamespace(e *entry, pid string) {
+// openNamespace listens in the namespace of a process, the nth of its workload, unless the process has left it meanwhile.
+// A workload that makes ever more namespaces has its own connections refused, not the node's.
+func (m *Manager) openNamespace(e *entry, pid string, nth int) {
+	if nth > maxNamespaces {
+		m.warn(e.Cgroup, "workload is unprotected", fmt.Errorf("its processes are in more than %d network namespaces: enroll cgroups further below instead", maxNamespaces), "service", e.Service)
+		return
+	}
 	f, err := os.Open("/proc/" + pid + "/ns/net")
 	if err != nil {
 		return
 	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || m.namespaces[st.Ino] != nil {
+		f.Close()
+		return // the process has moved to one we know
+	}
 	ns, err := m.redirect.OpenNamespace(f)
 	if err != nil {
+		m.missed = true
 		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
 		return
 	}
-	if _, open := m.namespaces[ns.Inode]; open {
-		return // the process has moved to one we know
-	}
-	s := &space{Namespace: ns, public: &Namespace{Cookie: ns.Cookie, Inode: ns.Inode, Host: ns.Host}}
+	s := &space{used: time.Now(), Namespace: ns, public: &Namespace{Cookie: ns.Cookie, Inode: ns.Inode, Host: ns.Host}}
 	m.namespaces[ns.Inode] = s
 	m.serve(ns, s.public)
 	m.log.Debug("listening in network namespace", "inode", ns.Inode, "host", ns.Host)
 }
 
-// watchNamespaces reads the addresses of the open namespaces and counts for how long each has been without a process.
+// watchNamespaces reads the addresses of the open namespaces and notes which of them are in use.
 func (m *Manager) watchNamespaces() {
 	used := make(map[uint64]bool)
 	for _, e := range m.workloads {
@@ -169,9 +166,8 @@ func (m *Manager) watchNamespaces() {
 		}
 	}
 	for inode, s := range m.namespaces {
-		s.unused++
 		if used[inode] || s.Host && len(m.workloads) > 0 {
-			s.unused = 0
+			s.used = time.Now()
 		}
 		addrs, err := s.Addresses()
 		if err != nil {
@@ -188,7 +184,7 @@ func (m *Manager) watchNamespaces() {
 
 func (m *Manager) closeNamespaces() {
 	for inode, s := range m.namespaces {
-		if s.unused < namespaceGrace {
+		if time.Since(s.used) < namespaceGrace {
 			continue
 		}
 		delete(m.namespaces, inode)
@@ -224,12 +220,12 @@ func (m *Manager) enroll(e *entry) {
 	}
 	e.enrolled = true // counts in the nesting of the others already
 	m.settleNesting()
-	if err := m.redirect.Enroll(e.Cgroup, e.ID, m.nesting(e)); err != nil {
+	if err := m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e)); err != nil {
 		e.enrolled, e.problem, e.ID = false, err, 0
 		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
 		return
 	}
-	delete(m.warned, e.Cgroup)
+	m.forgetWarnings(e.Cgroup)
 	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mode", e.Mode.String(), "provider", e.Provider)
 }
 
@@ -257,28 +253,43 @@ func (m *Manager) nesting(e *entry) redirect.Nesting {
 	return n
 }
 
-// prune removes, once, what an earlier daemon enrolled and nobody claims any more.
+// prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened the
+// earlier daemon's guards stay: one of them may be its.
 func (m *Manager) prune() {
-	if m.pruned {
+	if m.pruned || m.missed {
 		return
 	}
-	m.pruned = true
 	claimed := make(map[uint64]bool)
 	for _, e := range m.workloads {
 		claimed[e.cgroup] = true
 	}
 	if err := m.redirect.Prune(func(cgroup uint64) bool { return claimed[cgroup] }); err != nil {
 		m.log.Error("removing what an earlier daemon left", "error", err)
-	}
-}
-
-// warn logs a problem of a cgroup once until it changes.
-func (m *Manager) warn(cgroup, msg string, err error, args ...any) {
-	if m.warned[cgroup] == err.Error() {
 		return
 	}
-	m.warned[cgroup] = err.Error()
+	m.pruned = true
+}
+
+// warn logs a problem of a cgroup once, until the workload was enrolled or released.
+func (m *Manager) warn(cgroup, msg string, err error, args ...any) {
+	w := warning{cgroup, err.Error()}
+	if m.warned[w] {
+		return
+	}
+	m.warned[w] = true
 	m.log.Warn(msg, append(args, "cgroup", cgroup, "error", err)...)
+}
+
+func (m *Manager) forgetWarnings(cgroup string) {
+	maps.DeleteFunc(m.warned, func(w warning, _ bool) bool { return w.cgroup == cgroup })
+}
+
+// group is the kernel's number of a service, for as long as this daemon runs.
+func (m *Manager) group(service string) uint32 {
+	if m.groups[service] == 0 {
+		m.groups[service] = uint32(len(m.groups) + 1)
+	}
+	return m.groups[service]
 }
 
 func (m *Manager) states() []WorkloadState {

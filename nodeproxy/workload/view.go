@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/redirect"
@@ -17,7 +18,6 @@ type view struct {
 	subtree map[uint32]map[uint64]bool // cgroup ids by workload
 	spaces  map[uint64]*space          // by cookie
 	served  map[servedKey]*served
-	native  []redirect.Rule // ports on which a service speaks mTLS itself
 	states  []WorkloadState
 	refused []RefusedClaim
 }
@@ -75,8 +75,7 @@ func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
 		}
 		found = true
 		if inst.Native {
-			v.native = append(v.native, redirect.Rule{Namespace: s.Cookie, Port: inst.Mesh.Port(), Action: redirect.Untouched})
-			continue
+			continue // it speaks mTLS itself
 		}
 		key := servedKey{s.Cookie, inst.Mesh}
 		sv := v.served[key]
@@ -111,6 +110,7 @@ func (v *view) index(workloads map[string]*entry) {
 			s.Workloads[i] = frozen[w]
 		}
 		s.Workloads = slices.DeleteFunc(s.Workloads, func(w *Workload) bool { return w.ID == 0 })
+		slices.SortFunc(s.Workloads, func(a, b *Workload) int { return strings.Compare(a.Cgroup, b.Cgroup) })
 	}
 }
 
@@ -133,54 +133,6 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 		}
 	}
 	return all
-}
-
-// rules lists what inbound connections meet. ready are about to be enrolled: their guards come first.
-func (m *Manager) rules(v *view, ready []*entry) []redirect.Rule {
-	all := slices.Clone(v.native)
-	for _, s := range m.namespaces {
-		if r, ok := m.namespaceRule(s, ready); ok {
-			all = append(all, r)
-		}
-	}
-	for _, s := range v.served {
-		if len(s.Workloads) == 0 {
-			continue
-		}
-		w, ns := s.Workloads[0], s.space.Cookie
-		all = append(all, redirect.Rule{Namespace: ns, Addr: s.instance.Mesh.Addr(), Port: s.instance.Mesh.Port(), Action: redirect.Steer, Workload: w.ID})
-		action := redirect.Strict
-		if w.Mode == Permissive || s.instance.Permissive {
-			action = redirect.Permissive
-		}
-		ports := []uint16{s.instance.Address.Port(), s.instance.Delivery.Port()}
-		for _, port := range slices.Compact(ports) {
-			if port != 0 {
-				all = append(all, redirect.Rule{Namespace: ns, Port: port, Action: action, Workload: w.ID})
-			}
-		}
-	}
-	return all
-}
-
-// namespaceRule guards every port of a private namespace in which a workload lives: strictly, if one of them is strict.
-func (m *Manager) namespaceRule(s *space, ready []*entry) (redirect.Rule, bool) {
-	if s.Host {
-		return redirect.Rule{}, false
-	}
-	rule := redirect.Rule{Namespace: s.Cookie, Action: redirect.Permissive}
-	for _, e := range m.workloads {
-		if !slices.Contains(e.inodes, s.Inode) || !e.enrolled && !slices.Contains(ready, e) {
-			continue
-		}
-		if rule.Workload == 0 || e.Mode == Strict && rule.Action == redirect.Permissive {
-			rule.Workload = e.ID
-		}
-		if e.Mode == Strict {
-			rule.Action = redirect.Strict
-		}
-	}
-	return rule, rule.Workload != 0
 }
 
 // Origin implements the proxy's Kernel.
