@@ -65,6 +65,9 @@ func TestADeliveryTargetThatIsNotTheWorkloadsIsRefused(t *testing.T) {
 			t.Errorf("a foreign listener was dialled: %s", p.Output())
 		}
 	}
+	m.define(1, "api", port, api.IPv4) // the delivery port of the last definition has a guard of its own
+	m.awaitGeneration(1)
+	m.reaches(web, m.vip("api"))
 }
 
 func TestASquatterOnTheApplicationsPortGetsNoDelivery(t *testing.T) {
