@@ -117,12 +117,6 @@ func (s *slots) release(held []slot) {
 	}
 }
 
-func (s *slots) inUse(key slotKey) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.taken[key]
-}
-
 var everyConnection = slotKey{what: "limits.connections of this node"}
 
 func (l *Limits) outboundSlots(workload uint32) []slot {
