@@ -23,3 +23,10 @@ func (r *Redirect) Account(workload uint32) (int32, error) {
 	err := r.obj.Workloads.Lookup(workload, &w)
 	return w.Pending, err
 }
+
+// Announced is how many entries of direct the kernel counts for a workload.
+func (r *Redirect) Announced(workload uint32) (int32, error) {
+	var w outboundWorkload
+	err := r.obj.Workloads.Lookup(workload, &w)
+	return w.Direct, err
+}
