@@ -14,6 +14,7 @@ import (
 	"nodeproxy.io/nodeproxy"
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/file"
@@ -64,6 +65,10 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	var observer nodeproxy.Observer = d.recorder
 	if source, ok := source.(catalog.Caller); ok {
 		observer = callers{d.recorder, source}
+	}
+	if fit := check.FittingConnections(cfg.Limits.Connections); fit < cfg.Limits.Connections {
+		log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE", "from", cfg.Limits.Connections, "to", fit)
+		cfg.Limits.Connections = fit
 	}
 	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
 		Node: cfg.Node.Name, Source: &meteredSource{source, metrics}, Kernel: d.manager, Observer: observer, Log: log,

@@ -78,8 +78,21 @@ func bpffs(pins string) Result {
 	return ok(name, "state.pins %s", pins)
 }
 
-// descriptorsPerConnection: the sockets of its two legs.
-const descriptorsPerConnection = 2
+const (
+	descriptorsPerConnection = 2 // the sockets of its two legs
+	otherDescriptors         = 1024
+)
+
+// FittingConnections is how many of the wanted connections this process's limit of open files allows.
+func FittingConnections(wanted int) int {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return wanted
+	}
+	return int(min(uint64(wanted), fitting(limit.Max)))
+}
+
+func fitting(limit uint64) uint64 { return (max(limit, otherDescriptors) - otherDescriptors) / descriptorsPerConnection }
 
 func fileLimit(connections int) Result {
 	const name = "RLIMIT_NOFILE"
@@ -91,10 +104,10 @@ func fileLimit(connections int) Result {
 }
 
 func fileLimitResult(limit uint64, connections int) Result {
-	need := uint64(connections)*descriptorsPerConnection + 1024
+	need := uint64(connections)*descriptorsPerConnection + otherDescriptors
 	if limit < need {
 		return warning("RLIMIT_NOFILE", "%d here: limits.connections = %d can take %d descriptors; raise it (LimitNOFILE=%d in a unit) or lower limits.connections to %d",
-			limit, connections, need, need, (max(limit, 1024)-1024)/descriptorsPerConnection)
+			limit, connections, need, need, fitting(limit))
 	}
 	return ok("RLIMIT_NOFILE", "%d is enough for limits.connections = %d", limit, connections)
 }
