@@ -92,7 +92,9 @@ func FittingConnections(wanted int) int {
 	return int(min(uint64(wanted), fitting(limit.Max)))
 }
 
-func fitting(limit uint64) uint64 { return (max(limit, otherDescriptors) - otherDescriptors) / descriptorsPerConnection }
+func fitting(limit uint64) uint64 {
+	return (max(limit, otherDescriptors) - otherDescriptors) / descriptorsPerConnection
+}
 
 func fileLimit(connections int) Result {
 	const name = "RLIMIT_NOFILE"
