@@ -185,30 +185,33 @@ func (m *mesh) removeAddress(ns *netlab.Namespace, name string, address netip.Pr
 	}))
 }
 
-// TestStrictPortsStayClosedWhenARestartedDaemonCannotOpenAllNamespaces takes loopback, on which the daemon listens, from one
-// of two namespaces while no daemon runs.
+// TestStrictPortsStayClosedWhenARestartedDaemonCannotOpenAllNamespaces takes 127.0.0.1, on which the daemon listens, from
+// one of two namespaces while no daemon runs.
 func TestStrictPortsStayClosedWhenARestartedDaemonCannotOpenAllNamespaces(t *testing.T) {
 	m := newMesh(t)
 	stranger := m.stranger(1)
 	whole, broken := m.place(1, "whole"), m.place(1, "broken")
 	addresses := []string{at(whole.IPv4, port), at(broken.IPv4, port), at(broken.IPv6, port)}
 	m.start()
+	loopback := netip.MustParsePrefix("127.0.0.1/8")
 	m.staysClosed("while a daemon that cannot listen in one of them takes over", stranger, addresses, func() {
 		m.kill(1)
-		m.must(broken.Namespace.Down("lo"))
+		m.removeAddress(broken.Namespace, "lo", loopback)
 		m.must(m.Daemons[1].Start(m.ctx()))
 		_, err := m.Daemons[1].Await(m.ctx(), func(s *admin.Status) error {
+			states := make(map[string]string)
 			for _, w := range s.Workloads {
-				if want := map[string]string{"whole": "protected", "broken": "unprotected"}[w.Service]; w.State != want {
-					return fmt.Errorf("workload %s is %q, want %q: %s", w.Service, w.State, want, w.Detail)
-				}
+				states[w.Service] = w.State
+			}
+			if states["whole"] != "protected" || states["broken"] != "unprotected" {
+				return fmt.Errorf("the workloads are %v", states)
 			}
 			return nil
 		})
 		m.must(err)
 	})
 	m.staysClosed("while the last of them is opened", stranger, addresses, func() {
-		m.must(broken.Namespace.Up("lo"))
+		m.must(broken.Namespace.Address("lo", loopback))
 		m.settle(1)
 	})
 }
