@@ -89,7 +89,7 @@ func FittingConnections(wanted int) int {
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return wanted
 	}
-	return int(min(uint64(wanted), fitting(limit.Max)))
+	return int(min(uint64(wanted), max(1, fitting(limit.Max))))
 }
 
 func fitting(limit uint64) uint64 {
