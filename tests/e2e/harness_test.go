@@ -471,11 +471,16 @@ func (f *footprint) exceeds(base *footprint) error {
 
 // awaitBaseline asserts that a daemon lets go of all that its connections took, once their clients are gone.
 func (m *mesh) awaitBaseline(ctx context.Context, node int) {
+	var last error
 	m.eventually("the daemon of "+m.Nodes[node].Name+" is back at its baseline", func() error {
 		now, err := measure(ctx, m.Daemons[node])
-		if err != nil {
-			return err
+		if ctx.Err() != nil {
+			return last // which says more than that time is up
 		}
-		return now.exceeds(m.baselines[node])
+		last = err
+		if err == nil {
+			last = now.exceeds(m.baselines[node])
+		}
+		return last
 	})
 }

@@ -167,6 +167,13 @@ func TestAWorkloadThatComesBackInANewNamespaceIsServedThere(t *testing.T) {
 		p.Kill()
 	}
 	m.sleeper(web.Cgroup, web.Namespace)
+	m.eventually("web is served at its own address again", func() error {
+		status, err := m.Daemons[0].Admin().Status(m.ctx())
+		if err == nil && (len(status.Workloads) != 1 || len(status.Workloads[0].Instances) != 1) {
+			err = fmt.Errorf("%w: %+v", errNotYet, status.Workloads)
+		}
+		return err
+	})
 	m.settle(0)
 }
 
