@@ -42,20 +42,6 @@ func abort(conn net.Conn) {
 	_ = conn.Close()
 }
 
-// watchRaw returns when the socket has an error pending, or is closed here.
-func watchRaw(raw syscall.RawConn) error {
-	var failed error
-	err := raw.Read(func(fd uintptr) bool {
-		errno, err := syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR)
-		if err == nil && errno != 0 {
-			err = syscall.Errno(errno)
-		}
-		failed = err
-		return err != nil // else until the next event of the socket
-	})
-	return errors.Join(err, failed)
-}
-
 // plainConn is what an application's connection can be.
 type plainConn interface {
 	net.Conn
@@ -65,10 +51,9 @@ type plainConn interface {
 
 // plainLeg is a connection to an application: a *net.TCPConn or a *net.UnixConn.
 type plainLeg struct {
-	conn plainConn
-	raw  syscall.RawConn
-	pool *buffers
-	held *buffer
+	conn   plainConn
+	socket *socket
+	held   *buffer
 }
 
 func newPlainLeg(conn net.Conn, pool *buffers) (*plainLeg, error) {
@@ -76,15 +61,15 @@ func newPlainLeg(conn net.Conn, pool *buffers) (*plainLeg, error) {
 	if !ok {
 		return nil, errors.New("the connection can not be half-closed")
 	}
-	raw, err := plain.SyscallConn()
+	socket, err := newSocket(plain, pool)
 	if err != nil {
 		return nil, err
 	}
-	return &plainLeg{conn: plain, raw: raw, pool: pool}, nil
+	return &plainLeg{conn: plain, socket: socket}, nil
 }
 
 func (l *plainLeg) next() ([]byte, error) {
-	buf, n, err := l.pool.read(l.raw, plainChunk)
+	buf, n, err := l.socket.read(plainChunk)
 	if err != nil {
 		return nil, err
 	}
@@ -94,26 +79,23 @@ func (l *plainLeg) next() ([]byte, error) {
 
 func (l *plainLeg) release() {
 	if l.held != nil {
-		l.pool.put(l.held)
+		l.socket.pool.put(l.held)
 		l.held = nil
 	}
 }
 
-func (l *plainLeg) write(p []byte) error {
-	_, err := l.conn.Write(p)
-	return err
-}
-
-func (l *plainLeg) closeWrite() error { return l.conn.CloseWrite() }
-func (l *plainLeg) watch() error      { return watchRaw(l.raw) }
-func (l *plainLeg) close()            { _ = l.conn.Close() }
-func (l *plainLeg) reset()            { abort(l.conn) }
+func (l *plainLeg) write(p []byte) error { return l.socket.write(p) }
+func (l *plainLeg) closeWrite() error    { return l.conn.CloseWrite() }
+func (l *plainLeg) watch() error         { return l.socket.watch() }
+func (l *plainLeg) close()               { _ = l.conn.Close() }
+func (l *plainLeg) reset()               { abort(l.conn) }
 
 // secureLeg is a connection to a peer over TLS, its handshake done.
 type secureLeg struct {
-	tls  *tls.Conn
-	wire *wire
-	held *buffer
+	tls     *tls.Conn
+	wire    *wire
+	held    *buffer
+	drained bool // no whole record is left of what has arrived
 }
 
 // newSecureLeg takes over conn, whose handshake was done over w.
@@ -124,23 +106,26 @@ func newSecureLeg(conn *tls.Conn, w *wire) *secureLeg {
 
 func (l *secureLeg) next() ([]byte, error) {
 	for {
+		if l.drained {
+			if err := l.wire.fill(); err != nil {
+				return nil, err
+			}
+		}
 		buf := l.wire.pool.get()
 		n, err := l.drain(buf)
+		l.drained = errors.Is(err, os.ErrDeadlineExceeded)
 		if n > 0 {
 			l.held = buf
 			return buf[:n], nil // an error comes again with the next call
 		}
 		l.wire.pool.put(buf)
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, err
-		}
-		if err := l.wire.fill(); err != nil {
+		if !l.drained {
 			return nil, err
 		}
 	}
 }
 
-// drain reads all records that have arrived whole and fit.
+// drain reads all records that have arrived whole and fit. os.ErrDeadlineExceeded means that there is no more.
 func (l *secureLeg) drain(buf *buffer) (n int, err error) {
 	for n < len(buf) && err == nil {
 		var got int
@@ -166,7 +151,7 @@ func (l *secureLeg) write(p []byte) error {
 // closeWrite sends a close_notify alone. A FIN after it would say nothing more, and make connection trackers on the way
 // forget a half-closed connection within minutes.
 func (l *secureLeg) closeWrite() error { return l.tls.CloseWrite() }
-func (l *secureLeg) watch() error      { return watchRaw(l.wire.raw) }
+func (l *secureLeg) watch() error      { return l.wire.socket.watch() }
 func (l *secureLeg) close()            { _ = l.wire.Close() }
 func (l *secureLeg) reset()            { abort(l.wire.TCPConn) }
 

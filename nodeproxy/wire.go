@@ -6,58 +6,8 @@ import (
 	"net"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 )
-
-// chunk is how much one system call reads or writes: with TLS records of at most 16 KiB each, several per call.
-const chunk = 64 << 10
-
-// plainChunk is how much plaintext still fits one chunk when it is sealed: four records, with headers and tags.
-const plainChunk = chunk - 512
-
-// buffer is one chunk.
-type buffer [chunk]byte
-
-// buffers lends chunks. A connection holds one only while it has bytes in hand: ten thousand idle ones hold none.
-type buffers struct{ pool sync.Pool }
-
-func newBuffers() *buffers {
-	return &buffers{pool: sync.Pool{New: func() any { return new(buffer) }}}
-}
-
-func (b *buffers) get() *buffer  { return b.pool.Get().(*buffer) }
-func (b *buffers) put(p *buffer) { b.pool.Put(p) }
-
-// read waits until raw is readable, and only then takes a buffer and reads up to limit bytes into it. The buffer is the
-// caller's. The end of the stream is io.EOF.
-func (b *buffers) read(raw syscall.RawConn, limit int) (buf *buffer, n int, err error) {
-	waitErr := raw.Read(func(fd uintptr) (done bool) {
-		buf = b.get()
-		for {
-			n, err = syscall.Read(int(fd), buf[:limit])
-			if !errors.Is(err, syscall.EINTR) {
-				break
-			}
-		}
-		if n > 0 {
-			return true
-		}
-		b.put(buf)
-		buf = nil
-		if errors.Is(err, syscall.EAGAIN) {
-			return false
-		}
-		if err == nil {
-			err = io.EOF
-		}
-		return true
-	})
-	if waitErr != nil {
-		return nil, 0, waitErr
-	}
-	return buf, max(n, 0), err
-}
 
 // errTruncated is a peer that closed TCP without a close_notify: what it sent may not be all that it meant to send.
 var errTruncated = errors.New("the peer closed the connection without a TLS close_notify")
@@ -68,8 +18,8 @@ var errTruncated = errors.New("the peer closed the connection without a TLS clos
 // One goroutine may read while others write.
 type wire struct {
 	*net.TCPConn
-	raw  syscall.RawConn
-	pool *buffers
+	socket *socket
+	pool   *buffers
 
 	// Used by whoever reads.
 	in      *buffer // nil when unread is empty
@@ -83,11 +33,11 @@ type wire struct {
 }
 
 func newWire(conn *net.TCPConn, pool *buffers) (*wire, error) {
-	raw, err := conn.SyscallConn()
+	socket, err := newSocket(conn, pool)
 	if err != nil {
 		return nil, err
 	}
-	return &wire{TCPConn: conn, raw: raw, pool: pool}, nil
+	return &wire{TCPConn: conn, socket: socket, pool: pool}, nil
 }
 
 // Read returns what was received. While polling it never waits: crypto/tls keeps its state when a read runs into a
@@ -113,7 +63,7 @@ func (w *wire) Read(p []byte) (int, error) {
 // fill waits for bytes and keeps them for Read, which must have returned all it had. The end of the stream is
 // errTruncated, because crypto/tls takes an io.EOF between two records for an orderly end, which only a close_notify is.
 func (w *wire) fill() error {
-	buf, n, err := w.pool.read(w.raw, chunk)
+	buf, n, err := w.socket.read(chunk)
 	if errors.Is(err, io.EOF) {
 		return errTruncated
 	}
@@ -138,7 +88,7 @@ func (w *wire) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.corked {
-		return w.TCPConn.Write(p)
+		return w.send(p)
 	}
 	if w.queued+len(p) > chunk {
 		if err := w.flush(); err != nil {
@@ -146,12 +96,19 @@ func (w *wire) Write(p []byte) (int, error) {
 		}
 	}
 	if len(p) > chunk {
-		return w.TCPConn.Write(p)
+		return w.send(p)
 	}
 	if w.out == nil {
 		w.out = w.pool.get()
 	}
 	w.queued += copy(w.out[w.queued:], p)
+	return len(p), nil
+}
+
+func (w *wire) send(p []byte) (int, error) {
+	if err := w.socket.write(p); err != nil {
+		return 0, err
+	}
 	return len(p), nil
 }
 
@@ -174,7 +131,7 @@ func (w *wire) flush() error {
 	if w.out == nil {
 		return nil
 	}
-	_, err := w.TCPConn.Write(w.out[:w.queued])
+	err := w.socket.write(w.out[:w.queued])
 	w.pool.put(w.out)
 	w.out, w.queued = nil, 0
 	return err

@@ -1,0 +1,151 @@
+package nodeproxy
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"syscall"
+	"unsafe"
+)
+
+// chunk is how much one system call reads or writes: with TLS records of at most 16 KiB each, several per call.
+const chunk = 64 << 10
+
+// plainChunk is how much plaintext still fits one chunk when it is sealed: four records, with headers and tags.
+const plainChunk = chunk - 512
+
+// buffer is one chunk.
+type buffer [chunk]byte
+
+// buffers lends chunks. A connection holds one only while it has bytes in hand: ten thousand idle ones hold none.
+type buffers struct{ pool sync.Pool }
+
+func newBuffers() *buffers {
+	return &buffers{pool: sync.Pool{New: func() any { return new(buffer) }}}
+}
+
+func (b *buffers) get() *buffer  { return b.pool.Get().(*buffer) }
+func (b *buffers) put(p *buffer) { b.pool.Put(p) }
+
+// socket reads and writes a connected socket of the runtime's poller, with no allocation for a call. One goroutine may
+// read while another writes.
+//
+// The socket never blocks, so its system calls are not announced to the scheduler: that costs more than a small read.
+type socket struct {
+	raw  syscall.RawConn
+	pool *buffers
+
+	reading reading
+	writing writing
+}
+
+// reading and writing are the arguments and results of one call, and the function that the poller calls back, which
+// would be an allocation each if they were made for the call.
+type reading struct {
+	limit int
+	buf   *buffer
+	n     int
+	err   error
+	ready func(fd uintptr) (done bool)
+}
+
+type writing struct {
+	left  []byte
+	err   error
+	ready func(fd uintptr) (done bool)
+}
+
+func newSocket(conn syscall.Conn, pool *buffers) (*socket, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	s := &socket{raw: raw, pool: pool}
+	s.reading.ready, s.writing.ready = s.readReady, s.writeReady
+	return s, nil
+}
+
+// read waits until the socket is readable, and only then takes a buffer and reads up to limit bytes into it. The buffer
+// is the caller's. The end of the stream is io.EOF.
+func (s *socket) read(limit int) (buf *buffer, n int, err error) {
+	r := &s.reading
+	r.limit = limit
+	if err := s.raw.Read(r.ready); err != nil {
+		return nil, 0, err
+	}
+	buf, n, err = r.buf, r.n, r.err
+	r.buf = nil
+	return buf, n, err
+}
+
+func (s *socket) readReady(fd uintptr) (done bool) {
+	r := &s.reading
+	r.buf, r.n, r.err = s.pool.get(), 0, nil
+	n, errno := transferBytes(syscall.SYS_READ, fd, r.buf[:r.limit])
+	if n > 0 {
+		r.n = n
+		return true
+	}
+	s.pool.put(r.buf)
+	r.buf = nil
+	switch errno {
+	case 0:
+		r.err = io.EOF
+	case syscall.EAGAIN:
+		return false
+	default:
+		r.err = os.NewSyscallError("read", errno)
+	}
+	return true
+}
+
+// write sends all of p.
+func (s *socket) write(p []byte) error {
+	w := &s.writing
+	w.left, w.err = p, nil
+	waitErr := s.raw.Write(w.ready)
+	w.left = nil
+	return errors.Join(waitErr, w.err)
+}
+
+func (s *socket) writeReady(fd uintptr) (done bool) {
+	w := &s.writing
+	for len(w.left) > 0 {
+		n, errno := transferBytes(syscall.SYS_WRITE, fd, w.left)
+		switch errno {
+		case 0:
+			w.left = w.left[n:]
+		case syscall.EAGAIN:
+			return false
+		default:
+			w.err = os.NewSyscallError("write", errno)
+			return true
+		}
+	}
+	return true
+}
+
+// watch returns when the socket has an error pending, or is closed here.
+func (s *socket) watch() error {
+	var failed error
+	err := s.raw.Read(func(fd uintptr) bool {
+		errno, err := syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR)
+		if err == nil && errno != 0 {
+			err = syscall.Errno(errno)
+		}
+		failed = err
+		return err != nil // else until the next event of the socket
+	})
+	return errors.Join(err, failed)
+}
+
+// transferBytes is read(2) or write(2) of p, which must not be empty.
+func transferBytes(trap, fd uintptr, p []byte) (n int, errno syscall.Errno) {
+	for {
+		r, _, errno := syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+		if errno != syscall.EINTR {
+			return int(r), errno
+		}
+	}
+}
