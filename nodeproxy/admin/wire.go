@@ -75,6 +75,7 @@ type Connection struct {
 type Endpoint struct {
 	Service  string `json:"service,omitempty"`
 	Instance string `json:"instance,omitempty"`
+	Target   string `json:"target,omitempty"`   // what the service was resolved to, as subset.service.datacenter, where that differs
 	Identity string `json:"identity,omitempty"` // SPIFFE ID as authenticated
 	Address  string `json:"address,omitempty"`  // ip:port; of a destination, what the application dialled
 	Peer     string `json:"peer,omitempty"`     // ip:port actually dialled, when it differs
