@@ -66,6 +66,9 @@ type Snapshot struct {
 	// is refused, so that it never leaves the node in plaintext.
 	VirtualRanges []netip.Prefix
 
+	// Contested are addresses that several services claim as their own virtual one: connections to them are refused.
+	Contested []netip.AddrPort
+
 	// Calls is how services of this node call others, by the caller's name; what is not there is left to the node.
 	Calls map[string]*Calls
 

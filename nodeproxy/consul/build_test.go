@@ -210,10 +210,10 @@ func TestIntentionsAreConsuls(t *testing.T) {
 
 func TestEverythingThatIsNotHonouredIsReported(t *testing.T) {
 	d := sample()
-	d.write(&api.MeshConfigEntry{TransparentProxy: api.TransparentProxyMeshConfig{MeshDestinationsOnly: true}, TLS: &api.MeshTLSConfig{}})
+	d.write(&api.MeshConfigEntry{TLS: &api.MeshTLSConfig{Incoming: &api.MeshDirectionalTLSConfig{CipherSuites: []string{"TLS_RSA_WITH_AES_128_CBC_SHA"}}}})
 	d.write(&api.ProxyConfigEntry{Kind: api.ProxyDefaults, Name: "global", Config: map[string]any{"protocol": "http", "envoy_x": 1}})
 	d.write(&api.ServiceConfigEntry{Kind: api.ServiceDefaults, Name: "api", Protocol: "tcp", MaxInboundConnections: 3, ExternalSNI: "x", RateLimits: &api.RateLimits{}})
-	d.write(&api.ServiceResolverConfigEntry{Kind: api.ServiceResolver, Name: "api", ConnectTimeout: 3 * time.Second, Redirect: &api.ServiceResolverRedirect{Service: "web"}})
+	d.write(&api.ServiceResolverConfigEntry{Kind: api.ServiceResolver, Name: "api", ConnectTimeout: 3 * time.Second, PrioritizeByLocality: &api.ServiceResolverPrioritizeByLocality{Mode: "failover"}})
 	d.write(&api.ServiceRouterConfigEntry{Kind: api.ServiceRouter, Name: "web"})
 	s := build(t, d, "web", "stranger")
 	var text []string
@@ -221,7 +221,7 @@ func TestEverythingThatIsNotHonouredIsReported(t *testing.T) {
 		text = append(text, p.Text)
 	}
 	all := strings.Join(text, "\n")
-	for _, want := range []string{"MeshDestinationsOnly", "TLS of mesh", "envoy_x", "ExternalSNI", "RateLimits", "Redirect", "service-router", "stranger"} {
+	for _, want := range []string{"TLS_RSA_WITH", "envoy_x", "ExternalSNI", "RateLimits", "PrioritizeByLocality", "service-router", "stranger"} {
 		if !strings.Contains(all, want) {
 			t.Errorf("%s is not reported:\n%s", want, all)
 		}
