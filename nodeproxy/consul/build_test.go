@@ -71,15 +71,18 @@ func (d *data) register(name string, e endpoint) {
 
 func build(t *testing.T, d *data, needed ...string) *catalog.Snapshot {
 	t.Helper()
-	b := &builder{
-		cfg:  &Config{Node: "n1", NodeAddress: netip.MustParseAddr("192.0.2.1"), VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")}},
-		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
-	}
-	snap, err := b.build(1, time.Now())
+	snap, err := builderOf(d, needed...).build(1, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return snap
+}
+
+func builderOf(d *data, needed ...string) *builder {
+	return &builder{
+		cfg:  &Config{Node: "n1", NodeAddress: netip.MustParseAddr("192.0.2.1"), VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")}},
+		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
+	}
 }
 
 // resolved is what an address stands for, "" for nothing.
