@@ -65,6 +65,7 @@ struct destination_key {
 
 enum dest_flag {
 	DEST_INSTANCE = 1,	/* one instance's own address: on_failure = "open" may let it pass */
+	DEST_PASS = 2,	/* not redirected, and not refused where only the mesh is open: port 0 is every port */
 };
 struct destination {
 	__u32 flags;
@@ -78,7 +79,12 @@ struct {
 	__type(value, struct destination);
 } destinations SEC(".maps");
 
-/* The ranges of virtual IPs: what is in one and not in destinations is refused. Written by the daemon; read by connect. */
+/* What becomes of addresses that are not in destinations, by the longest prefix. Written by the daemon; read by connect. */
+enum range_kind {
+	RANGE_VIRTUAL = 1,	/* virtual IPs are given out of it: refused */
+	RANGE_OUTSIDE = 2,	/* outside the mesh, and only the mesh is open: refused, but for DNS and the workload's own addresses */
+	RANGE_OPEN = 3,	/* not refused for that */
+};
 struct range_key {
 	__u32 prefixlen; /* of the 128-bit form */
 	struct addr ip;
@@ -278,6 +284,7 @@ enum reason {
 	REASON_STORAGE,
 	REASON_PLAINTEXT,
 	REASON_NO_LISTENER,
+	REASON_OUTSIDE_MESH, /* MeshDestinationsOnly */
 };
 
 enum event_flag {
@@ -329,6 +336,7 @@ SHARED(enum, reason);
 SHARED(enum, stat);
 SHARED(enum, member_flag);
 SHARED(enum, dest_flag);
+SHARED(enum, range_kind);
 SHARED(enum, origin_flag);
 SHARED(enum, listener_kind);
 SHARED(enum, rule_action);

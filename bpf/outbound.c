@@ -75,11 +75,20 @@ static __always_inline struct destination *find_destination(const struct dial *d
 	return bpf_map_lookup_elem(&destinations, &key);
 }
 
-static __always_inline int in_virtual_range(const struct dial *d)
+/* Why d, which is no destination, is refused; REASON_NONE lets it pass. */
+static __always_inline __u16 refused_range(const struct dial *d, __u32 workload)
 {
 	struct range_key key = { .prefixlen = 128, .ip = d->dst };
+	struct destination_key own = { .ip = d->dst, .workload = workload };
+	__u32 *kind = bpf_map_lookup_elem(&virtual_ranges, &key);
 
-	return bpf_map_lookup_elem(&virtual_ranges, &key) != 0;
+	if (!kind)
+		return REASON_NONE;
+	if (*kind == RANGE_VIRTUAL)
+		return REASON_UNKNOWN_SERVICE; /* one that was given back must not leave the node */
+	if (*kind != RANGE_OUTSIDE || d->port == bpf_htons(53))
+		return REASON_NONE; /* DNS over UDP passes too */
+	return bpf_map_lookup_elem(&destinations, &own) ? REASON_NONE : REASON_OUTSIDE_MESH;
 }
 
 /* Whether a nearer enrolment has already decided on this socket: inner programs run first and leave a mark. */
@@ -111,7 +120,7 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 	struct origin *o;
 	__u32 device, id;
 	__u64 netns;
-	__u16 port;
+	__u16 port, reason;
 	int open = 0;
 
 	*verdict = CONTINUE;
@@ -119,13 +128,14 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 	if (!id || decided_by_inner(sk, m))
 		return 0;
 	dest = find_destination(d, id);
-	if (!dest) {
-		if (in_virtual_range(d)) {
-			*verdict = refuse(sk, m, d, REASON_UNKNOWN_SERVICE);
-			return 0; /* a virtual IP that was given back must not leave the node */
-		}
+	reason = dest ? REASON_NONE : refused_range(d, id);
+	if (reason) {
+		*verdict = refuse(sk, m, d, reason);
+		return 0; /* nothing of the mesh's, and not to leave the node */
+	}
+	if (!dest || (dest->flags & DEST_PASS)) {
 		*verdict = pass(sk, m);
-		return 0;
+		return 0; /* not ours */
 	}
 	if (heartbeat_stale(&open)) {
 		if (open && (dest->flags & DEST_INSTANCE)) {

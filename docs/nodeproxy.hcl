@@ -74,8 +74,9 @@ prefer_local = true # instances of this node are tried before others
 # still refuses virtual IPs.
 on_failure = "closed"
 
+# With Consul: networks whose addresses stand for a service where its instances are tagged "virtual" with them, on the tagged
+# port: Kubernetes ClusterIPs, as ["10.96.0.0/12"]. Virtual IPs assigned by hand may be in them too.
 virtual_cidrs = []
-# not yet: virtual_cidrs = ["10.96.0.0/12"]
 
 existing_connections = "keep" # those that a workload has when it is enrolled: they stay what they are
 # not yet: existing_connections = "reset"

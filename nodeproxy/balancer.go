@@ -1,58 +1,108 @@
 package nodeproxy
 
 import (
+	"maps"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/cespare/xxhash/v2"
 
 	"nodeproxy.io/nodeproxy/catalog"
 )
 
-// The back-off of an instance that could not be dialled doubles with every further failure.
+// The back-off of an instance that could not be dialled, where the caller's own configuration says nothing: it doubles with
+// every further failure.
 const (
 	minEjection = time.Second
 	maxEjection = time.Minute
 )
 
-// place names an instance across snapshots.
-type place struct{ node, id string }
+// maxConfiguredEjection bounds what a caller's own configuration makes of an instance that keeps failing, as in Envoy.
+const maxConfiguredEjection = 5 * time.Minute
 
-func placeOf(inst *catalog.Instance) place { return place{inst.Node, inst.ID} }
+// place names an instance across snapshots.
+type place struct{ datacenter, node, id string }
+
+func placeOf(inst *catalog.Instance) place { return place{inst.Datacenter, inst.Node, inst.ID} }
+
+// ledger is where the failures of an instance are counted: those of all callers that configure nothing in one, those of
+// each other caller in its own.
+type ledger struct {
+	caller string
+	place
+}
 
 // ejection is why and for how long an instance is not the first choice.
 type ejection struct {
 	until    time.Time
-	failures int
+	failures int // in a row, since the last ejection
+	times    int
 	err      error
 }
 
-// balancer chooses among the instances of a service: the less busy one of two that it draws. Instances that could not be
-// dialled are ejected: they are chosen only when nothing else is left, so that an ejection never makes a service
-// unreachable.
+// call is what matters of a connection when an instance is chosen.
+type call struct {
+	balance catalog.Balance
+	source  netip.Addr
+
+	caller   string // whose configuration ejects; "" where it says nothing
+	ejection *catalog.Ejection
+}
+
+// balancer chooses among the instances of the first target that has any: by its policy. Instances that failed are ejected:
+// they are chosen only when nothing else is left in any target, so that an ejection never makes a service unreachable.
 type balancer struct {
 	preferLocal bool
 	now         func() time.Time
 
 	mu      sync.Mutex
 	active  map[place]int
-	ejected map[place]ejection
+	ejected map[ledger]ejection
+	turns   map[string]uint64 // of round_robin, by target
 }
 
 func newBalancer(preferLocal bool) *balancer {
-	return &balancer{preferLocal: preferLocal, now: time.Now, active: map[place]int{}, ejected: map[place]ejection{}}
+	return &balancer{preferLocal: preferLocal, now: time.Now, active: map[place]int{}, ejected: map[ledger]ejection{}, turns: map[string]uint64{}}
 }
 
 // pick chooses an instance that is not in tried, and counts a connection to it until done is called. It returns nil when
 // none is left.
-func (b *balancer) pick(instances []*catalog.Instance, tried []*catalog.Instance) (inst *catalog.Instance, done func()) {
+func (b *balancer) pick(targets []*catalog.Target, tried []*catalog.Instance, c call) (target *catalog.Target, inst *catalog.Instance, done func()) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var usable, local, ejected []*catalog.Instance
+	var spareOf *catalog.Target
+	var spare *catalog.Instance
+	for _, t := range targets {
+		if t.Unreachable != "" {
+			continue
+		}
+		usable, ejected := b.sort(t.Instances, tried, c)
+		if len(usable) > 0 {
+			inst = b.choose(t, usable, c)
+			return t, inst, b.use(placeOf(inst))
+		}
+		if spare == nil && len(ejected) > 0 {
+			spareOf = t
+			spare = slices.MinFunc(ejected, func(x, y *catalog.Instance) int { return b.until(x, c).Compare(b.until(y, c)) })
+		}
+	}
+	if spare == nil {
+		return nil, nil, nil
+	}
+	return spareOf, spare, b.use(placeOf(spare))
+}
+
+// sort lists those that may be dialled, only those of this node where they go first, and those that are ejected.
+func (b *balancer) sort(instances, tried []*catalog.Instance, c call) (usable, ejected []*catalog.Instance) {
+	var local []*catalog.Instance
 	for _, candidate := range instances {
 		switch {
-		case !candidate.Healthy || !candidate.Mesh.IsValid() || slices.Contains(tried, candidate):
-		case b.now().Before(b.ejected[placeOf(candidate)].until):
+		case !candidate.Usable() || slices.Contains(tried, candidate):
+		case b.now().Before(b.until(candidate, c)):
 			ejected = append(ejected, candidate)
 		case candidate.Local:
 			local = append(local, candidate)
@@ -61,16 +111,50 @@ func (b *balancer) pick(instances []*catalog.Instance, tried []*catalog.Instance
 			usable = append(usable, candidate)
 		}
 	}
-	switch {
-	case b.preferLocal && len(local) > 0:
+	if b.preferLocal && len(local) > 0 {
 		usable = local
-	case len(usable) == 0 && len(ejected) > 0:
-		usable = []*catalog.Instance{slices.MinFunc(ejected, b.sooner)}
-	case len(usable) == 0:
-		return nil, nil
 	}
-	inst = b.lessBusy(usable)
-	return inst, b.use(placeOf(inst))
+	return usable, ejected
+}
+
+func (b *balancer) until(inst *catalog.Instance, c call) time.Time {
+	return b.ejected[ledger{c.caller, placeOf(inst)}].until
+}
+
+// choose applies c's policy. usable is not empty.
+func (b *balancer) choose(t *catalog.Target, usable []*catalog.Instance, c call) *catalog.Instance {
+	switch c.balance {
+	case catalog.RoundRobin:
+		name := t.String()
+		turn := b.turns[name]
+		b.turns[name]++
+		return usable[turn%uint64(len(usable))]
+	case catalog.Random:
+		return usable[rand.IntN(len(usable))]
+	case catalog.SourceHash:
+		return rendezvous(usable, c.source)
+	}
+	return b.lessBusy(usable)
+}
+
+// rendezvous chooses the instance whose hash with source is the highest: an instance that comes or goes moves only the
+// sources that it gets or had (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998). It is the
+// same on every node.
+func rendezvous(usable []*catalog.Instance, source netip.Addr) *catalog.Instance {
+	from := source.Unmap().As16()
+	weight := func(inst *catalog.Instance) uint64 {
+		h := xxhash.New()
+		_, _ = h.Write(from[:])
+		_, _ = h.WriteString(inst.Datacenter + "\x00" + inst.Node + "\x00" + inst.ID)
+		return h.Sum64()
+	}
+	best, highest := usable[0], weight(usable[0])
+	for _, inst := range usable[1:] {
+		if w := weight(inst); w > highest {
+			best, highest = inst, w
+		}
+	}
+	return best
 }
 
 // only is pick for one instance that was asked for by its own address.
@@ -78,10 +162,6 @@ func (b *balancer) only(inst *catalog.Instance) (done func()) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.use(placeOf(inst))
-}
-
-func (b *balancer) sooner(x, y *catalog.Instance) int {
-	return b.ejected[placeOf(x)].until.Compare(b.ejected[placeOf(y)].until)
 }
 
 func (b *balancer) lessBusy(usable []*catalog.Instance) *catalog.Instance {
@@ -110,55 +190,88 @@ func (b *balancer) use(at place) (done func()) {
 	})
 }
 
-// failed ejects inst. Failures while it is ejected already are those of connections that were under way: they do not
-// prolong the ejection. It returns for how long inst was ejected now, 0 when it was already.
-func (b *balancer) failed(inst *catalog.Instance, err error) time.Duration {
+// failed notes that inst, one of instances, failed, and ejects it if that is enough. Failures while it is ejected already
+// are those of connections that were under way: they do not prolong the ejection. It returns for how long inst was ejected
+// now, 0 when it was not.
+func (b *balancer) failed(inst *catalog.Instance, instances []*catalog.Instance, c call, err error) time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	at, now := placeOf(inst), b.now()
+	at, now := ledger{c.caller, placeOf(inst)}, b.now()
 	e := b.ejected[at]
 	if now.Before(e.until) {
 		return 0
 	}
-	backoff := min(minEjection<<min(e.failures, 10), maxEjection)
-	b.ejected[at] = ejection{until: now.Add(backoff), failures: e.failures + 1, err: err}
+	e.failures++
+	e.err = err
+	backoff := min(minEjection<<min(e.times, 10), maxEjection)
+	if c.ejection != nil {
+		backoff = b.configured(e, instances, c)
+	}
+	if backoff > 0 {
+		e.until, e.failures = now.Add(backoff), 0
+		e.times++
+	}
+	b.ejected[at] = e
+	return backoff
+}
+
+// configured is for how long c's own configuration ejects an instance now, 0 for not at all.
+func (b *balancer) configured(e ejection, instances []*catalog.Instance, c call) time.Duration {
+	ejected := 0
+	for _, other := range instances {
+		if b.now().Before(b.until(other, c)) {
+			ejected++
+		}
+	}
+	if e.failures < c.ejection.Failures || ejected > 0 && (ejected+1)*100 > c.ejection.Percent*len(instances) {
+		return 0
+	}
+	backoff := min(c.ejection.Base*time.Duration(e.times+1), max(c.ejection.Base, maxConfiguredEjection))
+	if step := c.ejection.Interval; step > 0 {
+		backoff = (backoff + step - 1) / step * step
+	}
 	return backoff
 }
 
 // succeeded forgets the failures of inst.
-func (b *balancer) succeeded(inst *catalog.Instance) {
+func (b *balancer) succeeded(inst *catalog.Instance, c call) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.ejected, placeOf(inst))
+	delete(b.ejected, ledger{c.caller, placeOf(inst)})
 }
 
-// why says why inst is ejected now, or "".
+// why says why inst is ejected now, and for whom, or "".
 func (b *balancer) why(inst *catalog.Instance) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	e := b.ejected[placeOf(inst)]
-	if !b.now().Before(e.until) {
-		return ""
+	var reasons []string
+	for at, e := range b.ejected {
+		switch {
+		case at.place != placeOf(inst) || !b.now().Before(e.until):
+		case at.caller == "":
+			reasons = append(reasons, e.err.Error())
+		default:
+			reasons = append(reasons, "for "+at.caller+": "+e.err.Error())
+		}
 	}
-	return e.err.Error()
+	slices.Sort(reasons)
+	return strings.Join(reasons, "; ")
 }
 
-// prune forgets the instances that snap does not have.
+// prune forgets the targets and instances that snap does not have.
 func (b *balancer) prune(snap *catalog.Snapshot) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.ejected) == 0 {
+	if len(b.ejected) == 0 && len(b.turns) == 0 {
 		return
 	}
-	known := make(map[place]bool)
-	for _, svc := range snap.Services {
-		for _, inst := range svc.Instances {
-			known[placeOf(inst)] = true
+	places, targets := make(map[place]bool), make(map[string]bool)
+	for t := range snap.AllTargets() {
+		targets[t.String()] = true
+		for _, inst := range t.Instances {
+			places[placeOf(inst)] = true
 		}
 	}
-	for at := range b.ejected {
-		if !known[at] {
-			delete(b.ejected, at)
-		}
-	}
+	maps.DeleteFunc(b.ejected, func(at ledger, _ ejection) bool { return !places[at.place] })
+	maps.DeleteFunc(b.turns, func(name string, _ uint64) bool { return !targets[name] })
 }

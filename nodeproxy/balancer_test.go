@@ -21,11 +21,11 @@ func TestTheLessBusyOfTwoIsChosen(t *testing.T) {
 	b := newBalancer(false)
 	two := instances("a", "b")
 	for range 50 {
-		if inst, _ := b.pick(two, nil); inst == nil {
+		if inst, _ := pick(b, two, nil); inst == nil {
 			t.Fatal("none chosen")
 		}
 	}
-	if busy := b.active; busy[place{"n", "a"}] != 25 || busy[place{"n", "b"}] != 25 {
+	if busy := b.active; busy[place{node: "n", id: "a"}] != 25 || busy[place{node: "n", id: "b"}] != 25 {
 		t.Errorf("50 connections are spread %v", busy)
 	}
 }
@@ -34,7 +34,7 @@ func TestEveryInstanceIsDrawn(t *testing.T) {
 	b := newBalancer(false)
 	seen := map[string]bool{}
 	for range 2000 {
-		inst, done := b.pick(instances("a", "b", "c", "d", "e"), nil)
+		inst, done := pick(b, instances("a", "b", "c", "d", "e"), nil)
 		seen[inst.ID] = true
 		done()
 		done() // twice is once
@@ -49,11 +49,11 @@ func TestLocalInstancesGoFirst(t *testing.T) {
 	list := instances("far", "near", "near-unhealthy")
 	list[1].Local, list[2].Local, list[2].Healthy = true, true, false
 	for range 50 {
-		if inst, _ := b.pick(list, nil); inst.ID != "near" {
+		if inst, _ := pick(b, list, nil); inst.ID != "near" {
 			t.Fatalf("%s was chosen", inst.ID)
 		}
 	}
-	if inst, _ := b.pick(list, list[1:2]); inst.ID != "far" {
+	if inst, _ := pick(b, list, list[1:2]); inst.ID != "far" {
 		t.Errorf("%s was chosen when the local one was tried", inst.ID)
 	}
 }
@@ -65,13 +65,13 @@ func TestEjectionBacksOffAndEnds(t *testing.T) {
 	list := instances("a", "b")
 	refused := errors.New("refused")
 	for _, want := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
-		b.failed(list[0], refused)
-		b.failed(list[0], refused) // of a connection that was under way: does not count
+		b.failed(list[0], list, call{}, refused)
+		b.failed(list[0], list, call{}, refused) // of a connection that was under way: does not count
 		if b.why(list[0]) != "refused" {
 			t.Fatal("not ejected")
 		}
 		for range 20 {
-			if inst, _ := b.pick(list, nil); inst.ID != "b" {
+			if inst, _ := pick(b, list, nil); inst.ID != "b" {
 				t.Fatal("the ejected instance was chosen")
 			}
 		}
@@ -84,8 +84,8 @@ func TestEjectionBacksOffAndEnds(t *testing.T) {
 			t.Fatalf("the ejection does not end after %d s", want)
 		}
 	}
-	b.succeeded(list[0])
-	b.failed(list[0], refused)
+	b.succeeded(list[0], call{})
+	b.failed(list[0], list, call{}, refused)
 	if now = now.Add(minEjection); b.why(list[0]) != "" {
 		t.Error("success did not reset the back-off")
 	}
@@ -96,13 +96,13 @@ func TestWhereAllAreEjectedTheSoonestIsTried(t *testing.T) {
 	b := newBalancer(false)
 	b.now = func() time.Time { return now }
 	list := instances("a", "b")
-	b.failed(list[1], errors.New("refused"))
+	b.failed(list[1], list, call{}, errors.New("refused"))
 	now = now.Add(time.Millisecond)
-	b.failed(list[0], errors.New("refused"))
-	if inst, _ := b.pick(list, nil); inst == nil || inst.ID != "b" {
+	b.failed(list[0], list, call{}, errors.New("refused"))
+	if inst, _ := pick(b, list, nil); inst == nil || inst.ID != "b" {
 		t.Errorf("got %v", inst)
 	}
-	if inst, _ := b.pick(list, list); inst != nil {
+	if inst, _ := pick(b, list, list); inst != nil {
 		t.Errorf("%s was chosen again", inst.ID)
 	}
 	b.prune(&catalog.Snapshot{})

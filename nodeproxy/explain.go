@@ -3,7 +3,6 @@ package nodeproxy
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
@@ -17,19 +16,24 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	if now == nil {
 		return admin.Explanation{}, notReady()
 	}
-	to, err := resolve(now.snap, destination)
+	to, err := resolve(now.snap, source, destination)
 	if err != nil {
 		return admin.Explanation{}, err
 	}
-	why := now.snap.Policy.Explain(now.snap.Identity(source), to.Service.Name)
+	route := to.Route()
+	target := route.Preferred()
+	why := now.snap.Policy.Explain(now.snap.Identity(source), target.Service)
 	e := admin.Explanation{
-		Source: source, Destination: to.Service.Name,
+		Source: source, Destination: to.Name(),
 		Allowed: why.Allowed, Why: why.Sentence, Considered: []string{}, Generation: why.Generation,
-		Path: admin.PathMTLS, Virtual: texts(to.Service.Virtual), Instances: p.instances(to.Service.Instances),
-		Missing: p.missing(now, source, to), Ignored: append([]string{}, to.Service.IgnoredL7...),
+		Path: admin.PathMTLS, Virtual: []string{}, Instances: p.instances(target.Instances),
+		Missing: p.missing(now, source, to), Ignored: []string{}, Balance: string(route.Balance),
 	}
-	if to.Instance != nil {
-		e.Instances = p.instances([]*catalog.Instance{to.Instance})
+	if to.Service != nil {
+		e.Virtual, e.Ignored = texts(to.Service.Virtual), append(e.Ignored, to.Service.IgnoredL7...)
+	}
+	if len(route.Targets) > 1 || target.String() != to.Name() {
+		e.Targets = p.targets(now.snap, route)
 	}
 	if why.Intention != nil {
 		e.Intention = why.Intention.String()
@@ -43,7 +47,8 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	return e, nil
 }
 
-func resolve(snap *catalog.Snapshot, destination string) (catalog.Destination, error) {
+// resolve finds what destination stands for where a workload of source dials it.
+func resolve(snap *catalog.Snapshot, source, destination string) (catalog.Destination, error) {
 	if svc := snap.Services[destination]; svc != nil {
 		return catalog.Destination{Service: svc}, nil
 	}
@@ -55,10 +60,19 @@ func resolve(snap *catalog.Snapshot, destination string) (catalog.Destination, e
 		}
 		at = netip.AddrPortFrom(addr, 0)
 	}
+	var own []string
+	for _, inst := range snap.LocalInstances() {
+		if inst.Service == source {
+			own = append(own, inst.ID)
+		}
+	}
+	if to, ok := snap.Upstream(own, at); ok {
+		return to, nil
+	}
 	if to, ok := snap.Resolve(at); ok {
 		return to, nil
 	}
-	return catalog.Destination{}, admin.Classify(fmt.Errorf("explain the way to %s: it is neither a virtual IP nor the address and port of an instance, so nodeproxy would not touch it", destination), admin.ErrNotFound)
+	return catalog.Destination{}, admin.Classify(fmt.Errorf("explain the way to %s: it is neither a virtual IP, nor an upstream of %q, nor the address and port of an instance, so nodeproxy would not touch it", destination, source), admin.ErrNotFound)
 }
 
 // missing lists what would make an allowed connection fail now.
@@ -80,19 +94,24 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	} else if _, err := now.credentials.Leaf(source); err != nil {
 		missing = append(missing, err.Error())
 	}
-	candidates := to.Service.Instances
-	if to.Instance != nil {
-		candidates = []*catalog.Instance{to.Instance}
+	return append(missing, missingOf(to)...)
+}
+
+// missingOf lists what would make a connection to a destination fail, whoever makes it.
+func missingOf(to catalog.Destination) []string {
+	var missing []string
+	route := to.Route()
+	switch target := route.Preferred(); {
+	case target.Usable():
+	case len(route.Targets) > 1 || target.Unreachable != "":
+		missing = append(missing, whyUnusable(route)...)
+	case len(target.Instances) == 0:
+		missing = append(missing, fmt.Sprintf("%q has no instance: register one", target.Service))
+	default:
+		missing = append(missing, fmt.Sprintf("no instance of %q is healthy and speaks mTLS: see its checks, and whether it is enrolled on its node", target.Service))
 	}
-	usable := func(inst *catalog.Instance) bool { return inst.Healthy && inst.Mesh.IsValid() }
-	switch {
-	case len(candidates) == 0:
-		add("%q has no instance: register one", to.Service.Name)
-	case !slices.ContainsFunc(candidates, usable):
-		add("no instance of %q is healthy and speaks mTLS: see its checks, and whether it is enrolled on its node", to.Service.Name)
-	}
-	if len(to.Service.Virtual) == 0 && to.Instance == nil {
-		add("%q has no virtual IP: dial the address of an instance", to.Service.Name)
+	if to.Instance == nil && to.Upstream == nil && len(to.Service.Virtual) == 0 && len(to.Service.Ports) == 0 {
+		missing = append(missing, fmt.Sprintf("%q has no virtual IP: dial the address of an instance", to.Service.Name))
 	}
 	return missing
 }

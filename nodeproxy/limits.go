@@ -66,6 +66,7 @@ type slotKey struct {
 	workload uint32
 	instance string
 	peer     string
+	upstream string
 	client   netip.Addr
 }
 
@@ -79,6 +80,9 @@ func (k slotKey) String() string {
 	}
 	if k.peer != "" {
 		s += fmt.Sprintf(" from %q", k.peer)
+	}
+	if k.upstream != "" {
+		s += fmt.Sprintf(" to %q", k.upstream)
 	}
 	if k.client.IsValid() {
 		s += fmt.Sprintf(" from %s", k.client)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -51,22 +52,27 @@ func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app *net.T
 	if now == nil {
 		return notReady()
 	}
-	to, ok := now.snap.Resolve(origin.Destination)
+	to, ok := now.snap.Upstream(origin.Instances, origin.Destination)
+	if !ok {
+		to, ok = now.snap.Resolve(origin.Destination)
+	}
 	if !ok && slices.Contains(now.snap.Canaries(), origin.Destination.Addr()) {
 		return refuse(catalog.ReasonUnknownService, "a canary of \"nodeproxy check\" has come this far: nothing is wrong")
 	}
 	if !ok {
 		return refuse(catalog.ReasonUnknownService, "find the service of %s: it is neither a virtual IP nor the address of an instance", origin.Destination)
 	}
-	c.identify(now.snap.Identity(origin.Workload.Service), to.Service.Name)
-	if err := p.authorize(c); err != nil {
+	d := newDialer(p, c, now, origin, to)
+	if err := d.aim(d.route.Preferred()); err != nil {
+		return err
+	}
+	if err := d.reserve(); err != nil {
 		return err
 	}
 	application, err := p.applicationLeg(app)
 	if err != nil {
 		return err
 	}
-	d := dialer{Proxy: p, c: c, state: now, origin: origin, to: to}
 	peer, err := d.connect()
 	if err != nil {
 		return err
@@ -94,28 +100,67 @@ type dialer struct {
 	state  *state
 	origin *workload.Origin
 	to     catalog.Destination
+	route  *catalog.Route
+	config catalog.CallConfig
+	call   call
+	target *catalog.Target // whose intention was evaluated last
 }
 
-// connect tries one instance after the other until a handshake succeeds: nothing of the application has been passed on
-// yet. An instance that the application dialled by its own address is the only one tried. After two connect timeouts no
-// further attempt is begun.
+func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to catalog.Destination) *dialer {
+	caller := origin.Workload.Service
+	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: to.Route(), config: now.snap.Call(caller, to)}
+	d.call = call{balance: d.route.Balance, source: origin.Client.Addr(), ejection: d.config.Ejection}
+	if d.call.ejection != nil {
+		d.call.caller = caller
+	}
+	return d
+}
+
+// aim makes target the one whose intention and identity count: those of what was dialled never do.
+func (d *dialer) aim(target *catalog.Target) error {
+	d.target = target
+	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), target.Service)
+	d.c.describe(func(about *admin.Connection) {
+		about.Destination.Service, about.Destination.Target = d.to.Name(), target.String()
+		if about.Destination.Target == about.Destination.Service {
+			about.Destination.Target = ""
+		}
+	})
+	return d.authorize(d.c)
+}
+
+// reserve takes a place among the connections that the workload may have to what it calls.
+func (d *dialer) reserve() error {
+	if d.config.MaxConnections == 0 {
+		return nil
+	}
+	key := slotKey{what: "UpstreamConfig Limits.MaxConnections", workload: d.origin.Workload.ID, upstream: d.to.Name()}
+	release, err := d.slots.take(slot{key, d.config.MaxConnections})
+	if err != nil {
+		return err
+	}
+	d.c.onEnd(release)
+	return nil
+}
+
+// connect tries one instance after the other until a handshake succeeds, those of the next target when none is left in
+// one: nothing of the application has been passed on yet. After two connect timeouts no further attempt is begun.
 func (d *dialer) connect() (*secureLeg, error) {
 	if _, err := d.state.credentials.Leaf(d.origin.Workload.Service); err != nil {
 		return nil, err
 	}
-	timeout := cmp.Or(d.to.Service.ConnectTimeout, d.cfg.Limits.Connect)
 	begin := time.Now()
 	var tried []*catalog.Instance
 	var errs []error
-	for time.Since(begin) < 2*timeout {
-		inst, done := d.choose(tried)
+	for len(tried) == 0 || time.Since(begin) < 2*d.timeout() {
+		target, inst, done := d.choose(tried)
 		if inst == nil {
 			break
 		}
 		tried = append(tried, inst)
-		peer, err := d.dial(inst, timeout)
+		peer, err := d.attempt(target, inst)
 		if err == nil {
-			d.balancer.succeeded(inst)
+			d.balancer.succeeded(inst, d.call)
 			d.c.onEnd(done)
 			return peer, nil
 		}
@@ -123,30 +168,60 @@ func (d *dialer) connect() (*secureLeg, error) {
 		if d.c.ctx.Err() != nil || isOurs(err) {
 			return nil, err
 		}
-		if backoff := d.balancer.failed(inst, err); backoff > 0 {
+		if backoff := d.balancer.failed(inst, target.Instances, d.call, err); backoff > 0 {
 			d.cfg.Log.Warn("eject an instance", "service", inst.Service, "instance", inst.ID, "node", inst.Node, "for", backoff, "error", err)
 		}
 		errs = append(errs, err)
 	}
 	if len(errs) == 0 {
-		return nil, refuse(catalog.ReasonNoInstance, "find an instance of %q: none of its %d is healthy and speaks mTLS", d.to.Service.Name, len(d.to.Service.Instances))
+		return nil, refuse(catalog.ReasonNoInstance, "find an instance of %q: %s", d.to.Name(), strings.Join(whyUnusable(d.route), "; "))
 	}
 	return nil, &catalog.Refusal{Reason: catalog.ReasonOf(errs[len(errs)-1], catalog.ReasonConnectFailed), Err: errors.Join(errs...)}
 }
 
-func (d *dialer) choose(tried []*catalog.Instance) (inst *catalog.Instance, done func()) {
+// whyUnusable says of each target why nothing can be dialled there.
+func whyUnusable(route *catalog.Route) []string {
+	var why []string
+	for _, t := range route.Targets {
+		switch {
+		case t.Unreachable != "":
+			why = append(why, t.Unreachable)
+		case !t.Usable():
+			why = append(why, fmt.Sprintf("none of the %d instances of %s is healthy and speaks mTLS", len(t.Instances), t))
+		}
+	}
+	return why
+}
+
+func (d *dialer) timeout() time.Duration {
+	return cmp.Or(d.config.ConnectTimeout, d.target.ConnectTimeout, d.cfg.Limits.Connect)
+}
+
+// choose is the next instance to try. One that the application dialled by its own address is the only one, whatever its
+// health.
+func (d *dialer) choose(tried []*catalog.Instance) (target *catalog.Target, inst *catalog.Instance, done func()) {
 	if d.to.Instance == nil {
-		return d.balancer.pick(d.to.Service.Instances, tried)
+		return d.balancer.pick(d.route.Targets, tried, d.call)
 	}
 	if len(tried) > 0 || !d.to.Instance.Mesh.IsValid() {
-		return nil, nil
+		return nil, nil, nil
 	}
-	return d.to.Instance, d.balancer.only(d.to.Instance)
+	return d.route.Targets[0], d.to.Instance, d.balancer.only(d.to.Instance)
+}
+
+// attempt connects to inst, an instance of target, if the intention allows that.
+func (d *dialer) attempt(target *catalog.Target, inst *catalog.Instance) (*secureLeg, error) {
+	if target != d.target {
+		if err := d.aim(target); err != nil {
+			return nil, err
+		}
+	}
+	return d.dial(inst)
 }
 
 // dial connects to inst from the caller's namespace and does the handshake.
-func (d *dialer) dial(inst *catalog.Instance, timeout time.Duration) (*secureLeg, error) {
-	ctx, cancel := context.WithTimeout(d.c.ctx, timeout)
+func (d *dialer) dial(inst *catalog.Instance) (*secureLeg, error) {
+	ctx, cancel := context.WithTimeout(d.c.ctx, d.timeout())
 	defer cancel()
 	conn, err := d.cfg.Kernel.Dial(ctx, d.origin.Namespace, inst.Mesh)
 	if err != nil {
@@ -162,7 +237,7 @@ func (d *dialer) dial(inst *catalog.Instance, timeout time.Duration) (*secureLeg
 	}
 	d.c.describe(func(about *admin.Connection) {
 		about.Destination.Instance, about.Destination.Peer = inst.ID, inst.Mesh.String()
-		about.Destination.Identity = d.state.snap.Identity(inst.Service).String()
+		about.Destination.Identity = d.state.snap.TargetIdentity(d.target).String()
 	})
 	return peer, nil
 }
@@ -176,7 +251,7 @@ func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
 	if err := errors.Join(tune(conn), conn.SetDeadline(begin.Add(d.cfg.Limits.Handshake))); err != nil {
 		return nil, err
 	}
-	secure, err := d.state.credentials.Connect(w, d.origin.Workload.Service, d.to.Service.Name)
+	secure, err := d.state.credentials.Connect(w, d.origin.Workload.Service, d.target)
 	d.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
 	if err != nil {
 		return nil, err

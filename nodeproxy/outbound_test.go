@@ -72,7 +72,7 @@ func TestAFailedInstanceIsEjected(t *testing.T) {
 		hear(t, a.accept(), "x")
 		client.Close()
 		if i == 0 && d.count(dead.Mesh) == 0 { // not drawn first: make sure that it is ejected
-			m.proxy.balancer.failed(dead, syscall.ECONNREFUSED)
+			m.proxy.balancer.failed(dead, nil, call{}, syscall.ECONNREFUSED)
 		}
 	}
 	if n := d.count(dead.Mesh); n > 1+int(time.Since(begin)/minEjection) {

@@ -91,7 +91,14 @@ func (p *Proxy) Status() admin.Status {
 	s.Policy = admin.PolicyStatus{Generation: now.snap.Policy.Generation(), Default: now.snap.Policy.Default().String(), Intentions: now.snap.Policy.Len()}
 	for _, name := range slices.Sorted(maps.Keys(now.snap.Services)) {
 		svc := now.snap.Services[name]
-		s.Services = append(s.Services, admin.Service{Name: name, Virtual: texts(svc.Virtual), Instances: p.instances(svc.Instances)})
+		line := admin.Service{Name: name, Virtual: texts(svc.Virtual), Instances: p.instances(svc.Instances)}
+		for _, at := range svc.Ports {
+			line.Ports = append(line.Ports, at.String())
+		}
+		if svc.Chain != nil {
+			line.Balance, line.Targets = string(svc.Chain.Balance), p.targets(now.snap, svc.Chain)
+		}
+		s.Services = append(s.Services, line)
 	}
 	for _, problem := range now.snap.Problems {
 		s.Problems = append(s.Problems, admin.Problem(problem))
@@ -166,6 +173,17 @@ func (p *Proxy) instances(of []*catalog.Instance) []admin.Instance {
 			s.Mesh = inst.Mesh.String()
 		}
 		list = append(list, s)
+	}
+	return list
+}
+
+func (p *Proxy) targets(snap *catalog.Snapshot, route *catalog.Route) []admin.Target {
+	var list []admin.Target
+	inUse := route.Preferred()
+	for _, t := range route.Targets {
+		list = append(list, admin.Target{
+			Name: t.String(), Identity: snap.TargetIdentity(t).String(), InUse: t == inUse && t.Usable(), Instances: p.instances(t.Instances), Why: t.Unreachable,
+		})
 	}
 	return list
 }

@@ -63,6 +63,7 @@ const (
 	Storage         = Verdict(outboundReasonREASON_STORAGE)
 	Plaintext       = Verdict(outboundReasonREASON_PLAINTEXT)
 	NoListener      = Verdict(outboundReasonREASON_NO_LISTENER)
+	OutsideMesh     = Verdict(outboundReasonREASON_OUTSIDE_MESH)
 )
 
 // Event is one verdict.
@@ -136,7 +137,7 @@ type Fill struct {
 func (r *Redirect) Fills() ([]Fill, error) {
 	r.mu.Lock()
 	fills := []Fill{
-		{"destinations", len(r.dests), int(r.obj.Destinations.MaxEntries())},
+		{"destinations", len(r.dests) + len(r.single), int(r.obj.Destinations.MaxEntries())},
 		{"rules", len(r.rules), int(r.obj.Rules.MaxEntries())},
 		{"virtual_ranges", len(r.ranges), int(r.obj.VirtualRanges.MaxEntries())},
 		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},

@@ -155,6 +155,7 @@ const (
 	inboundVarBtfListenerKind = "btf_listener_kind"
 	inboundVarBtfMemberFlag   = "btf_member_flag"
 	inboundVarBtfOriginFlag   = "btf_origin_flag"
+	inboundVarBtfRangeKind    = "btf_range_kind"
 	inboundVarBtfReason       = "btf_reason"
 	inboundVarBtfRuleAction   = "btf_rule_action"
 	inboundVarBtfStat         = "btf_stat"
@@ -241,6 +242,7 @@ type inboundVariableSpecs struct {
 	BtfListenerKind *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.VariableSpec `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
+	BtfRangeKind    *ebpf.VariableSpec `ebpf:"btf_range_kind"`
 	BtfReason       *ebpf.VariableSpec `ebpf:"btf_reason"`
 	BtfRuleAction   *ebpf.VariableSpec `ebpf:"btf_rule_action"`
 	BtfStat         *ebpf.VariableSpec `ebpf:"btf_stat"`
@@ -319,6 +321,7 @@ type inboundVariables struct {
 	BtfListenerKind *ebpf.Variable `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.Variable `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.Variable `ebpf:"btf_origin_flag"`
+	BtfRangeKind    *ebpf.Variable `ebpf:"btf_range_kind"`
 	BtfReason       *ebpf.Variable `ebpf:"btf_reason"`
 	BtfRuleAction   *ebpf.Variable `ebpf:"btf_rule_action"`
 	BtfStat         *ebpf.Variable `ebpf:"btf_stat"`

@@ -30,6 +30,7 @@ type outboundDestFlag uint32
 
 const (
 	outboundDestFlagDEST_INSTANCE outboundDestFlag = 1
+	outboundDestFlagDEST_PASS     outboundDestFlag = 2
 )
 
 type outboundDestination struct {
@@ -156,6 +157,14 @@ type outboundRangeKey struct {
 	Ip        outboundAddr
 }
 
+type outboundRangeKind uint32
+
+const (
+	outboundRangeKindRANGE_VIRTUAL outboundRangeKind = 1
+	outboundRangeKindRANGE_OUTSIDE outboundRangeKind = 2
+	outboundRangeKindRANGE_OPEN    outboundRangeKind = 3
+)
+
 type outboundReason uint32
 
 const (
@@ -169,6 +178,7 @@ const (
 	outboundReasonREASON_STORAGE          outboundReason = 7
 	outboundReasonREASON_PLAINTEXT        outboundReason = 8
 	outboundReasonREASON_NO_LISTENER      outboundReason = 9
+	outboundReasonREASON_OUTSIDE_MESH     outboundReason = 10
 )
 
 type outboundRule struct {
@@ -261,6 +271,7 @@ const (
 	outboundVarBtfListenerKind  = "btf_listener_kind"
 	outboundVarBtfMemberFlag    = "btf_member_flag"
 	outboundVarBtfOriginFlag    = "btf_origin_flag"
+	outboundVarBtfRangeKind     = "btf_range_kind"
 	outboundVarBtfReason        = "btf_reason"
 	outboundVarBtfRuleAction    = "btf_rule_action"
 	outboundVarBtfStat          = "btf_stat"
@@ -350,6 +361,7 @@ type outboundVariableSpecs struct {
 	BtfListenerKind *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.VariableSpec `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
+	BtfRangeKind    *ebpf.VariableSpec `ebpf:"btf_range_kind"`
 	BtfReason       *ebpf.VariableSpec `ebpf:"btf_reason"`
 	BtfRuleAction   *ebpf.VariableSpec `ebpf:"btf_rule_action"`
 	BtfStat         *ebpf.VariableSpec `ebpf:"btf_stat"`
@@ -426,6 +438,7 @@ type outboundVariables struct {
 	BtfListenerKind *ebpf.Variable `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.Variable `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.Variable `ebpf:"btf_origin_flag"`
+	BtfRangeKind    *ebpf.Variable `ebpf:"btf_range_kind"`
 	BtfReason       *ebpf.Variable `ebpf:"btf_reason"`
 	BtfRuleAction   *ebpf.Variable `ebpf:"btf_rule_action"`
 	BtfStat         *ebpf.Variable `ebpf:"btf_stat"`

@@ -53,11 +53,13 @@ type Redirect struct {
 	events *ringbuf.Reader
 
 	mu         sync.Mutex
-	enrolled   map[uint64]*enrolment // by cgroup id
-	namespaces map[uint64]*Namespace // by cookie
-	inherited  map[uint64]bool       // cookies of the namespaces that an earlier daemon guards and this one has not opened
-	dests      shadow[outboundDestinationKey, outboundDestination]
-	ranges     shadow[outboundRangeKey, uint32]
+	enrolled   map[uint64]*enrolment                               // by cgroup id
+	namespaces map[uint64]*Namespace                               // by cookie
+	inherited  map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
+	dests      shadow[outboundDestinationKey, outboundDestination] // those for all workloads
+	single     shadow[outboundDestinationKey, outboundDestination] // those for one
+	ranges     shadow[outboundRangeKey, uint32]                    // of virtual IPs
+	outside    shadow[outboundRangeKey, uint32]                    // the others
 	plaintext  shadow[outboundRangeKey, uint32]
 	rules      shadow[outboundRuleKey, outboundRule]
 }

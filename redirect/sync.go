@@ -3,6 +3,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 
 	"github.com/cilium/ebpf"
@@ -12,7 +13,20 @@ import (
 type Destination struct {
 	Addr     netip.Addr
 	Port     uint16 // 0: every port
+	Workload uint32 // for this one only; 0: for all
 	Instance bool   // an instance's own address: dialled plain while the daemon is gone, if on_failure is "open"
+	Pass     bool   // not redirected: reached also where only the mesh is open
+}
+
+func (d Destination) entry() (outboundDestinationKey, outboundDestination) {
+	var v outboundDestination
+	if d.Instance {
+		v.Flags |= uint32(outboundDestFlagDEST_INSTANCE)
+	}
+	if d.Pass {
+		v.Flags |= uint32(outboundDestFlagDEST_PASS)
+	}
+	return outboundDestinationKey{Ip: toAddr(d.Addr), Workload: d.Workload, Port: swap(d.Port)}, v
 }
 
 // Action is what an inbound connection meets.
@@ -37,43 +51,75 @@ type Rule struct {
 	Group     uint32 // whose own calls pass, in the node's namespace
 }
 
-// SetDestinations makes the redirected addresses exactly those given, by diff: an address that changes hands does so in
+// SetDestinations makes what is redirected for all workloads exactly the addresses given, by diff: an address that changes hands does so in
 // one step. The ranges are those of virtual IPs: what is in one and no destination is refused.
 func (r *Redirect) SetDestinations(dests []Destination, ranges []netip.Prefix) error {
 	want := make(map[outboundDestinationKey]outboundDestination, len(dests))
 	for _, d := range dests {
+		if d.Workload != 0 {
+			return fmt.Errorf("redirect %s: it is for workload %d alone", d.Addr, d.Workload)
+		}
 		if d.Addr.IsLoopback() || d.Addr.IsUnspecified() || d.Addr.IsMulticast() || d.Addr.IsLinkLocalUnicast() {
 			return fmt.Errorf("redirect %s: loopback, unspecified, multicast and link-local addresses are never redirected", d.Addr)
 		}
-		v := outboundDestination{}
-		if d.Instance {
-			v.Flags = uint32(outboundDestFlagDEST_INSTANCE)
-		}
-		want[outboundDestinationKey{Ip: toAddr(d.Addr), Port: swap(d.Port)}] = v
+		k, v := d.entry()
+		want[k] = v
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return errors.Join(
 		r.dests.sync("destinations", r.obj.Destinations, want),
-		r.ranges.sync("virtual ranges", r.obj.VirtualRanges, rangeKeys(ranges)),
+		r.ranges.sync("virtual ranges", r.obj.VirtualRanges, rangeKeys(ranges, outboundRangeKindRANGE_VIRTUAL)),
 	)
 }
+
+// SetOwn makes what is redirected for single workloads exactly the addresses given, by diff; they may be loopback. With
+// meshOnly, what is redirected for nobody is refused, but for loopback, port 53, and destinations that pass.
+func (r *Redirect) SetOwn(dests []Destination, meshOnly bool) error {
+	want := make(map[outboundDestinationKey]outboundDestination, len(dests))
+	for _, d := range dests {
+		if d.Workload == 0 {
+			return fmt.Errorf("redirect %s for one workload: it is for none", d.Addr)
+		}
+		k, v := d.entry()
+		want[k] = v
+	}
+	outside := make(map[outboundRangeKey]uint32)
+	if meshOnly {
+		outside = rangeKeys(loopback, outboundRangeKindRANGE_OPEN)
+		maps.Copy(outside, rangeKeys(everywhere, outboundRangeKindRANGE_OUTSIDE))
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return errors.Join(
+		r.single.sync("destinations of single workloads", r.obj.Destinations, want),
+		r.outside.sync("ranges outside the mesh", r.obj.VirtualRanges, outside),
+	)
+}
+
+// The addresses that a connect leads to this host by, and all there are.
+var (
+	loopback = []netip.Prefix{
+		netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("0.0.0.0/32"), netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("::/128"),
+	}
+	everywhere = []netip.Prefix{netip.MustParsePrefix("::/0")} // of the v4-mapped form too
+)
 
 // SetPlaintextFrom makes the networks whose plaintext strict ports take exactly those given, by diff.
 func (r *Redirect) SetPlaintextFrom(networks []netip.Prefix) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.plaintext.sync("plaintext networks", r.obj.PlaintextFrom, rangeKeys(networks))
+	return r.plaintext.sync("plaintext networks", r.obj.PlaintextFrom, rangeKeys(networks, 1))
 }
 
-func rangeKeys(ranges []netip.Prefix) map[outboundRangeKey]uint32 {
+func rangeKeys(ranges []netip.Prefix, value outboundRangeKind) map[outboundRangeKey]uint32 {
 	keys := make(map[outboundRangeKey]uint32, len(ranges))
 	for _, p := range ranges {
 		bits := p.Bits()
 		if p.Addr().Is4() {
 			bits += 96 // of the v4-mapped form
 		}
-		keys[outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}] = 1
+		keys[outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}] = uint32(value)
 	}
 	return keys
 }
@@ -110,6 +156,8 @@ func (r *Redirect) loadShadows() error {
 	if r.ranges, err = loadShadow[outboundRangeKey, uint32](r.obj.VirtualRanges); err != nil {
 		return err
 	}
+	r.single = r.dests.split(func(k outboundDestinationKey, _ outboundDestination) bool { return k.Workload != 0 })
+	r.outside = r.ranges.split(func(_ outboundRangeKey, kind uint32) bool { return kind != uint32(outboundRangeKindRANGE_VIRTUAL) })
 	if r.plaintext, err = loadShadow[outboundRangeKey, uint32](r.obj.PlaintextFrom); err != nil {
 		return err
 	}
@@ -129,6 +177,18 @@ func loadShadow[K comparable, V comparable](m *ebpf.Map) (shadow[K, V], error) {
 		return nil, fmt.Errorf("read %s: %w", m, err)
 	}
 	return s, nil
+}
+
+// split moves the entries that match out of s.
+func (s shadow[K, V]) split(match func(K, V) bool) shadow[K, V] {
+	others := make(shadow[K, V])
+	for k, v := range s {
+		if match(k, v) {
+			others[k] = v
+			delete(s, k)
+		}
+	}
+	return others
 }
 
 // sync removes what is not wanted and then writes what differs. What it could not write stays to be written.

@@ -32,6 +32,24 @@ func newExplain(e *env) *cobra.Command {
 	return cmd
 }
 
+// targetLine is a target of a discovery chain in one line.
+func targetLine(t *admin.Target) string {
+	healthy := 0
+	for _, inst := range t.Instances {
+		if inst.Healthy && inst.Ejected == "" {
+			healthy++
+		}
+	}
+	line := fmt.Sprintf("%s: %d of %d instances healthy", t.Name, healthy, len(t.Instances))
+	if t.Why != "" {
+		line = t.Name + ": unreachable: " + t.Why
+	}
+	if t.InUse {
+		line += ", in use"
+	}
+	return line
+}
+
 func printExplanation(e *env, x *admin.Explanation) {
 	s := e.style()
 	verdict := s.red("denied")
@@ -51,6 +69,11 @@ func printExplanation(e *env, x *admin.Explanation) {
 	plain := func(text string) string { return text }
 	list("Intentions that match, the deciding one first", x.Considered, plain)
 	list("Virtual IPs", x.Virtual, plain)
+	var targets []string
+	for _, t := range x.Targets {
+		targets = append(targets, targetLine(&t))
+	}
+	list("Targets, in order", targets, plain)
 	var instances []string
 	for _, i := range x.Instances {
 		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, i.Address)

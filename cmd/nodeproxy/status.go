@@ -118,7 +118,7 @@ func (v *statusView) services() {
 	var t table
 	t.header(v.style, "SERVICE", "VIRTUAL IP", "INSTANCE", "NODE", "ADDRESS", "MTLS", "HEALTH")
 	for _, svc := range v.s.Services {
-		name, virtual := svc.Name, cmp.Or(strings.Join(svc.Virtual, ","), "-")
+		name, virtual := svc.Name, cmp.Or(strings.Join(slices.Concat(svc.Virtual, svc.Ports), ","), "-")
 		for _, inst := range svc.Instances {
 			node := inst.Node
 			if inst.Local {
@@ -128,8 +128,12 @@ func (v *statusView) services() {
 				cell{cmp.Or(inst.Mesh, "-"), nil}, v.health(&inst))
 			name, virtual = "", ""
 		}
-		if len(svc.Instances) == 0 {
+		if len(svc.Instances) == 0 && len(svc.Targets) == 0 {
 			t.add(cell{name, nil}, cell{virtual, nil}, cell{"no instance", v.yellow})
+		}
+		for i := range svc.Targets {
+			t.add(cell{name, nil}, cell{virtual, nil}, cell{"→ " + targetLine(&svc.Targets[i]), nil})
+			name, virtual = "", ""
 		}
 	}
 	v.section("Services", &t)

@@ -140,7 +140,7 @@ func consulConfig(cfg *config.Config) consul.Config {
 	return consul.Config{
 		Address: c.Address, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
 		CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile,
-		Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs},
+		Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs}, VirtualCIDRs: cfg.VirtualCIDRs,
 		Ports: consul.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort}, Version: version,
 		Permissive: cfg.Inbound.Mode == config.Permissive,
 	}

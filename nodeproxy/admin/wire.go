@@ -75,6 +75,7 @@ type Connection struct {
 type Endpoint struct {
 	Service  string `json:"service,omitempty"`
 	Instance string `json:"instance,omitempty"`
+	Target   string `json:"target,omitempty"`   // what the service was resolved to, as subset.service.datacenter, where that differs
 	Identity string `json:"identity,omitempty"` // SPIFFE ID as authenticated
 	Address  string `json:"address,omitempty"`  // ip:port; of a destination, what the application dialled
 	Peer     string `json:"peer,omitempty"`     // ip:port actually dialled, when it differs
@@ -149,7 +150,19 @@ type Refused struct {
 type Service struct {
 	Name      string     `json:"name"`
 	Virtual   []string   `json:"virtual_ips"`
+	Ports     []string   `json:"virtual_addresses,omitempty"` // ip:port
 	Instances []Instance `json:"instances"`
+	Balance   string     `json:"balance,omitempty"` // "" is the less busy of two
+	Targets   []Target   `json:"targets,omitempty"` // where its calls go, where a service-resolver says
+}
+
+// Target is one place where calls go. Of several, the first that has a healthy instance is in use.
+type Target struct {
+	Name      string     `json:"name"`     // subset.service.datacenter, without what is the default
+	Identity  string     `json:"identity"` // that its instances must have
+	InUse     bool       `json:"in_use"`
+	Instances []Instance `json:"instances"`
+	Why       string     `json:"unreachable,omitempty"` // why no instance can be dialled
 }
 
 // Instance is one place where a service runs.
@@ -221,6 +234,8 @@ type Explanation struct {
 	Path        Path       `json:"path"`
 	Virtual     []string   `json:"virtual_ips"`
 	Instances   []Instance `json:"instances"`
+	Targets     []Target   `json:"targets,omitempty"` // of the discovery chain, where it is not just the service
+	Balance     string     `json:"balance,omitempty"`
 	Missing     []string   `json:"missing"` // what would make the connection fail now, each with what to do
 	Ignored     []string   `json:"ignored"` // HTTP-level configuration of the destination that an L4 proxy cannot honour
 }

@@ -66,10 +66,24 @@ type Snapshot struct {
 	// is refused, so that it never leaves the node in plaintext.
 	VirtualRanges []netip.Prefix
 
+	// Contested are addresses that several services claim as their own virtual one: connections to them are refused.
+	Contested []netip.AddrPort
+
+	// Calls is how services of this node call others, by the caller's name; what is not there is left to the node.
+	Calls map[string]*Calls
+
+	// MeshOnly refuses connections of workloads to whatever is not in the mesh (MeshDestinationsOnly), but for Outside.
+	MeshOnly bool
+	Outside  []netip.AddrPort
+
+	TLS TLS
+
 	// Problems are configuration that is ignored, refused or made stricter, for status and check.
 	Problems []Problem
 
 	virtual   map[netip.Addr]*Service
+	ports     map[netip.AddrPort]*Service
+	local     map[string][]*Upstream // by the ID of an instance of this node
 	instances map[netip.AddrPort]*Instance
 	mesh      map[netip.AddrPort]*Instance
 }
@@ -79,8 +93,11 @@ type Service struct {
 	Name       string
 	Protocol   string // service-defaults Protocol, "tcp" when unset
 	Virtual    []netip.Addr
+	Ports      []netip.AddrPort // addresses that stand for the service on one port each: tagged "virtual"
 	Instances  []*Instance
 	MaxInbound int // MaxInboundConnections per instance, 0 is no limit
+
+	Chain *Route // where calls to its virtual addresses go; nil: to the service itself
 
 	ConnectTimeout time.Duration // service-resolver ConnectTimeout, 0 means the node's own limit
 	Subsets        []string      // service-resolver Subsets: a client may name one in its SNI
@@ -91,11 +108,12 @@ type Service struct {
 
 // Instance is one place where a service runs.
 type Instance struct {
-	ID      string
-	Service string
-	Node    string
-	Local   bool // on this node
-	Healthy bool // by its checks; instances of other nodes are healthy until a dial fails
+	ID         string
+	Service    string
+	Node       string
+	Datacenter string // "" is the snapshot's
+	Local      bool   // on this node
+	Healthy    bool   // by its checks; instances of other nodes are healthy until a dial fails
 
 	Address netip.AddrPort // what the application is registered as
 	Mesh    netip.AddrPort // where Connect mTLS is spoken for this instance alone; zero: it speaks no mTLS, undialable
@@ -108,6 +126,9 @@ type Instance struct {
 	// Native is a service that speaks Connect mTLS itself, at Mesh: its port is never steered and nothing is delivered to it,
 	// and it has no Address, for plaintext must never be sent there.
 	Native bool
+
+	// Upstreams are addresses that workloads which serve this instance, one of this node, reach services at.
+	Upstreams []*Upstream
 
 	Permissive bool // plaintext is let in on the application's own port
 	Tags       []string
@@ -124,6 +145,8 @@ type Problem struct {
 // New checks a snapshot and builds its indexes. It takes ownership of s. The errors of all that is wrong are joined.
 func New(s Snapshot) (*Snapshot, error) {
 	s.virtual = make(map[netip.Addr]*Service)
+	s.ports = make(map[netip.AddrPort]*Service)
+	s.local = make(map[string][]*Upstream)
 	s.instances = make(map[netip.AddrPort]*Instance)
 	s.mesh = make(map[netip.AddrPort]*Instance)
 	var errs []error
@@ -137,12 +160,22 @@ func New(s Snapshot) (*Snapshot, error) {
 			}
 			s.virtual[ip] = svc
 		}
+		for _, at := range svc.Ports {
+			if other, taken := s.ports[at]; taken {
+				errs = append(errs, fmt.Errorf("virtual address %s belongs to both %q and %q", at, other.Name, name))
+			}
+			s.ports[at] = svc
+		}
 		for _, inst := range svc.Instances {
 			errs = append(errs, s.indexInstance(svc, inst)...)
 		}
+		errs = append(errs, s.checkRoutes(svc)...)
 	}
 	for _, svc := range s.Services {
 		for _, inst := range svc.Instances {
+			if owner, taken := s.ports[inst.Address]; taken && inst.Address.IsValid() {
+				errs = append(errs, fmt.Errorf("instance %q has address %s, a virtual address of %q", inst.ID, inst.Address, owner.Name))
+			}
 			if owner, taken := s.virtual[inst.Address.Addr()]; taken {
 				errs = append(errs, fmt.Errorf("instance %q has address %s, the virtual IP of %q", inst.ID, inst.Address.Addr(), owner.Name))
 			}
@@ -178,17 +211,63 @@ func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {
 	return errs
 }
 
-// Destination is what an application's destination address stands for.
-type Destination struct {
-	Service  *Service
-	Instance *Instance // nil: any healthy instance will do
+// checkRoutes indexes the upstreams of svc, and checks that each target of its routes is under one identity.
+func (s *Snapshot) checkRoutes(svc *Service) []error {
+	var errs []error
+	for _, inst := range svc.Instances {
+		if inst.Local && len(inst.Upstreams) > 0 {
+			s.local[inst.ID] = inst.Upstreams
+		}
+	}
+	for _, route := range svc.routes() {
+		if len(route.Targets) == 0 {
+			errs = append(errs, fmt.Errorf("a route of %q has no target", svc.Name))
+		}
+		for _, t := range route.Targets {
+			for _, inst := range t.Instances {
+				if inst.Service != t.Service || inst.Datacenter != t.Datacenter {
+					errs = append(errs, fmt.Errorf("instance %q of %q is in target %s", inst.ID, inst.Service, t))
+				}
+			}
+		}
+	}
+	return errs
 }
 
-// Resolve says what to stands for: a virtual IP on any port, or the exact address of one instance. IPv4 and its
-// v4-mapped form are the same address.
+// Destination is what an application's destination address stands for.
+type Destination struct {
+	Service  *Service  // nil for an upstream that is no service of this datacenter
+	Instance *Instance // nil: any healthy instance will do
+	Upstream *Upstream // nil: it is the same for every workload
+}
+
+// Name is what was dialled: the service's or the upstream's.
+func (d Destination) Name() string {
+	if d.Upstream != nil {
+		return d.Upstream.Name
+	}
+	return d.Service.Name
+}
+
+// Route is where a call goes. One of an instance's own address goes to that instance.
+func (d Destination) Route() *Route {
+	switch {
+	case d.Upstream != nil:
+		return &d.Upstream.Route
+	case d.Instance != nil:
+		return d.Service.to(d.Instance)
+	}
+	return d.Service.Route()
+}
+
+// Resolve says what to stands for: a virtual IP on any port, another virtual address on its own, or the exact address of
+// one instance. IPv4 and its v4-mapped form are the same address.
 func (s *Snapshot) Resolve(to netip.AddrPort) (Destination, bool) {
 	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if svc, ok := s.virtual[to.Addr()]; ok {
+		return Destination{Service: svc}, true
+	}
+	if svc, ok := s.ports[to]; ok {
 		return Destination{Service: svc}, true
 	}
 	if inst, ok := s.instances[to]; ok {

@@ -25,6 +25,7 @@ const (
 	ReasonNotReady        Reason = "not-ready"         // no listener yet in the workload's network namespace
 	ReasonStale           Reason = "stale-heartbeat"   // the daemon is gone or hung
 	ReasonBoundDevice     Reason = "bound-to-device"   // SO_BINDTODEVICE: a redirect cannot reach loopback
+	ReasonOutsideMesh     Reason = "outside-mesh"      // MeshDestinationsOnly
 	ReasonStorage         Reason = "storage"           // the kernel had no memory for the socket's origin
 	ReasonIdle            Reason = "idle"              // limits.idle passed without a byte
 	ReasonDrain           Reason = "drain"             // the daemon's drain deadline passed
@@ -51,6 +52,7 @@ var sentences = map[Reason]string{
 	ReasonNotReady:        "the workload's network namespace has no listener yet",
 	ReasonStale:           "the daemon has not been seen alive for too long",
 	ReasonBoundDevice:     "the socket is bound to a device, so it cannot be redirected",
+	ReasonOutsideMesh:     "the destination is not in the mesh, and MeshDestinationsOnly lets workloads reach nothing else",
 	ReasonStorage:         "the kernel could not store the socket's origin",
 	ReasonIdle:            "the connection was idle for longer than limits.idle",
 	ReasonDrain:           "the daemon stopped and the drain deadline passed",

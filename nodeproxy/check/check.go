@@ -121,6 +121,7 @@ func Service(snap *catalog.Snapshot, name string) []Result {
 		results = append(results, warning(label, "%s is ignored: it is HTTP-level, and this proxy carries bytes", what))
 	}
 	results = append(results, instances(label, svc)...)
+	results = append(results, chain(label, svc)...)
 	if len(svc.Virtual) == 0 {
 		results = append(results, warning(label, "it has no virtual IP: callers reach it by the addresses of its instances only"))
 	}
@@ -141,8 +142,31 @@ func instances(label string, svc *catalog.Service) []Result {
 			dialable++
 		}
 	}
-	if dialable == 0 {
+	if dialable == 0 && svc.Chain == nil {
 		results = append(results, failed(label, "no instance can be connected to: connections are denied with %q", catalog.ReasonNoInstance))
+	}
+	return results
+}
+
+// chain reports where calls to svc go.
+func chain(label string, svc *catalog.Service) []Result {
+	if svc.Chain == nil {
+		return nil
+	}
+	var results []Result
+	inUse := svc.Chain.Preferred()
+	for _, t := range svc.Chain.Targets {
+		switch {
+		case t.Unreachable != "":
+			results = append(results, warning(label, "target %s is never used: %s", t, t.Unreachable))
+		case t == inUse && t.Usable():
+			results = append(results, ok(label, "calls go to target %s, %d instance(s)", t, len(t.Instances)))
+		default:
+			results = append(results, ok(label, "target %s is not used now, %d instance(s)", t, len(t.Instances)))
+		}
+	}
+	if !inUse.Usable() {
+		results = append(results, failed(label, "no target can be connected to: connections are denied with %q", catalog.ReasonNoInstance))
 	}
 	return results
 }

@@ -43,16 +43,17 @@ func (c *checker) config() *Config {
 	c.notLanded()
 	r := c.raw
 	return &Config{
-		Node:        c.node(),
-		Source:      c.source(),
-		Consul:      c.consul(),
-		Cgroups:     c.cgroups(),
-		Inbound:     c.inbound(),
-		PreferLocal: r.PreferLocal,
-		FailOpen:    c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
-		Limits:      c.limits(),
-		Log:         c.log(),
-		Admin:       c.admin(),
+		Node:         c.node(),
+		Source:       c.source(),
+		Consul:       c.consul(),
+		Cgroups:      c.cgroups(),
+		Inbound:      c.inbound(),
+		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
+		PreferLocal:  r.PreferLocal,
+		FailOpen:     c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
+		Limits:       c.limits(),
+		Log:          c.log(),
+		Admin:        c.admin(),
 		State: State{
 			Dir:  c.absolute(key("state", "dir"), r.State.Dir),
 			Pins: c.absolute(key("state", "pins"), r.State.Pins),
@@ -81,8 +82,8 @@ func (c *checker) notLanded() {
 	if len(r.Inbound.Probers) > 0 {
 		refuse(key("inbound", "probers"), "remove it, and name the probers' networks in inbound.plaintext_from")
 	}
-	if len(r.VirtualCIDRs) > 0 {
-		refuse(key("virtual_cidrs"), "remove it, or leave it empty")
+	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
+		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")
 	}
 	if r.DNS.Enabled {
 		refuse(key("dns", "enabled"), "remove it, or set it to false")
@@ -237,15 +238,21 @@ func (c *checker) inbound() Inbound {
 	if in.FirstPort, in.LastPort, err = portRange(r.Ports); err != nil {
 		c.fail(key("inbound", "ports"), "is %q: %w", r.Ports, err)
 	}
-	for _, text := range r.PlaintextFrom {
+	in.PlaintextFrom = c.networks(key("inbound", "plaintext_from"), r.PlaintextFrom)
+	return in
+}
+
+func (c *checker) networks(path, texts []string) []netip.Prefix {
+	var all []netip.Prefix
+	for _, text := range texts {
 		network, err := netip.ParsePrefix(text)
 		if err != nil || network != network.Masked() || network.Addr().Is4In6() {
-			c.fail(key("inbound", "plaintext_from"), `has %q: it must be a list of networks, as ["10.0.0.0/8", "fd00::/64"]`, text)
+			c.fail(path, `has %q: it must be a list of networks, as ["10.0.0.0/8", "fd00::/64"]`, text)
 			continue
 		}
-		in.PlaintextFrom = append(in.PlaintextFrom, network)
+		all = append(all, network)
 	}
-	return in
+	return all
 }
 
 func portRange(s string) (first, last uint16, err error) {

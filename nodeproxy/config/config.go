@@ -25,6 +25,8 @@ type Config struct {
 	Cgroups []Cgroup      // the workloads.cgroup blocks, by label
 	Inbound Inbound
 
+	VirtualCIDRs []netip.Prefix // where addresses tagged "virtual" are believed, with Consul
+
 	PreferLocal bool // instances of this node before others
 	// FailOpen is on_failure = "open": while no daemon runs, instances are dialled in plaintext and strict ports are open.
 	FailOpen bool

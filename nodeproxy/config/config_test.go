@@ -164,7 +164,7 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 		"c.hcl:15: workloads.xattr " + notYet,
 		"c.hcl:20: same_node " + notYet,
 		"c.hcl:21: tunnels " + notYet,
-		"c.hcl:24: virtual_cidrs " + notYet,
+		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 		"c.hcl:25: existing_connections " + notYet,
 		"c.hcl:27: dns.enabled " + notYet,
 	} {

@@ -28,7 +28,8 @@ type builder struct {
 	given    map[string]uint16 // mesh ports of instances that have no sidecar of the operator's, by ID
 	compiled *compiled
 	*settings
-	services map[string]*catalog.Service
+	services  map[string]*catalog.Service
+	contested []netip.AddrPort
 }
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
@@ -48,7 +49,10 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		}
 	}
 	b.refuseContested()
+	b.addChains()
 	b.giveVirtual()
+	b.giveTagged()
+	b.addUpstreams()
 	for _, name := range b.needed {
 		if b.services[name] == nil {
 			b.problem(name, "unknown-service", "a workload of this node runs as %q, which is not registered with this node's agent: it can call others, and nobody can call it; register it", name)
@@ -65,7 +69,9 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		Generation: generation, Taken: now, Node: b.cfg.Node,
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
-		VirtualRanges: b.virtualRanges(), Problems: b.sortedProblems(),
+		VirtualRanges: b.virtualRanges(), Calls: b.calls(), TLS: b.tls(),
+		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
+		Problems: b.sortedProblems(),
 	})
 }
 
@@ -163,9 +169,6 @@ func (b *builder) adopt(s *api.AgentService, served map[string]bool) {
 		}
 		inst.Delivery = netip.AddrPortFrom(ip.Unmap(), uint16(s.Proxy.LocalServicePort))
 	}
-	if len(s.Proxy.Upstreams) > 0 {
-		b.problem(name, "unsupported", "the upstreams of sidecar %q are not honoured: call them by virtual IP", s.ID)
-	}
 	svc := b.service(name)
 	svc.Instances = append(svc.Instances, inst)
 }
@@ -238,8 +241,8 @@ func (b *builder) place(inst *catalog.Instance, at place, nodeAddress string) ne
 		return refuse("it is a loopback address, which on this node is this node")
 	case at.port < 1 || at.port > 65535:
 		return refuse("it is not a port")
-	case b.isVirtual(ip):
-		return refuse("virtual IPs are given out of that range")
+	case b.isVirtual(ip), b.inCIDRs(ip):
+		return refuse("it is in virtual_ips or virtual_cidrs, where services are and not instances")
 	}
 	return netip.AddrPortFrom(ip, uint16(at.port))
 }
@@ -312,33 +315,6 @@ func keeper(all []claim) int {
 		return 0
 	}
 	return -1
-}
-
-// giveVirtual gives services their virtual IPs. One that two services have belongs to none, and connections to it are refused.
-func (b *builder) giveVirtual() {
-	owners := make(map[netip.Addr]map[string]bool)
-	for name, known := range b.data.services {
-		for _, e := range known.instances {
-			if !e.virtual.IsValid() || b.services[name] == nil {
-				continue
-			}
-			if owners[e.virtual] == nil {
-				owners[e.virtual] = make(map[string]bool)
-			}
-			owners[e.virtual][name] = true
-		}
-	}
-	for _, ip := range slices.SortedFunc(maps.Keys(owners), netip.Addr.Compare) {
-		names := slices.Sorted(maps.Keys(owners[ip]))
-		switch svc := b.services[names[0]]; {
-		case len(names) > 1:
-			b.problem(names[0], "refused", "virtual IP %s belongs to %q and %q: connections to it are refused", ip, names[0], names[1])
-		case !b.isVirtual(ip):
-			b.problem(names[0], "refused", "virtual IP %s of %q is outside virtual_ips %v: correct virtual_ips", ip, names[0], b.virtualRanges())
-		default:
-			svc.Virtual = append(svc.Virtual, ip)
-		}
-	}
 }
 
 // policy compiles the intentions, or returns the last policy if they are the same.

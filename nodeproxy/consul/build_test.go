@@ -71,15 +71,18 @@ func (d *data) register(name string, e endpoint) {
 
 func build(t *testing.T, d *data, needed ...string) *catalog.Snapshot {
 	t.Helper()
-	b := &builder{
-		cfg:  &Config{Node: "n1", NodeAddress: netip.MustParseAddr("192.0.2.1"), VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")}},
-		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
-	}
-	snap, err := b.build(1, time.Now())
+	snap, err := builderOf(d, needed...).build(1, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return snap
+}
+
+func builderOf(d *data, needed ...string) *builder {
+	return &builder{
+		cfg:  &Config{Node: "n1", NodeAddress: netip.MustParseAddr("192.0.2.1"), VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")}},
+		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
+	}
 }
 
 // resolved is what an address stands for, "" for nothing.
@@ -210,10 +213,10 @@ func TestIntentionsAreConsuls(t *testing.T) {
 
 func TestEverythingThatIsNotHonouredIsReported(t *testing.T) {
 	d := sample()
-	d.write(&api.MeshConfigEntry{TransparentProxy: api.TransparentProxyMeshConfig{MeshDestinationsOnly: true}, TLS: &api.MeshTLSConfig{}})
+	d.write(&api.MeshConfigEntry{TLS: &api.MeshTLSConfig{Incoming: &api.MeshDirectionalTLSConfig{CipherSuites: []string{"TLS_RSA_WITH_AES_128_CBC_SHA"}}}})
 	d.write(&api.ProxyConfigEntry{Kind: api.ProxyDefaults, Name: "global", Config: map[string]any{"protocol": "http", "envoy_x": 1}})
 	d.write(&api.ServiceConfigEntry{Kind: api.ServiceDefaults, Name: "api", Protocol: "tcp", MaxInboundConnections: 3, ExternalSNI: "x", RateLimits: &api.RateLimits{}})
-	d.write(&api.ServiceResolverConfigEntry{Kind: api.ServiceResolver, Name: "api", ConnectTimeout: 3 * time.Second, Redirect: &api.ServiceResolverRedirect{Service: "web"}})
+	d.write(&api.ServiceResolverConfigEntry{Kind: api.ServiceResolver, Name: "api", ConnectTimeout: 3 * time.Second, PrioritizeByLocality: &api.ServiceResolverPrioritizeByLocality{Mode: "failover"}})
 	d.write(&api.ServiceRouterConfigEntry{Kind: api.ServiceRouter, Name: "web"})
 	s := build(t, d, "web", "stranger")
 	var text []string
@@ -221,7 +224,7 @@ func TestEverythingThatIsNotHonouredIsReported(t *testing.T) {
 		text = append(text, p.Text)
 	}
 	all := strings.Join(text, "\n")
-	for _, want := range []string{"MeshDestinationsOnly", "TLS of mesh", "envoy_x", "ExternalSNI", "RateLimits", "Redirect", "service-router", "stranger"} {
+	for _, want := range []string{"TLS_RSA_WITH", "envoy_x", "ExternalSNI", "RateLimits", "PrioritizeByLocality", "service-router", "stranger"} {
 		if !strings.Contains(all, want) {
 			t.Errorf("%s is not reported:\n%s", want, all)
 		}

@@ -6,7 +6,7 @@
 //
 // The number of connections to the agent does not grow with the services of the node or of the mesh: one for the roots,
 // one for this node's registrations, one for the names of all services, one for the node proxies, one for the intentions of
-// this node's services and one for those of all others (more beyond some thousand names), at most maxRequests for everything that does not wait, and one for each service
+// this node's services and one for those of all others (more beyond some thousand names), one for service resolvers, at most maxRequests for everything that does not wait, and one for each service
 // that workloads of this node call, at most maxCalled. Consul allows 200 per client address.
 //
 // The services of the whole datacenter are in the snapshot, so that any of them can be called by its virtual IP. The
@@ -52,6 +52,9 @@ type Config struct {
 	// VirtualRanges are those that the servers give virtual IPs out of. A virtual IP outside is not believed.
 	VirtualRanges []netip.Prefix
 
+	// VirtualCIDRs are where addresses tagged "virtual", and virtual IPs that were assigned by hand, are believed too.
+	VirtualCIDRs []netip.Prefix
+
 	// StateFile keeps which of Ports each instance without a sidecar was given. "" registers nothing.
 	StateFile string
 	Ports     Ports
@@ -69,6 +72,12 @@ func (c *Config) validate() error {
 	}
 	if !c.NodeAddress.IsValid() || c.NodeAddress.IsUnspecified() {
 		errs = append(errs, errors.New("no node address: set node { address }"))
+	}
+	for _, r := range c.VirtualCIDRs {
+		special := []netip.Addr{netip.IPv6Unspecified(), netip.IPv6Loopback(), netip.AddrFrom4([4]byte{}), netip.AddrFrom4([4]byte{127, 0, 0, 1}), c.NodeAddress.Unmap()}
+		if i := slices.IndexFunc(special, r.Contains); i >= 0 {
+			errs = append(errs, fmt.Errorf("virtual_cidrs %s holds %s: list only the networks from which virtual addresses are given out", r, special[i]))
+		}
 	}
 	for _, r := range c.VirtualRanges {
 		if !r.IsValid() || r.Contains(c.NodeAddress) {

@@ -63,10 +63,7 @@ func (s *settings) add(entry api.ConfigEntry) {
 	switch e := entry.(type) {
 	case *api.MeshConfigEntry:
 		s.mesh = e
-		s.unhonoured("", e, "AllowEnablingPermissiveMutualTLS", "TransparentProxy")
-		if e.TransparentProxy.MeshDestinationsOnly {
-			s.problem("", "unsupported", "MeshDestinationsOnly of the mesh entry is not honoured: destinations outside the mesh are not refused")
-		}
+		s.unhonoured("", e, "AllowEnablingPermissiveMutualTLS", "TransparentProxy", "TLS")
 	case *api.ProxyConfigEntry:
 		s.proxy = e
 		s.unhonoured("", e, "Mode", "MutualTLSMode", "Config")
@@ -77,10 +74,10 @@ func (s *settings) add(entry api.ConfigEntry) {
 		}
 	case *api.ServiceConfigEntry:
 		s.defaults[name] = e
-		s.unhonoured(name, e, "Protocol", "Mode", "MaxInboundConnections", "MutualTLSMode")
+		s.unhonoured(name, e, "Protocol", "Mode", "MaxInboundConnections", "MutualTLSMode", "UpstreamConfig")
 	case *api.ServiceResolverConfigEntry:
 		s.resolvers[name] = e
-		s.unhonoured(name, e, "ConnectTimeout")
+		s.unhonoured(name, e, "ConnectTimeout", "DefaultSubset", "Subsets", "Redirect", "Failover", "LoadBalancer")
 	default: // routers and splitters
 		s.ignoredL7[name] = append(s.ignoredL7[name], entry.GetKind())
 		s.problem(name, "l7-ignored", "%s of %q is ignored: connections to %q are balanced over its instances; remove it, or accept that", entry.GetKind(), name, name)
@@ -111,6 +108,25 @@ func what(entry api.ConfigEntry) string {
 
 func (s *settings) problem(service, kind, format string, args ...any) {
 	s.problems = append(s.problems, catalog.Problem{Service: service, Kind: kind, Text: fmt.Sprintf(format, args...)})
+}
+
+// tls is what the mesh entry asks of TLS.
+func (s *settings) tls() (limits catalog.TLS) {
+	if s.mesh.TLS == nil {
+		return limits
+	}
+	read := func(direction string, d *api.MeshDirectionalTLSConfig) (l catalog.TLSLimits) {
+		if d == nil {
+			return l
+		}
+		l, ignored := catalog.ParseTLSLimits(d.TLSMinVersion, d.TLSMaxVersion, d.CipherSuites)
+		for _, text := range ignored {
+			s.problem("", "unsupported", "TLS.%s of the mesh entry: %s", direction, text)
+		}
+		return l
+	}
+	limits.Incoming, limits.Outgoing = read("Incoming", s.mesh.TLS.Incoming), read("Outgoing", s.mesh.TLS.Outgoing)
+	return limits
 }
 
 // protocol is the service's, by service-defaults or by proxy-defaults.

@@ -89,6 +89,11 @@ func destinations(d *data, needed []string) [][]string {
 			others[name] = true
 		}
 	}
+	for name := range d.resolved() {
+		if !own[name] {
+			others[name] = true
+		}
+	}
 	return append(split(own), split(others)...)
 }
 

@@ -115,6 +115,7 @@ func (r *run) askAll(ctx context.Context) {
 	tasks.Go(func() { r.ask.watch(ctx, r.rootsTopic()) })
 	tasks.Go(func() { r.ask.watch(ctx, r.namesTopic()) })
 	tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic()) })
+	tasks.Go(func() { r.ask.watch(ctx, r.resolverTopic(ctx)) })
 	tasks.Go(func() { r.matchAll(ctx) })
 	tasks.Go(func() { r.readServices(ctx) })
 	tasks.Go(func() { r.watchCalled(ctx) })
@@ -144,6 +145,7 @@ func (r *run) poll(ctx context.Context) {
 			last[i], ok = r.ask.once(ctx, t, last[i])
 			all = all && ok
 		}
+		all = r.refreshChains(ctx) && all
 		if failures++; all {
 			r.world.sawAll(asked)
 			failures = 0
@@ -159,6 +161,7 @@ func (r *run) poll(ctx context.Context) {
 				waiting = false
 			case <-r.lookNow:
 				last[1], _ = r.ask.once(ctx, topics[1], last[1])
+				r.refreshChains(ctx)
 			}
 		}
 	}

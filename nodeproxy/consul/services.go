@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"net/url"
 	"reflect"
 	"slices"
 	"sync"
@@ -40,6 +41,7 @@ type endpoint struct {
 	native            bool
 	healthy           bool
 	virtual           netip.Addr
+	tagged            place // "virtual": a Kubernetes ClusterIP, say
 	tags              []string
 	meta              map[string]string
 }
@@ -66,28 +68,43 @@ const (
 	forgetAfter = 10 * time.Minute
 )
 
-// endpointsQuestion asks also for what is unhealthy: an instance that vanished while it is would be called in plaintext
+// question asks also for what is unhealthy: an instance that vanished while it is would be called in plaintext
 // meanwhile by whoever knows its address.
-func endpointsQuestion(name string) question {
-	return question{path: "/v1/health/connect/" + escape(name)}
+func (e endpoints) question() question {
+	params := url.Values{}
+	if e.datacenter != "" {
+		params.Set("dc", e.datacenter)
+	}
+	if e.filter != "" {
+		params.Set("filter", e.filter)
+	}
+	return question{path: "/v1/health/connect/" + escape(e.service), params: params}
 }
 
-// parseEndpoints reads the answer of endpointsQuestion.
-func parseEndpoints(a *answer, name string) ([]endpoint, error) {
+// parseEndpoints reads the answer of of's question.
+func parseEndpoints(a *answer, of endpoints) ([]endpoint, error) {
 	var list []*api.ServiceEntry
 	if err := decode(a, &list); err != nil {
 		return nil, err
 	}
+	return parseServiceEntries(list, of), nil
+}
+
+func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
+	name := of.service
 	found := make([]endpoint, 0, len(list))
 	for _, entry := range list {
 		if entry.Node == nil || entry.Service == nil {
 			continue
 		}
-		s := entry.Service
+		s, status := entry.Service, entry.Checks.AggregatedStatus()
 		e := endpoint{
 			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
-			healthy: entry.Checks.AggregatedStatus() == api.HealthPassing || entry.Checks.AggregatedStatus() == api.HealthWarning,
+			healthy: status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
 			tags:    s.Tags, meta: s.Meta,
+		}
+		if of.datacenter != "" {
+			e.goAbroad(entry)
 		}
 		switch {
 		case s.Connect != nil && s.Connect.Native && s.Service == name:
@@ -100,10 +117,24 @@ func parseEndpoints(a *answer, name string) ([]endpoint, error) {
 		if v, err := netip.ParseAddr(s.TaggedAddresses["consul-virtual"].Address); err == nil {
 			e.virtual = v.Unmap()
 		}
+		if v, ok := s.TaggedAddresses["virtual"]; ok {
+			e.tagged = place{v.Address, v.Port}
+		}
 		found = append(found, e)
 	}
 	slices.SortFunc(found, func(a, b endpoint) int { return cmp.Or(cmp.Compare(a.node, b.node), cmp.Compare(a.proxyID, b.proxyID)) })
-	return found, nil
+	return found
+}
+
+// goAbroad makes e's addresses those for other datacenters: the ones tagged "wan" where there are any (BestAddress in
+// agent/structs of Consul).
+func (e *endpoint) goAbroad(entry *api.ServiceEntry) {
+	if wan := entry.Node.TaggedAddresses["wan"]; wan != "" {
+		e.nodeAddress = wan
+	}
+	if wan, ok := entry.Service.TaggedAddresses["wan"]; ok {
+		e.mesh = place{wan.Address, cmp.Or(wan.Port, e.mesh.port)}
+	}
 }
 
 // applications fills in where the applications behind proxies are registered.
@@ -141,33 +172,46 @@ func (r *run) applications(ctx context.Context, name string, found []endpoint) e
 
 func serviceFault(name string) string { return fmt.Sprintf("service %q", name) }
 
-// serviceTopic is the instances of one service.
-func (r *run) serviceTopic(ctx context.Context, name string) topic {
-	return topic{what: serviceFault(name), every: 100 * time.Millisecond,
-		ask: func() question { return endpointsQuestion(name) },
+// serviceTopic is the instances of one service, or of a part of them.
+func (r *run) serviceTopic(ctx context.Context, of endpoints) topic {
+	return topic{what: of.fault(), every: 100 * time.Millisecond, ask: of.question,
 		apply: func(a *answer) error {
-			found, err := parseEndpoints(a, name)
-			if err == nil {
-				err = r.applications(ctx, name, found)
+			found, err := parseEndpoints(a, of)
+			if err == nil && of.isPlain() {
+				err = r.applications(ctx, of.service, found)
 			}
 			if err != nil {
 				return err
 			}
-			r.world.update(func(d *data) bool {
-				if _, known := slices.BinarySearch(d.names, name); !known {
-					return false
-				}
-				old, now := d.services[name], time.Now()
-				if old != nil && reflect.DeepEqual(old.instances, found) {
-					d.services[name] = &service{instances: found, read: now, changed: old.changed}
-					return false
-				}
-				d.services[name] = &service{instances: found, read: now, changed: now}
-				return true
-			})
+			r.world.update(func(d *data) bool { return d.setEndpoints(of, found) })
 			wake(r.known)
 			return nil
 		}}
+}
+
+// setEndpoints notes what was found where that is still asked for, and says whether it makes a difference.
+func (d *data) setEndpoints(of endpoints, found []endpoint) bool {
+	_, wanted := slices.BinarySearch(d.names, of.service)
+	old, now := d.services[of.service], time.Now()
+	if !of.isPlain() {
+		old = d.targets[of]
+		wanted = old != nil || d.targetQuestions()[of]
+	}
+	if !wanted {
+		return false
+	}
+	next := &service{instances: found, read: now, changed: now}
+	same := old != nil && reflect.DeepEqual(old.instances, found)
+	if same {
+		next.changed = old.changed
+	}
+	if of.isPlain() {
+		d.services[of.service] = next
+	} else {
+		d.targets = maps.Clone(d.targets)
+		d.targets[of] = next
+	}
+	return !same
 }
 
 // readServices keeps the services that nobody here calls fairly fresh, until ctx ends.
@@ -193,36 +237,43 @@ func (r *run) readServices(ctx context.Context) {
 	}
 }
 
-// due lists the services that must be read now: first those that never were.
-func (r *run) due(changed time.Time) []string {
+// due lists the services and targets that must be read now: first those that never were.
+func (r *run) due(changed time.Time) []endpoints {
 	d := r.world.current()
-	watched := r.called.watched()
-	soonest := max(staleAfter, time.Duration(len(d.names))*spacing)
-	var never, again []string
+	watched := r.watchedQuestions()
+	known := make(map[endpoints]*service)
+	for e := range d.targetQuestions() {
+		known[e] = d.targets[e]
+	}
 	for _, name := range d.names {
-		switch s := d.services[name]; {
+		known[endpoints{service: name}] = d.services[name]
+	}
+	soonest := max(staleAfter, time.Duration(len(known))*spacing)
+	var never, again []endpoints
+	for of, s := range known {
+		switch {
 		case s == nil:
-			never = append(never, name)
-		case watched[name]:
+			never = append(never, of)
+		case watched[of]:
 		case s.ailing(), time.Since(s.read) > staleAtLast, s.read.Before(changed) && time.Since(s.read) > soonest:
-			again = append(again, name)
+			again = append(again, of)
 		}
 	}
-	for _, names := range [][]string{never, again} { // so that a few that cannot be read do not keep the same others waiting
+	for _, names := range [][]endpoints{never, again} { // so that a few that cannot be read do not keep the same others waiting
 		rand.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	}
 	return append(never, again[:min(len(again), int(time.Second/spacing))]...)
 }
 
 // readAll reads services, a few at once, and says whether all could be. It gives up after a few that could not.
-func (r *run) readAll(ctx context.Context, names []string) bool {
+func (r *run) readAll(ctx context.Context, names []endpoints) bool {
 	var tasks sync.WaitGroup
-	queue := make(chan string)
+	queue := make(chan endpoints)
 	failed := make(chan struct{}, readers)
 	for range min(readers, len(names)) {
 		tasks.Go(func() {
-			for name := range queue {
-				if _, ok := r.ask.once(ctx, r.serviceTopic(ctx, name), [sha256.Size]byte{}); !ok {
+			for of := range queue {
+				if _, ok := r.ask.once(ctx, r.serviceTopic(ctx, of), [sha256.Size]byte{}); !ok {
 					wake(failed)
 				}
 			}
@@ -277,26 +328,26 @@ func (c *called) watched() map[string]bool {
 	return names
 }
 
-// watchCalled watches the services that are called, until ctx ends.
+// watchCalled watches what workloads call, until ctx ends.
 func (r *run) watchCalled(ctx context.Context) {
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
 	tick := time.NewTicker(time.Minute)
 	defer tick.Stop()
-	stop := make(map[string]context.CancelFunc)
+	stop := make(map[endpoints]context.CancelFunc)
 	for {
-		wanted := r.called.watched()
-		for name, cancel := range stop {
-			if !wanted[name] {
+		wanted := r.watchedQuestions()
+		for of, cancel := range stop {
+			if !wanted[of] {
 				cancel()
-				delete(stop, name)
+				delete(stop, of)
 			}
 		}
-		for name := range wanted {
-			if stop[name] == nil {
+		for of := range wanted {
+			if stop[of] == nil {
 				watching, cancel := context.WithCancel(ctx)
-				stop[name] = cancel
-				tasks.Go(func() { r.ask.watch(watching, r.serviceTopic(watching, name)) })
+				stop[of] = cancel
+				tasks.Go(func() { r.ask.watch(watching, r.serviceTopic(watching, of)) })
 			}
 		}
 		select {

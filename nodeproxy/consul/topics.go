@@ -35,6 +35,7 @@ func (r *run) agentTopic() topic {
 				DefaultIntentionPolicy string
 				Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
 				Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
+				DNSAddrs               []string
 			} `json:"DebugConfig"`
 			Member struct{ Addr string }
 		}
@@ -54,6 +55,11 @@ func (r *run) agentTopic() topic {
 		for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
 			if p, err := netip.ParsePrefix(text); err == nil {
 				next.virtual = append(next.virtual, p.Masked())
+			}
+		}
+		for _, text := range self.Debug.DNSAddrs {
+			if at, err := netip.ParseAddrPort(strings.TrimPrefix(text, "tcp://")); err == nil && !at.Addr().IsLoopback() {
+				next.dns = append(next.dns, at)
 			}
 		}
 		r.world.update(func(d *data) bool {
@@ -203,28 +209,43 @@ func (r *run) localTopic() topic {
 // entryKinds are the config entries that are asked for.
 var entryKinds = []string{api.MeshConfig, api.ProxyDefaults, api.ServiceDefaults, api.ServiceResolver, api.ServiceRouter, api.ServiceSplitter}
 
+// entryTopics are those of all kinds but service-resolver, which is waited for: see resolverTopic.
 func (r *run) entryTopics() []topic {
 	var all []topic
 	for _, kind := range entryKinds {
-		all = append(all, topic{what: kind + " entries", ask: fixed("/v1/config/" + kind), apply: func(a *answer) error {
-			var list []json.RawMessage
-			if err := decode(a, &list); err != nil {
-				return err
-			}
-			found := make([]api.ConfigEntry, 0, len(list))
-			for _, raw := range list {
-				entry, err := api.DecodeConfigEntryFromJSON(raw)
-				if err != nil {
-					return fmt.Errorf("read a %s entry: %w", kind, err)
-				}
-				found = append(found, entry)
-			}
-			r.world.update(func(d *data) bool {
-				d.entries = d.entries.with(kind, found)
-				return true
-			})
-			return nil
-		}})
+		if kind != api.ServiceResolver {
+			all = append(all, r.entryTopic(kind))
+		}
 	}
 	return all
+}
+
+func (r *run) entryTopic(kind string) topic {
+	return topic{what: kind + " entries", ask: fixed("/v1/config/" + kind), apply: func(a *answer) error {
+		found, err := parseEntries(a, kind)
+		if err != nil {
+			return err
+		}
+		r.world.update(func(d *data) bool {
+			d.entries = d.entries.with(kind, found)
+			return true
+		})
+		return nil
+	}}
+}
+
+func parseEntries(a *answer, kind string) ([]api.ConfigEntry, error) {
+	var list []json.RawMessage
+	if err := decode(a, &list); err != nil {
+		return nil, err
+	}
+	found := make([]api.ConfigEntry, 0, len(list))
+	for _, raw := range list {
+		entry, err := api.DecodeConfigEntryFromJSON(raw)
+		if err != nil {
+			return nil, fmt.Errorf("read a %s entry: %w", kind, err)
+		}
+		found = append(found, entry)
+	}
+	return found, nil
 }

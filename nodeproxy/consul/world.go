@@ -24,9 +24,12 @@ type data struct {
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
 	filtered   bool   // ACLs hide services
 	local      map[string]*api.AgentService
-	names      []string            // of all services of the datacenter, sorted
-	looks      map[string]string   // their tags, and whether they have sidecars; nil before the first answer
-	services   map[string]*service // those that were looked at
+	names      []string               // of all services of the datacenter, sorted
+	looks      map[string]string      // their tags, and whether they have sidecars; nil before the first answer
+	services   map[string]*service    // those that were looked at
+	targets    map[endpoints]*service // what chains need beyond that; their read is zero before the first answer
+	chains     map[chainKey]*chain
+	queries    map[queryKey]*executed
 	entries    *entries
 	proxies    map[string][]Ports     // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]intention // by destination; a name that is not there was not asked for yet
@@ -38,6 +41,7 @@ type agent struct {
 	version                   string
 	defaultIntention          string // default_intention_policy; "" leaves it to the ACLs
 	virtual                   []netip.Prefix
+	dns                       []netip.AddrPort // where it answers DNS, other than on loopback
 }
 
 // roots are what certificates are verified with.
@@ -74,7 +78,10 @@ type world struct {
 func newWorld(log *slog.Logger) *world {
 	return &world{
 		log: log, changed: make(chan struct{}, 1), faults: make(map[string]*fault),
-		data: data{services: make(map[string]*service), intentions: make(map[string][]intention)},
+		data: data{
+			services: make(map[string]*service), intentions: make(map[string][]intention),
+			targets: make(map[endpoints]*service), chains: make(map[chainKey]*chain),
+		},
 	}
 }
 

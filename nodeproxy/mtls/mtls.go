@@ -62,7 +62,7 @@ func (c *Credentials) Accept(conn net.Conn, service string) (*tls.Conn, policy.I
 		return nil, policy.Identity{}, err
 	}
 	var peer policy.Identity
-	config := base(leaf)
+	config := base(leaf, c.snap.TLS.Incoming)
 	config.ClientAuth = tls.RequireAnyClientCert // verified in VerifyConnection, which knows the reason
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		return nil, c.checkSNI(hello.ServerName, service)
@@ -78,21 +78,24 @@ func (c *Credentials) Accept(conn net.Conn, service string) (*tls.Conn, policy.I
 	return secure, peer, nil
 }
 
-// Connect does the client's side of the handshake on conn as the local service source, with an instance of destination.
-// The caller sets a deadline, and closes conn on error.
+// Connect does the client's side of the handshake on conn as the local service source, with an instance of target: the
+// one that was chosen, whatever was dialled. The caller sets a deadline, and closes conn on error.
 //
 // With TLS 1.3 the server's refusal of our certificate comes only after Connect returned, with the first Read.
 //
 // Errors are *catalog.Refusal: ReasonNoCertificate before anything is sent, ReasonPeerIdentity when the server is not
-// destination, ReasonHandshakeFailed for all else.
-func (c *Credentials) Connect(conn net.Conn, source, destination string) (*tls.Conn, error) {
+// target, ReasonHandshakeFailed for all else.
+func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Target) (*tls.Conn, error) {
 	leaf, err := c.Leaf(source)
 	if err != nil {
 		return nil, err
 	}
-	want := c.snap.Identity(destination)
-	config := base(leaf)
-	config.ServerName = c.sni(destination)
+	want := c.snap.TargetIdentity(target)
+	config := base(leaf, c.snap.TLS.Outgoing)
+	config.ServerName = sni(want)
+	if target.Subset != "" {
+		config.ServerName = target.Subset + "." + config.ServerName
+	}
 	config.InsecureSkipVerify = true // no hostname to check: VerifyConnection checks chain and SPIFFE ID
 	// Without it a certificate that the server's hints do not mention would be left out, and refused as missing.
 	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return leaf, nil }
@@ -110,19 +113,17 @@ func (c *Credentials) Connect(conn net.Conn, source, destination string) (*tls.C
 	return secure, nil
 }
 
-// base is what both sides have in common. NextProtos stays empty: a native client offers h2, and a list without it would
-// end the handshake.
-func base(leaf *tls.Certificate) *tls.Config {
+// base is what both sides have in common, within limits. NextProtos stays empty: a native client offers h2, and a list
+// without it would end the handshake.
+func base(leaf *tls.Certificate, limits catalog.TLSLimits) *tls.Config {
+	suites := limits.Suites
+	if suites == nil {
+		suites = catalog.CipherSuites()
+	}
 	return &tls.Config{
-		MinVersion: tls.VersionTLS12,
-		CipherSuites: []uint16{ // of TLS 1.2; those of 1.3 are all fit
-			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-			tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-			tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-			tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-		},
+		MinVersion:                  max(tls.VersionTLS12, limits.Min),
+		MaxVersion:                  limits.Max,
+		CipherSuites:                suites,
 		Certificates:                []tls.Certificate{*leaf},
 		SessionTicketsDisabled:      true,
 		DynamicRecordSizingDisabled: true, // the caller writes tens of kilobytes at a time
@@ -170,16 +171,15 @@ func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage
 	return id, nil
 }
 
-// sni is the server name under which clients ask for service (agent/connect/sni.go of Consul).
-func (c *Credentials) sni(service string) string {
-	id := c.snap.Identity(service)
+// sni is the server name under which clients ask for a service (agent/connect/sni.go of Consul).
+func sni(id policy.Identity) string {
 	return strings.Join([]string{id.Service, id.Namespace, id.Datacenter, "internal", id.TrustDomain}, ".")
 }
 
 // checkSNI compares name with what clients may send for service. Names can contain dots, so it is never taken apart. Only
 // Envoy sends one; it selects nothing.
 func (c *Credentials) checkSNI(name, service string) error {
-	whole := c.sni(service)
+	whole := sni(c.snap.Identity(service))
 	if name == "" || strings.EqualFold(name, whole) {
 		return nil
 	}

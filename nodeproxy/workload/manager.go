@@ -286,4 +286,5 @@ var reasons = map[redirect.Verdict]catalog.Reason{
 	redirect.Storage:         catalog.ReasonStorage,
 	redirect.Plaintext:       catalog.ReasonPlaintext,
 	redirect.NoListener:      catalog.ReasonNotReady,
+	redirect.OutsideMesh:     catalog.ReasonOutsideMesh,
 }

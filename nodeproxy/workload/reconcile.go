@@ -63,6 +63,9 @@ func (m *Manager) protect(next *view) {
 	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
 		m.log.Error("inbound rules are incomplete", "error", err)
 	}
+	if err := m.redirect.SetOwn(m.own(next, m.protected(ready)), next.snap.MeshOnly); err != nil {
+		m.log.Error("the upstreams of workloads are incomplete", "error", err)
+	}
 	for _, e := range ready {
 		m.enroll(e)
 	}

@@ -15,6 +15,7 @@ import (
 type view struct {
 	snap    *catalog.Snapshot
 	byID    map[uint32]*Workload
+	serves  map[uint32][]string        // IDs of the instances that each workload serves, in order
 	subtree map[uint32]map[uint64]bool // cgroup ids by workload
 	spaces  map[uint64]*space          // by cookie
 	served  map[servedKey]*served
@@ -53,12 +54,13 @@ func (m *Manager) assign() *view {
 		return v
 	}
 	for _, inst := range v.snap.LocalInstances() {
-		if !inst.Mesh.IsValid() {
-			continue // it only calls others
-		}
 		for _, e := range m.workloads {
-			if e.Service == inst.Service {
+			switch {
+			case e.Service != inst.Service:
+			case inst.Mesh.IsValid():
 				m.assignTo(v, e, inst)
+			default: // it only calls others
+				e.instances = append(e.instances, inst.ID)
 			}
 		}
 	}
@@ -95,6 +97,7 @@ func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
 // index fills what depends on workload ids, and freezes the workloads that the view shows.
 func (v *view) index(workloads map[string]*entry) {
 	v.byID = make(map[uint32]*Workload)
+	v.serves = make(map[uint32][]string)
 	v.subtree = make(map[uint32]map[uint64]bool)
 	frozen := make(map[*Workload]*Workload)
 	for _, e := range workloads {
@@ -102,6 +105,7 @@ func (v *view) index(workloads map[string]*entry) {
 		frozen[&e.Workload] = &w
 		if w.ID != 0 {
 			v.byID[w.ID] = &w
+			v.serves[w.ID] = e.instances
 			v.subtree[w.ID] = e.subtree
 		}
 	}
@@ -120,9 +124,20 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 	for _, ip := range snap.Canaries() {
 		all = append(all, redirect.Destination{Addr: ip})
 	}
+	for _, at := range snap.Contested { // the proxy refuses what is sent there
+		all = append(all, redirect.Destination{Addr: at.Addr(), Port: at.Port()})
+	}
+	if snap.MeshOnly {
+		for _, at := range snap.Outside {
+			all = append(all, redirect.Destination{Addr: at.Addr(), Port: at.Port(), Pass: true})
+		}
+	}
 	for _, svc := range snap.Services {
 		for _, ip := range svc.Virtual {
 			all = append(all, redirect.Destination{Addr: ip})
+		}
+		for _, at := range svc.Ports {
+			all = append(all, redirect.Destination{Addr: at.Addr(), Port: at.Port()})
 		}
 		for _, inst := range svc.Instances {
 			ip := inst.Address.Addr()
@@ -130,6 +145,31 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 				continue
 			}
 			all = append(all, redirect.Destination{Addr: ip, Port: inst.Address.Port(), Instance: true})
+		}
+	}
+	return all
+}
+
+// own lists what holds for single workloads: the addresses of their upstreams, and, where only the mesh is open, what their
+// network namespaces have.
+func (m *Manager) own(v *view, workloads []*entry) []redirect.Destination {
+	upstreams := make(map[string][]*catalog.Upstream)
+	for _, inst := range v.snap.LocalInstances() {
+		upstreams[inst.ID] = inst.Upstreams
+	}
+	var all []redirect.Destination
+	for _, e := range workloads {
+		for _, id := range e.instances {
+			for _, up := range upstreams[id] {
+				all = append(all, redirect.Destination{Addr: up.At.Addr(), Port: up.At.Port(), Workload: e.ID})
+			}
+		}
+		for _, inode := range e.inodes {
+			if s := m.namespaces[inode]; s != nil && v.snap.MeshOnly {
+				for _, ip := range s.addrs {
+					all = append(all, redirect.Destination{Addr: ip, Workload: e.ID, Pass: true})
+				}
+			}
 		}
 	}
 	return all
@@ -151,7 +191,7 @@ func (m *Manager) Origin(ns *Namespace, conn *net.TCPConn) (*Origin, error) {
 		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownOrigin, Err: err}
 	}
 	return &Origin{
-		Workload: w, Namespace: ns, Client: client, Destination: o.Destination, PID: o.PID, Comm: o.Comm, Cookie: o.Cookie,
+		Workload: w, Instances: v.serves[w.ID], Namespace: ns, Client: client, Destination: o.Destination, PID: o.PID, Comm: o.Comm, Cookie: o.Cookie,
 	}, nil
 }
 

@@ -63,6 +63,7 @@ type Namespace struct {
 // Origin is where an application's redirected connection was going, and whose it is.
 type Origin struct {
 	Workload    *Workload
+	Instances   []string // that the workload serves, by ID, in order: their upstreams are its own
 	Namespace   *Namespace
 	Client      netip.AddrPort // the application's own address as it would have been seen by the destination
 	Destination netip.AddrPort // what the application dialled; IPv4 is never v4-mapped
