@@ -109,6 +109,9 @@ type Instance struct {
 	// and it has no Address, for plaintext must never be sent there.
 	Native bool
 
+	// Probed are the ports at which a prober of this node checks the instance: the application's, or the mesh port.
+	Probed []uint16
+
 	Permissive bool // plaintext is let in on the application's own port
 	Tags       []string
 	Meta       map[string]string

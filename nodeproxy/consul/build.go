@@ -48,6 +48,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		}
 	}
 	b.refuseContested()
+	b.markProbed()
 	b.giveVirtual()
 	for _, name := range b.needed {
 		if b.services[name] == nil {

@@ -24,6 +24,7 @@ type data struct {
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
 	filtered   bool   // ACLs hide services
 	local      map[string]*api.AgentService
+	checks     map[string]probes   // of local, by ID; nil before the first answer
 	names      []string            // of all services of the datacenter, sorted
 	looks      map[string]string   // their tags, and whether they have sidecars; nil before the first answer
 	services   map[string]*service // those that were looked at

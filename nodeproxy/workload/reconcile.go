@@ -21,6 +21,7 @@ import (
 // redirected to them, guards and ids before a workload is switched on.
 func (m *Manager) reconcile() {
 	m.missed = false
+	m.findAgent()
 	m.follow()
 	for _, e := range m.workloads {
 		m.scan(e)
@@ -34,7 +35,7 @@ func (m *Manager) reconcile() {
 	}
 	m.closeNamespaces()
 	shown := *next
-	shown.states, shown.refused = m.states(), slices.Clone(m.refused)
+	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
 	if m.complete() {
 		m.once.Do(func() { close(m.ready) })
@@ -63,6 +64,7 @@ func (m *Manager) protect(next *view) {
 	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
 		m.log.Error("inbound rules are incomplete", "error", err)
 	}
+	m.admitProbers(next, ready)
 	for _, e := range ready {
 		m.enroll(e)
 	}
