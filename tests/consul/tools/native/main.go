@@ -4,6 +4,7 @@
 //	native serve SERVICE ADDRESS TARGET           passes each on to TARGET, in plaintext
 //	native dial SERVICE DESTINATION               connects to an instance of DESTINATION as SERVICE and prints what comes back
 //	native forward SERVICE DESTINATION LISTEN     passes connections to LISTEN on to DESTINATION, as SERVICE
+//	native health ADDRESS                         answers gRPC health checks, in plaintext
 //
 // The agent is that of CONSUL_HTTP_ADDR.
 package main
@@ -21,6 +22,9 @@ import (
 
 	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/consul/connect"
+	"google.golang.org/grpc"
+	grpchealth "google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 const patience = 30 * time.Second
@@ -33,9 +37,12 @@ func main() {
 }
 
 func run(args []string) error {
-	wanted := map[string][]int{"serve": {3, 4}, "dial": {3}, "forward": {4}}
+	wanted := map[string][]int{"serve": {3, 4}, "dial": {3}, "forward": {4}, "health": {2}}
 	if len(args) == 0 || !slices.Contains(wanted[args[0]], len(args)) {
-		return fmt.Errorf("run native: want serve SERVICE ADDRESS [TARGET], dial SERVICE DESTINATION or forward SERVICE DESTINATION LISTEN, not %q", args)
+		return fmt.Errorf("run native: want serve SERVICE ADDRESS [TARGET], dial SERVICE DESTINATION, forward SERVICE DESTINATION LISTEN or health ADDRESS, not %q", args)
+	}
+	if args[0] == "health" {
+		return health(args[1])
 	}
 	client, err := api.NewClient(api.DefaultConfig())
 	if err != nil {
@@ -63,6 +70,17 @@ func run(args []string) error {
 	default:
 		return forward(service, client, args[2], args[3])
 	}
+}
+
+func health(address string) error {
+	ln, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer()
+	healthpb.RegisterHealthServer(server, grpchealth.NewServer())
+	fmt.Println("ready")
+	return server.Serve(ln)
 }
 
 // accept calls handle for every connection to address.
