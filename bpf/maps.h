@@ -110,6 +110,7 @@ struct {
 /* Where a redirected connection was going and whose it is. */
 enum origin_flag {
 	ORIGIN_REDIRECTED = 1,	/* else the socket was only marked as seen by this workload */
+	ORIGIN_PROBE = 2,	/* on an accepted socket: a prober's, which was going nowhere */
 };
 struct origin {
 	struct addr dst;
@@ -224,6 +225,7 @@ enum direct_kind {
 	DIRECT_DELIVERY = 1,	/* the proxy's own, authorised */
 	DIRECT_CHECK = 2,	/* a health check of the daemon */
 	DIRECT_OWN = 3,	/* the workload calling its own port */
+	DIRECT_PROBE = 5,	/* a health check of the node's prober, by prober_sockops */
 };
 struct direct {
 	__u64 time;
@@ -319,6 +321,7 @@ enum stat {
 	STAT_FAILED_OPEN,
 	STAT_UNPROTECTED_UDP,
 	STAT_EVENTS_LOST,
+	STAT_PROBED,
 	STAT_MAX,
 };
 

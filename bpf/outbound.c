@@ -454,6 +454,8 @@ int workload_sockops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
+#include "prober.h"
+
 SEC("sockops")
 int proxy_sockops(struct bpf_sock_ops *ctx)
 {
@@ -475,8 +477,10 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		read_tuple(ctx, &t, 1);
 		from = bpf_map_lookup_elem(&pending, &t);
-		if (!from)
+		if (!from) {
+			proxy_accepts_probe(sk, &t);
 			break; /* inbound, or nobody we redirected */
+		}
 		to = bpf_sk_storage_get(&sk_accepted, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (to)
 			__builtin_memcpy(to, from, sizeof(*to));

@@ -60,8 +60,8 @@ workloads {
 inbound {
   mode           = "strict"      # strict: plaintext is refused. permissive: it is let in, and counted
   ports          = "21500-21999" # each local instance gets one, to speak mTLS on. Not 21000-21255, which are Consul's agent's
-  plaintext_from = []            # networks whose plaintext strict ports take, as ["10.0.0.0/28"]: probers, say
-  # not yet: probers = ["/system.slice/consul.service"]
+  plaintext_from = []            # networks whose plaintext strict ports take, as ["10.0.0.0/28"]
+  probers        = []            # cgroups of those who check applications in plaintext, besides the node's Consul agent
 }
 
 same_node = "mtls" # how the bytes go between two workloads of this node

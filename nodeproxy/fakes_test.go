@@ -69,6 +69,8 @@ func (k *fakeKernel) Apply(ctx context.Context, snap *catalog.Snapshot) error {
 	return nil
 }
 
+func (k *fakeKernel) Probed(*net.TCPConn) bool { return false }
+
 func (k *fakeKernel) Origin(ns *workload.Namespace, _ *net.TCPConn) (*workload.Origin, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

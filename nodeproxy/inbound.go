@@ -16,6 +16,10 @@ import (
 // ServeInbound implements workload.Handler: it delivers the connections of Connect peers to local instances.
 func (p *Proxy) ServeInbound(ns *workload.Namespace, ln *net.TCPListener) {
 	p.accept(ln, func(conn *net.TCPConn) {
+		if p.cfg.Kernel.Probed(conn) { // that we accepted is all that it wants to know
+			_ = conn.Close()
+			return
+		}
 		c := p.begin(admin.Inbound, conn)
 		in, err := p.admitInbound(c, ns, conn)
 		p.run(c, err, in.serve)

@@ -24,6 +24,9 @@ type Kernel interface {
 	// Origin says where conn, accepted from ns's outbound listener, was going. Refusals: unknown-origin, unknown-workload.
 	Origin(ns *workload.Namespace, conn *net.TCPConn) (*workload.Origin, error)
 
+	// Probed says whether conn, accepted from an inbound listener, is a health check of the node's prober.
+	Probed(conn *net.TCPConn) bool
+
 	// Served says which local instance is reached by the mesh address at in ns. Refusals: unknown-service, unknown-workload.
 	Served(ns *workload.Namespace, at netip.AddrPort) (*workload.Served, error)
 

@@ -79,6 +79,9 @@ func (p *Proxy) Status() admin.Status {
 	for _, m := range kernel.Maps {
 		s.Kernel.Maps = append(s.Kernel.Maps, admin.KernelMap{Name: m.Name, Entries: m.Entries, Max: m.Max})
 	}
+	for _, problem := range kernel.Problems {
+		s.Problems = append(s.Problems, admin.Problem(problem))
+	}
 	now := p.gate.current()
 	s.Certificates = p.certificates(now)
 	if err := p.applyError(); err != nil {

@@ -22,11 +22,13 @@ type Socket struct {
 }
 
 // Listeners lists the sockets of the namespace that listen on port.
-func (ns *Namespace) Listeners(port uint16) ([]Socket, error) {
+func (ns *Namespace) Listeners(port uint16) ([]Socket, error) { return listeners(ns.diag, port) }
+
+func listeners(d *diag, port uint16) ([]Socket, error) {
 	var all []Socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		req := diagRequest{family: family, states: 1 << tcpListen, sport: port, dump: true}
-		found, err := ns.diag.query(req)
+		found, err := d.query(req)
 		if err != nil && !(family == unix.AF_INET6 && errors.Is(err, unix.ENOENT)) {
 			return nil, fmt.Errorf("list listeners on port %d: %w", port, err)
 		}
@@ -84,18 +86,22 @@ type diagRequest struct {
 
 func openDiag(ns *Namespace) (*diag, error) {
 	d := &diag{fd: -1, buf: make([]byte, 32<<10)}
-	err := ns.Do(func() (err error) {
-		d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("open sock_diag in network namespace %d: %w (is the kernel built with INET_DIAG?)", ns.Inode, err)
+	if err := ns.Do(d.open); err != nil {
+		return nil, fmt.Errorf("in network namespace %d: %w", ns.Inode, err)
+	}
+	return d, nil
+}
+
+// open opens the socket in the network namespace of the calling thread.
+func (d *diag) open() (err error) {
+	if d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG); err != nil {
+		return fmt.Errorf("open sock_diag: %w (is the kernel built with INET_DIAG?)", err)
 	}
 	// The kernel answers within the call; the deadline guards against a lost answer.
 	if err := unix.SetsockoptTimeval(d.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		return nil, errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
+		return errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
 	}
-	return d, nil
+	return nil
 }
 
 func (d *diag) close() error {

@@ -112,7 +112,7 @@ func (r *Redirect) Counters() (map[string]uint64, error) {
 		outboundStatSTAT_STEERED: "steered", outboundStatSTAT_DELIVERED: "delivered",
 		outboundStatSTAT_PLAINTEXT_REFUSED: "plaintext_refused", outboundStatSTAT_PLAINTEXT_ALLOWED: "plaintext_allowed",
 		outboundStatSTAT_FAILED_OPEN: "failed_open", outboundStatSTAT_UNPROTECTED_UDP: "unprotected_udp",
-		outboundStatSTAT_EVENTS_LOST: "events_lost",
+		outboundStatSTAT_EVENTS_LOST: "events_lost", outboundStatSTAT_PROBED: "probed",
 	}
 	counts := make(map[string]uint64, len(names))
 	for stat, name := range names {
@@ -140,6 +140,7 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		{"destinations", len(r.dests) + len(r.single), int(r.obj.Destinations.MaxEntries())},
 		{"rules", len(r.rules), int(r.obj.Rules.MaxEntries())},
 		{"virtual_ranges", len(r.ranges), int(r.obj.VirtualRanges.MaxEntries())},
+		{"probes", len(r.probes), int(r.obj.Probes.MaxEntries())},
 		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},
 	}
 	r.mu.Unlock()

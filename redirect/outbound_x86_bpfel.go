@@ -62,6 +62,7 @@ const (
 	outboundDirectKindDIRECT_DELIVERY outboundDirectKind = 1
 	outboundDirectKindDIRECT_CHECK    outboundDirectKind = 2
 	outboundDirectKindDIRECT_OWN      outboundDirectKind = 3
+	outboundDirectKindDIRECT_PROBE    outboundDirectKind = 5
 )
 
 type outboundEvent struct {
@@ -141,6 +142,7 @@ type outboundOriginFlag uint32
 
 const (
 	outboundOriginFlagORIGIN_REDIRECTED outboundOriginFlag = 1
+	outboundOriginFlagORIGIN_PROBE      outboundOriginFlag = 2
 )
 
 type outboundPeer struct {
@@ -149,6 +151,20 @@ type outboundPeer struct {
 	Port     uint16
 	Kind     uint16
 	Workload uint32
+}
+
+type outboundProbe struct {
+	_        structs.HostLayout
+	Netns    uint64
+	Workload uint32
+	Pad      uint32
+}
+
+type outboundProbeKey struct {
+	_    structs.HostLayout
+	Ip   outboundAddr
+	Port uint16
+	Pad  uint16
 }
 
 type outboundRangeKey struct {
@@ -217,7 +233,8 @@ const (
 	outboundStatSTAT_FAILED_OPEN       outboundStat = 6
 	outboundStatSTAT_UNPROTECTED_UDP   outboundStat = 7
 	outboundStatSTAT_EVENTS_LOST       outboundStat = 8
-	outboundStatSTAT_MAX               outboundStat = 9
+	outboundStatSTAT_PROBED            outboundStat = 9
+	outboundStatSTAT_MAX               outboundStat = 10
 )
 
 type outboundTuple struct {
@@ -250,6 +267,7 @@ const (
 	outboundMapNsReady          = "ns_ready"
 	outboundMapPending          = "pending"
 	outboundMapPlaintextFrom    = "plaintext_from"
+	outboundMapProbes           = "probes"
 	outboundMapRules            = "rules"
 	outboundMapSkAccepted       = "sk_accepted"
 	outboundMapSkOut            = "sk_out"
@@ -261,6 +279,7 @@ const (
 	outboundProgConnect6        = "connect6"
 	outboundProgGetpeername4    = "getpeername4"
 	outboundProgGetpeername6    = "getpeername6"
+	outboundProgProberSockops   = "prober_sockops"
 	outboundProgProxySockops    = "proxy_sockops"
 	outboundProgWorkloadSockops = "workload_sockops"
 	outboundVarBtfConstant      = "btf_constant"
@@ -323,6 +342,7 @@ type outboundProgramSpecs struct {
 	Connect6        *ebpf.ProgramSpec `ebpf:"connect6"`
 	Getpeername4    *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6    *ebpf.ProgramSpec `ebpf:"getpeername6"`
+	ProberSockops   *ebpf.ProgramSpec `ebpf:"prober_sockops"`
 	ProxySockops    *ebpf.ProgramSpec `ebpf:"proxy_sockops"`
 	WorkloadSockops *ebpf.ProgramSpec `ebpf:"workload_sockops"`
 }
@@ -340,6 +360,7 @@ type outboundMapSpecs struct {
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
 	PlaintextFrom *ebpf.MapSpec `ebpf:"plaintext_from"`
+	Probes        *ebpf.MapSpec `ebpf:"probes"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	SkAccepted    *ebpf.MapSpec `ebpf:"sk_accepted"`
 	SkOut         *ebpf.MapSpec `ebpf:"sk_out"`
@@ -396,6 +417,7 @@ type outboundMaps struct {
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
 	PlaintextFrom *ebpf.Map `ebpf:"plaintext_from"`
+	Probes        *ebpf.Map `ebpf:"probes"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	SkAccepted    *ebpf.Map `ebpf:"sk_accepted"`
 	SkOut         *ebpf.Map `ebpf:"sk_out"`
@@ -416,6 +438,7 @@ func (m *outboundMaps) Close() error {
 		m.NsReady,
 		m.Pending,
 		m.PlaintextFrom,
+		m.Probes,
 		m.Rules,
 		m.SkAccepted,
 		m.SkOut,
@@ -452,6 +475,7 @@ type outboundPrograms struct {
 	Connect6        *ebpf.Program `ebpf:"connect6"`
 	Getpeername4    *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6    *ebpf.Program `ebpf:"getpeername6"`
+	ProberSockops   *ebpf.Program `ebpf:"prober_sockops"`
 	ProxySockops    *ebpf.Program `ebpf:"proxy_sockops"`
 	WorkloadSockops *ebpf.Program `ebpf:"workload_sockops"`
 }
@@ -462,6 +486,7 @@ func (p *outboundPrograms) Close() error {
 		p.Connect6,
 		p.Getpeername4,
 		p.Getpeername6,
+		p.ProberSockops,
 		p.ProxySockops,
 		p.WorkloadSockops,
 	)

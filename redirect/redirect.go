@@ -62,6 +62,8 @@ type Redirect struct {
 	outside    shadow[outboundRangeKey, uint32]                    // the others
 	plaintext  shadow[outboundRangeKey, uint32]
 	rules      shadow[outboundRuleKey, outboundRule]
+	probes     shadow[outboundProbeKey, outboundProbe]
+	probers    map[uint64]link.Link // by cgroup id
 }
 
 // Open loads the programs, creates the maps or takes over the pinned ones, and attaches to the daemon's own cgroup. The
@@ -74,6 +76,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
 		inherited:  make(map[uint64]bool),
+		probers:    make(map[uint64]link.Link),
 	}
 	if err := checkPins(cfg, r.dir); err != nil {
 		return nil, err
@@ -83,7 +86,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 			err = errors.Join(err, r.Close())
 		}
 	}()
-	for _, sub := range []string{"maps", "cgroups", "namespaces"} {
+	for _, sub := range []string{"maps", "cgroups", "namespaces", probersDir} {
 		if err := os.MkdirAll(filepath.Join(r.dir, sub), 0o700); err != nil {
 			return nil, fmt.Errorf("create pin directory: %w", err)
 		}
@@ -113,6 +116,9 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if err := r.adopt(); err != nil {
 		return nil, err
 	}
+	if err := r.adoptProbers(); err != nil {
+		return nil, err
+	}
 	return r, nil
 }
 
@@ -129,6 +135,9 @@ func (r *Redirect) Close() error {
 	}
 	for _, e := range r.enrolled {
 		errs = append(errs, e.close())
+	}
+	for _, l := range r.probers {
+		errs = append(errs, l.Close())
 	}
 	if r.own != nil {
 		errs = append(errs, r.own.Close())
@@ -332,7 +341,7 @@ func (r *Redirect) Pulse() (beat time.Time, links int) {
 	if r.obj.Heartbeat.Lookup(uint32(0), &h) == nil && h.Beat != 0 && unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) == nil {
 		beat = time.Now().Add(time.Duration(int64(h.Beat) - now.Nano()))
 	}
-	links = 1 + len(r.namespaces)
+	links = 1 + len(r.namespaces) + len(r.probers)
 	for _, e := range r.enrolled {
 		links += len(e.links)
 	}

@@ -161,7 +161,10 @@ func (r *Redirect) loadShadows() error {
 	if r.plaintext, err = loadShadow[outboundRangeKey, uint32](r.obj.PlaintextFrom); err != nil {
 		return err
 	}
-	r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules)
+	if r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules); err != nil {
+		return err
+	}
+	r.probes, err = loadShadow[outboundProbeKey, outboundProbe](r.obj.Probes)
 	return err
 }
 

@@ -95,8 +95,12 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 	for _, c := range cfg.Cgroups {
 		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode)})
 	}
+	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
+	if cfg.Consul != nil {
+		probers.Agent = cfg.Consul.Address
+	}
 	return workload.NewManager(workload.Config{
-		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom,
+		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
 		Providers: []workload.Provider{configured, manual}, Log: log,
 	})
 }

@@ -129,6 +129,8 @@ type Instance struct {
 
 	// Upstreams are addresses that workloads which serve this instance, one of this node, reach services at.
 	Upstreams []*Upstream
+	// Probed are the ports at which a prober of this node checks the instance: the application's, or the mesh port.
+	Probed []uint16
 
 	Permissive bool // plaintext is let in on the application's own port
 	Tags       []string

@@ -79,9 +79,6 @@ func (c *checker) notLanded() {
 	if r.Tunnels {
 		refuse(key("tunnels"), "remove it, or set it to false")
 	}
-	if len(r.Inbound.Probers) > 0 {
-		refuse(key("inbound", "probers"), "remove it, and name the probers' networks in inbound.plaintext_from")
-	}
 	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
 		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")
 	}
@@ -239,6 +236,15 @@ func (c *checker) inbound() Inbound {
 		c.fail(key("inbound", "ports"), "is %q: %w", r.Ports, err)
 	}
 	in.PlaintextFrom = c.networks(key("inbound", "plaintext_from"), r.PlaintextFrom)
+	for _, path := range r.Probers {
+		if !filepath.IsAbs(path) || path != filepath.Clean(path) {
+			c.fail(key("inbound", "probers"), `has %q: it must be a list of absolute paths of cgroups, as ["/sys/fs/cgroup/system.slice/kubelet.service"]`, path)
+		} else if err := onCgroup2(path); err != nil {
+			c.fail(key("inbound", "probers"), "has %q: %w", path, err)
+		} else {
+			in.Probers = append(in.Probers, path)
+		}
+	}
 	return in
 }
 

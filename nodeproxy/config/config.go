@@ -79,7 +79,9 @@ type Inbound struct {
 	Mode                Mode
 	FirstPort, LastPort uint16 // given to local instances to speak mTLS on
 
-	PlaintextFrom []netip.Prefix // networks whose plaintext strict ports take: probers, say
+	PlaintextFrom []netip.Prefix // networks whose plaintext strict ports take
+
+	Probers []string // cgroup2 directories of those who check applications in plaintext, besides Consul's agent
 }
 
 // Limits bound what the daemon holds and how long it waits.

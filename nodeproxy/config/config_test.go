@@ -233,7 +233,7 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 		"port 0":              {minimal + "inbound { ports = \"0-5\" }", "c.hcl:3: inbound.ports "},
 		"unknown mode":        {minimal + "inbound { mode = \"lax\" }", "c.hcl:3: inbound.mode "},
 		"plaintext_from":      {minimal + "inbound { plaintext_from = [\"10.0.0.0/8\", \"10.0.0.1/8\"] }", `c.hcl:3: inbound.plaintext_from has "10.0.0.1/8"`},
-		"probers":             {minimal + "inbound { probers = [\"/x\"] }", "c.hcl:3: inbound.probers is not supported"},
+		"probers":             {minimal + "inbound { probers = [\"/proc\"] }", "c.hcl:3: inbound.probers has \"/proc\": not on cgroup2"},
 		"unknown on_failure":  {minimal + "on_failure = \"ignore\"", "c.hcl:3: on_failure "},
 		"bad existing":        {minimal + "existing_connections = \"drop\"", "c.hcl:3: existing_connections is \"drop\""},
 		"bad duration":        {minimal + "limits { handshake = \"5\" }", `c.hcl:3: "handshake"`},

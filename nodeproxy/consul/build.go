@@ -50,6 +50,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 	}
 	b.refuseContested()
 	b.addChains()
+	b.markProbed()
 	b.giveVirtual()
 	b.giveTagged()
 	b.addUpstreams()

@@ -83,7 +83,7 @@ func (r *run) complete(d *data) bool {
 	if r.generation > 0 {
 		return true
 	}
-	if d.agent == nil || d.roots == nil || d.local == nil || d.looks == nil || d.proxies == nil || !d.entries.complete() {
+	if d.agent == nil || d.roots == nil || d.local == nil || d.checks == nil || d.looks == nil || d.proxies == nil || !d.entries.complete() {
 		return false
 	}
 	for _, name := range d.names {
@@ -128,7 +128,7 @@ func (r *run) askAll(ctx context.Context) {
 
 // poll looks at what cannot be waited for, or need not, and at the registrations of this node when they have changed.
 func (r *run) poll(ctx context.Context) {
-	topics := append([]topic{r.agentTopic(), r.localTopic()}, r.entryTopics()...)
+	topics := append([]topic{r.agentTopic(), r.localTopic(), r.checksTopic()}, r.entryTopics()...)
 	last := make([][sha256.Size]byte, len(topics))
 	next := time.NewTimer(0)
 	defer next.Stop()
@@ -160,7 +160,9 @@ func (r *run) poll(ctx context.Context) {
 			case <-next.C:
 				waiting = false
 			case <-r.lookNow:
-				last[1], _ = r.ask.once(ctx, topics[1], last[1])
+				for i := 1; i <= 2; i++ {
+					last[i], _ = r.ask.once(ctx, topics[i], last[i])
+				}
 				r.refreshChains(ctx)
 			}
 		}

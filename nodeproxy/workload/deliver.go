@@ -326,21 +326,11 @@ func openInRoot(pid, path string) (int, error) {
 
 // checkListener makes sure that the process which listens at the other end of conn is in the workload's cgroup.
 func (v *view) checkListener(s *served, conn *net.UnixConn) error {
-	raw, err := conn.SyscallConn()
+	pid, err := peerPID(conn)
 	if err != nil {
 		return err
 	}
-	var cred *unix.Ucred
-	var errCred error
-	if err := raw.Control(func(fd uintptr) {
-		cred, errCred = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return err
-	}
-	if errCred != nil {
-		return errCred
-	}
-	cgroup, err := redirect.ProcessCgroup(int(cred.Pid))
+	cgroup, err := redirect.ProcessCgroup(pid)
 	if err != nil {
 		return err
 	}
@@ -349,7 +339,7 @@ func (v *view) checkListener(s *served, conn *net.UnixConn) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("process %d, which listens there, is in cgroup %s, not in the workload's", cred.Pid, cgroup)
+	return fmt.Errorf("process %d, which listens there, is in cgroup %s, not in the workload's", pid, cgroup)
 }
 
 // anyProcess returns the pid of some process in the cgroup or below.

@@ -49,6 +49,9 @@ func (m *Manager) refuses(c Claim) string {
 	case c.Service == "":
 		return "it names no service"
 	}
+	if prober := m.isProbers(c.Cgroup); prober != "" {
+		return fmt.Sprintf("a prober of this node, such as the Consul agent, runs in it, in %s: start that in another cgroup", prober)
+	}
 	return ""
 }
 

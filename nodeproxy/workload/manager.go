@@ -32,7 +32,8 @@ type Config struct {
 	FailOpen  bool
 	Mode      Mode           // inbound.mode
 	Plaintext []netip.Prefix // inbound.plaintext_from
-	Providers []Provider     // in order of precedence where their claims conflict
+	Probers   Probers
+	Providers []Provider // in order of precedence where their claims conflict
 	Log       *slog.Logger
 }
 
@@ -71,6 +72,7 @@ type Manager struct {
 	groups     map[string]uint32 // the kernel's numbers of services
 	missed     bool              // a namespace could not be opened in this reconciliation
 	watcher    *watcher
+	probers    probers
 }
 
 // entry is a granted claim.

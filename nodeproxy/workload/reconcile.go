@@ -21,6 +21,7 @@ import (
 // redirected to them, guards and ids before a workload is switched on.
 func (m *Manager) reconcile() {
 	m.missed = false
+	m.findAgent()
 	m.follow()
 	for _, e := range m.workloads {
 		m.scan(e)
@@ -34,7 +35,7 @@ func (m *Manager) reconcile() {
 	}
 	m.closeNamespaces()
 	shown := *next
-	shown.states, shown.refused = m.states(), slices.Clone(m.refused)
+	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
 	if m.complete() {
 		m.once.Do(func() { close(m.ready) })
@@ -66,6 +67,7 @@ func (m *Manager) protect(next *view) {
 	if err := m.redirect.SetOwn(m.own(next, m.protected(ready)), next.snap.MeshOnly); err != nil {
 		m.log.Error("the upstreams of workloads are incomplete", "error", err)
 	}
+	m.admitProbers(next, ready)
 	for _, e := range ready {
 		m.enroll(e)
 	}

@@ -31,6 +31,7 @@ func (m *Manager) rules(v *view, ready []*entry) []redirect.Rule {
 		if len(s.Workloads) > 0 {
 			all = append(all, redirect.Rule{Namespace: s.space.Cookie, Addr: s.instance.Mesh.Addr(), Port: s.instance.Mesh.Port(),
 				Action: redirect.Steer, Workload: s.Workloads[0].ID})
+			all = append(all, probeRules(s)...)
 		}
 	}
 	return all

