@@ -100,6 +100,7 @@ type Status struct {
 	Problems     []Problem     `json:"problems"`
 	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
 	Canaries []string `json:"canaries"`
+	Store    Store    `json:"store"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
 }
@@ -111,6 +112,16 @@ type SourceStatus struct {
 	Generation uint64    `json:"generation"` // 0: no snapshot yet
 	Updated    time.Time `json:"updated"`
 	Error      string    `json:"error,omitempty"`
+	// Restored: in force is what an earlier daemon of this node knew; the source has not answered this one yet.
+	Restored bool `json:"restored,omitempty"`
+}
+
+// Store is where the last snapshot is kept for a daemon that starts while the source is away.
+type Store struct {
+	Kind    string    `json:"kind"`             // "kernel memory (BPF map)", or "none"
+	Bytes   int       `json:"bytes"`            // 0: nothing is kept
+	Written time.Time `json:"written"`          // zero: nothing is kept by this daemon yet
+	Detail  string    `json:"detail,omitempty"` // why nothing is kept, or need be
 }
 
 // PolicyStatus is the policy in force.

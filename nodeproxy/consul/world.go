@@ -146,12 +146,12 @@ func (w *world) answered(what string) {
 	}
 }
 
-// hopeless says whether what was asked was not answered several times in a row.
-func (w *world) hopeless(what string) bool {
+// hopeless says whether what was asked was not answered more than this many times in a row.
+func (w *world) hopeless(what string, times int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	f := w.faults[what]
-	return f != nil && f.count > tolerated
+	return f != nil && f.count > times
 }
 
 // health says when the data was last known to be current, and what keeps newer data out.

@@ -135,6 +135,9 @@ func NewManager(cfg Config) (*Manager, error) {
 // Close lets go of the kernel state, which stays in force. Run must have returned.
 func (m *Manager) Close() error { return m.redirect.Close() }
 
+// Store is the node's memory in the kernel. It may be used until Close.
+func (m *Manager) Store() *redirect.Store { return m.redirect.Store() }
+
 // Run implements the proxy's Kernel.
 func (m *Manager) Run(ctx context.Context, h Handler) error {
 	var wg sync.WaitGroup
