@@ -99,7 +99,7 @@ func (v *statusView) store() cell {
 		return cell{"none, " + store.Detail, nil}
 	case store.Detail != "":
 		return cell{"nothing is kept: " + clean(store.Detail), v.red}
-	case store.Written.IsZero():
+	case store.Generation == 0:
 		return cell{store.Kind + ", not written yet", v.yellow}
 	}
 	return cell{fmt.Sprintf("%s, %d KiB, written %s", store.Kind, (store.Bytes+1023)>>10, v.ago(store.Written)), nil}

@@ -102,7 +102,7 @@ func (d *node) Status() admin.Status {
 		return s
 	}
 	kept := d.kept.State()
-	s.Store = admin.Store{Kind: "kernel memory (BPF map)", Bytes: kept.Bytes, Written: kept.Written}
+	s.Store = admin.Store{Kind: "kernel memory (BPF map)", Generation: kept.Generation, Bytes: kept.Bytes, Written: kept.Written}
 	if kept.Err != nil {
 		s.Store.Detail = kept.Err.Error()
 	}

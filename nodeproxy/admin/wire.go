@@ -118,10 +118,11 @@ type SourceStatus struct {
 
 // Store is where the last snapshot is kept for a daemon that starts while the source is away.
 type Store struct {
-	Kind    string    `json:"kind"`             // "kernel memory (BPF map)", or "none"
-	Bytes   int       `json:"bytes"`            // 0: nothing is kept
-	Written time.Time `json:"written"`          // zero: nothing is kept by this daemon yet
-	Detail  string    `json:"detail,omitempty"` // why nothing is kept, or need be
+	Kind       string    `json:"kind"`             // "kernel memory (BPF map)", or "none"
+	Generation uint64    `json:"generation"`       // of the snapshot that is kept; 0: this daemon has kept none yet
+	Bytes      int       `json:"bytes"`            // its size
+	Written    time.Time `json:"written"`          // when
+	Detail     string    `json:"detail,omitempty"` // why nothing is kept, or need be
 }
 
 // PolicyStatus is the policy in force.

@@ -184,7 +184,7 @@ var minVersion = [2]int{1, 16}
 func checkVersion(version string) error {
 	var v [2]int
 	if n, _ := fmt.Sscanf(version, "%d.%d", &v[0], &v[1]); n == 2 && (v[0] < minVersion[0] || v[0] == minVersion[0] && v[1] < minVersion[1]) {
-		return fmt.Errorf("the agent is Consul %s: %d.%d or newer is needed", version, minVersion[0], minVersion[1])
+		return fmt.Errorf("the agent is Consul %s: %d.%d or newer is needed: upgrade it", version, minVersion[0], minVersion[1])
 	}
 	return nil
 }

@@ -46,6 +46,7 @@ type world struct {
 	config consul.Config
 
 	source *consul.Source
+	stop   func()
 	mu     sync.Mutex
 	last   *catalog.Snapshot
 	all    []*catalog.Snapshot
@@ -89,17 +90,24 @@ func (w testWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// run runs a source until the test ends.
+// run runs a source until the test ends, or stop.
 func (w *world) run(need ...string) {
+	w.t.Helper()
+	w.start(func(*consul.Source) {}, need...)
+}
+
+// start is run with a source that was prepared.
+func (w *world) start(prepare func(*consul.Source), need ...string) {
 	w.t.Helper()
 	var err error
 	w.source, err = consul.New(w.config)
 	w.must(err)
+	prepare(w.source)
 	w.source.Need(need)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- w.source.Run(ctx, w.deliver) }()
-	w.t.Cleanup(func() {
+	w.stop = sync.OnceFunc(func() {
 		cancel()
 		select {
 		case err := <-done:
@@ -110,6 +118,7 @@ func (w *world) run(need ...string) {
 			w.t.Error("Run does not return")
 		}
 	})
+	w.t.Cleanup(w.stop)
 }
 
 func (w *world) deliver(snap *catalog.Snapshot) {

@@ -28,33 +28,10 @@ func decode(a *answer, into any) error {
 }
 
 func (r *run) agentTopic() topic {
-	return topic{what: "itself", ask: fixed("/v1/agent/self"), apply: func(a *answer) error {
-		var self struct {
-			Config struct{ Datacenter, NodeName, Version string }
-			Debug  struct {
-				DefaultIntentionPolicy string
-				Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
-				Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
-			} `json:"DebugConfig"`
-			Member struct{ Addr string }
-		}
-		if err := decode(a, &self); err != nil {
+	return topic{what: "itself", ask: fixed(selfPath), apply: func(a *answer) error {
+		next, err := parseAgent(a, &r.cfg)
+		if err != nil {
 			return err
-		}
-		if want := r.cfg.Datacenter; want != "" && want != self.Config.Datacenter {
-			return fmt.Errorf("the agent is in datacenter %q and not in %q: correct the source's address or datacenter", self.Config.Datacenter, want)
-		}
-		if err := checkVersion(self.Config.Version); err != nil {
-			return err
-		}
-		next := &agent{
-			node: self.Config.NodeName, datacenter: self.Config.Datacenter, address: self.Member.Addr,
-			version: self.Config.Version, defaultIntention: self.Debug.DefaultIntentionPolicy,
-		}
-		for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
-			if p, err := netip.ParsePrefix(text); err == nil {
-				next.virtual = append(next.virtual, p.Masked())
-			}
 		}
 		r.world.update(func(d *data) bool {
 			d.agent = next
@@ -62,6 +39,41 @@ func (r *run) agentTopic() topic {
 		})
 		return nil
 	}}
+}
+
+const selfPath = "/v1/agent/self"
+
+// parseAgent reads what the agent says of itself. One of another datacenter, or too old, is an error.
+func parseAgent(a *answer, cfg *Config) (*agent, error) {
+	var self struct {
+		Config struct{ Datacenter, NodeName, Version string }
+		Debug  struct {
+			ACLsEnabled            bool
+			DefaultIntentionPolicy string
+			Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
+			Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
+		} `json:"DebugConfig"`
+		Member struct{ Addr string }
+	}
+	if err := decode(a, &self); err != nil {
+		return nil, err
+	}
+	if want := cfg.Datacenter; want != "" && want != self.Config.Datacenter {
+		return nil, fmt.Errorf("the agent is in datacenter %q and not in %q: correct the source's address or datacenter", self.Config.Datacenter, want)
+	}
+	if err := checkVersion(self.Config.Version); err != nil {
+		return nil, err
+	}
+	found := &agent{
+		node: self.Config.NodeName, datacenter: self.Config.Datacenter, address: self.Member.Addr,
+		version: self.Config.Version, defaultIntention: self.Debug.DefaultIntentionPolicy, acls: self.Debug.ACLsEnabled,
+	}
+	for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
+		if p, err := netip.ParsePrefix(text); err == nil {
+			found.virtual = append(found.virtual, p.Masked())
+		}
+	}
+	return found, nil
 }
 
 func (r *run) rootsTopic() topic {

@@ -38,6 +38,7 @@ type agent struct {
 	version                   string
 	defaultIntention          string // default_intention_policy; "" leaves it to the ACLs
 	virtual                   []netip.Prefix
+	acls                      bool // they are on
 }
 
 // roots are what certificates are verified with.

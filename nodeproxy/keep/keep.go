@@ -53,9 +53,10 @@ type Source struct {
 
 // State is what is kept.
 type State struct {
-	Bytes   int
-	Written time.Time // zero: nothing is kept
-	Err     error     // why not
+	Generation uint64 // of the snapshot; 0: nothing is kept by this daemon
+	Bytes      int
+	Written    time.Time
+	Err        error // why nothing is kept
 }
 
 // New returns source with its snapshots kept in memory.
@@ -150,7 +151,7 @@ func (s *Source) save() {
 		return
 	}
 	size, err := s.write(newest)
-	next := State{Bytes: size, Written: time.Now()}
+	next := State{Generation: newest.Generation, Bytes: size, Written: time.Now()}
 	if err != nil {
 		next = State{Err: errors.Join(err, s.memory.Remove())}
 	}

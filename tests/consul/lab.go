@@ -109,6 +109,7 @@ type Config struct {
 	Cgroup    *netlab.Cgroup    // nil: the caller's
 	Address   string            // of the node, "" for loopback
 	Join      string            // the address of a server; "" makes this one the only server
+	Persist   bool              // a server that has its data again after Restart
 	HCL       string            // more of its configuration
 	Token     string            // with which Do asks; "" for none
 }
@@ -149,6 +150,9 @@ func (a *Agent) config() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "node_name = %q\nbind_addr = %q\nadvertise_addr = %q\n", a.cfg.Node, a.cfg.Address, a.cfg.Address)
 	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", a.Socket())
+	if a.cfg.Join == "" && a.cfg.Persist {
+		fmt.Fprintf(&b, "server = true\nbootstrap_expect = 1\ndata_dir = %q\nconnect {\n  enabled = true\n}\nperformance {\n  raft_multiplier = 1\n}\n", filepath.Join(a.dir, "data"))
+	}
 	b.WriteString("disable_update_check = true\ndisable_coordinates = true\n")
 	if a.cfg.Join != "" {
 		fmt.Fprintf(&b, "data_dir = %q\nretry_join = [%q]\nretry_interval = \"1s\"\n", filepath.Join(a.dir, "data"), a.cfg.Join)
@@ -160,14 +164,14 @@ func (a *Agent) config() string {
 // Socket is the path of the unix socket on which the agent answers, besides 127.0.0.1:8500 in its namespace.
 func (a *Agent) Socket() string { return filepath.Join(a.dir, "http.sock") }
 
-// Restart starts the agent again after its process ended. A server forgets everything.
+// Restart starts the agent again after its process ended. A server forgets everything unless it persists.
 func (a *Agent) Restart(ctx context.Context) error {
 	binary, err := Binary()
 	if err != nil {
 		return err
 	}
 	args := []string{"agent", "-config-file", filepath.Join(a.dir, "agent.hcl")}
-	if a.cfg.Join == "" {
+	if a.cfg.Join == "" && !a.cfg.Persist {
 		args = append(args, "-dev")
 	}
 	if a.Process, err = a.lab.Start(netlab.Command{Path: binary, Args: args, Namespace: a.cfg.Namespace, Cgroup: a.cfg.Cgroup}); err != nil {

@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -56,9 +57,16 @@ type mesh struct {
 	*meshlab.Mesh
 	t      *testing.T
 	agents [2]*Agent
+	fronts [2]*Front // nil: a daemon asks its agent itself
 }
 
 func newMesh(t *testing.T) *mesh {
+	t.Helper()
+	return newMeshWith(t, Config{})
+}
+
+// newMeshWith is newMesh with the agents configured as more says.
+func newMeshWith(t *testing.T, more Config) *mesh {
 	t.Helper()
 	Require(t)
 	if testing.Short() {
@@ -76,7 +84,7 @@ func newMesh(t *testing.T) *mesh {
 	for i, node := range m.Nodes {
 		cgroup, err := node.Cgroup.Child("consul")
 		m.must(err)
-		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: WithACLs, Token: Management}
+		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: cmp.Or(more.HCL, WithACLs), Token: Management, Persist: more.Persist}
 		if i > 0 {
 			cfg.Join = m.Nodes[0].IPv4.String()
 		}
@@ -138,9 +146,13 @@ func (m *mesh) start(services ...[]string) {
 	for i, d := range m.Daemons {
 		token, err := m.agents[0].NewToken(m.ctx(), d.Node.Name, rules(m.t, d.Node.Name, services[i]...))
 		m.must(err)
-		path := filepath.Join(d.Node.Dir, "token")
+		path := m.tokenFile(i)
 		m.must(os.WriteFile(path, []byte(token+"\n"), 0o600))
-		d.Source = fmt.Sprintf("source \"consul\" {\n  address    = \"127.0.0.1:8500\"\n  token_file = %q\n}\n", path)
+		address := "127.0.0.1:8500"
+		if m.fronts[i] != nil {
+			address = "unix://" + m.fronts[i].Socket
+		}
+		d.Source = fmt.Sprintf("source \"consul\" {\n  address    = %q\n  token_file = %q\n}\n", address, path)
 		m.must(d.Start(m.ctx()))
 	}
 	for _, d := range m.Daemons {
@@ -148,6 +160,8 @@ func (m *mesh) start(services ...[]string) {
 		m.must(err)
 	}
 }
+
+func (m *mesh) tokenFile(node int) string { return filepath.Join(m.Nodes[node].Dir, "token") }
 
 // place makes a workload that serves the test application, registered with its node's agent.
 func (m *mesh) place(node int, service string) *netlab.Workload {
