@@ -65,6 +65,7 @@ struct destination_key {
 
 enum dest_flag {
 	DEST_INSTANCE = 1,	/* one instance's own address: on_failure = "open" may let it pass */
+	DEST_REFUSE = 2,	/* hands out identities: consul_access = "refuse" */
 };
 struct destination {
 	__u32 flags;
@@ -278,6 +279,7 @@ enum reason {
 	REASON_STORAGE,
 	REASON_PLAINTEXT,
 	REASON_NO_LISTENER,
+	REASON_CONSUL_ACCESS,
 };
 
 enum event_flag {

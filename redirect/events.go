@@ -63,6 +63,7 @@ const (
 	Storage         = Verdict(outboundReasonREASON_STORAGE)
 	Plaintext       = Verdict(outboundReasonREASON_PLAINTEXT)
 	NoListener      = Verdict(outboundReasonREASON_NO_LISTENER)
+	ConsulAccess    = Verdict(outboundReasonREASON_CONSUL_ACCESS)
 )
 
 // Event is one verdict.

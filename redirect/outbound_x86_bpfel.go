@@ -30,6 +30,7 @@ type outboundDestFlag uint32
 
 const (
 	outboundDestFlagDEST_INSTANCE outboundDestFlag = 1
+	outboundDestFlagDEST_REFUSE   outboundDestFlag = 2
 )
 
 type outboundDestination struct {
@@ -169,6 +170,7 @@ const (
 	outboundReasonREASON_STORAGE          outboundReason = 7
 	outboundReasonREASON_PLAINTEXT        outboundReason = 8
 	outboundReasonREASON_NO_LISTENER      outboundReason = 9
+	outboundReasonREASON_CONSUL_ACCESS    outboundReason = 10
 )
 
 type outboundRule struct {

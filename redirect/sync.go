@@ -13,6 +13,8 @@ type Destination struct {
 	Addr     netip.Addr
 	Port     uint16 // 0: every port
 	Instance bool   // an instance's own address: dialled plain while the daemon is gone, if on_failure is "open"
+	Workload uint32 // whose connections this is about; 0: everybody's. One for the workload goes before one for all.
+	Refuse   bool   // is not redirected, but refused, with the verdict ConsulAccess
 }
 
 // Action is what an inbound connection meets.
@@ -42,14 +44,17 @@ type Rule struct {
 func (r *Redirect) SetDestinations(dests []Destination, ranges []netip.Prefix) error {
 	want := make(map[outboundDestinationKey]outboundDestination, len(dests))
 	for _, d := range dests {
-		if d.Addr.IsLoopback() || d.Addr.IsUnspecified() || d.Addr.IsMulticast() || d.Addr.IsLinkLocalUnicast() {
+		if !d.Refuse && d.Addr.IsLoopback() || d.Addr.IsUnspecified() || d.Addr.IsMulticast() || d.Addr.IsLinkLocalUnicast() {
 			return fmt.Errorf("redirect %s: loopback, unspecified, multicast and link-local addresses are never redirected", d.Addr)
 		}
 		v := outboundDestination{}
 		if d.Instance {
 			v.Flags = uint32(outboundDestFlagDEST_INSTANCE)
 		}
-		want[outboundDestinationKey{Ip: toAddr(d.Addr), Port: swap(d.Port)}] = v
+		if d.Refuse {
+			v.Flags = uint32(outboundDestFlagDEST_REFUSE)
+		}
+		want[outboundDestinationKey{Ip: toAddr(d.Addr), Workload: d.Workload, Port: swap(d.Port)}] = v
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -75,6 +75,10 @@ type Snapshot struct {
 	// is refused, so that it never leaves the node in plaintext.
 	VirtualRanges []netip.Prefix
 
+	// Agents are where Consul's agents answer, which hand out identities: to everybody, unless ACLs are on.
+	Agents []netip.AddrPort
+	ACLs   bool
+
 	// Problems are configuration that is ignored, refused or made stricter, for status and check.
 	Problems []Problem
 

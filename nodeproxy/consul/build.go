@@ -66,6 +66,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
 		VirtualRanges: b.virtualRanges(), Problems: b.sortedProblems(),
+		Agents: b.data.agents(), ACLs: b.data.agent.acls,
 	})
 }
 

@@ -90,7 +90,7 @@ func (r *run) complete(d *data) bool {
 	if r.built {
 		return true
 	}
-	if d.agent == nil || d.roots == nil || d.local == nil || d.looks == nil || d.proxies == nil || !d.entries.complete() {
+	if d.agent == nil || d.roots == nil || d.local == nil || d.looks == nil || d.proxies == nil || d.nodes == nil || !d.entries.complete() {
 		return false
 	}
 	for _, name := range d.names {
@@ -126,6 +126,7 @@ func (r *run) askAll(ctx context.Context) {
 	tasks.Go(func() { r.readServices(ctx) })
 	tasks.Go(func() { r.watchCalled(ctx) })
 	tasks.Go(func() { r.ask.watch(ctx, r.nodeProxiesTopic()) })
+	tasks.Go(func() { r.ask.watch(ctx, r.nodesTopic()) })
 	if r.ports != nil {
 		tasks.Go(func() { r.keepRegistered(ctx) })
 	}

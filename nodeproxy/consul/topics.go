@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -49,6 +50,11 @@ func parseAgent(a *answer, cfg *Config) (*agent, error) {
 		Config struct{ Datacenter, NodeName, Version string }
 		Debug  struct {
 			ACLsEnabled            bool
+			HTTPPort, HTTPSPort    int
+			GRPCPort, GRPCTLSPort  int
+			HTTPAddrs, HTTPSAddrs  []string
+			GRPCAddrs              []string
+			GRPCTLSAddrs           []string
 			DefaultIntentionPolicy string
 			Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
 			Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
@@ -71,6 +77,16 @@ func parseAgent(a *answer, cfg *Config) (*agent, error) {
 	for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
 		if p, err := netip.ParsePrefix(text); err == nil {
 			found.virtual = append(found.virtual, p.Masked())
+		}
+	}
+	for _, port := range []int{self.Debug.HTTPPort, self.Debug.HTTPSPort, self.Debug.GRPCPort, self.Debug.GRPCTLSPort} {
+		if port > 0 && port <= math.MaxUint16 {
+			found.ports = append(found.ports, uint16(port))
+		}
+	}
+	for _, text := range slices.Concat(self.Debug.HTTPAddrs, self.Debug.HTTPSAddrs, self.Debug.GRPCAddrs, self.Debug.GRPCTLSAddrs) {
+		if at, err := netip.ParseAddrPort(strings.TrimPrefix(text, "tcp://")); err == nil && !at.Addr().IsUnspecified() {
+			found.own = append(found.own, at)
 		}
 	}
 	return found, nil

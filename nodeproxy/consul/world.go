@@ -24,6 +24,7 @@ type data struct {
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
 	filtered   bool   // ACLs hide services
 	local      map[string]*api.AgentService
+	nodes      []netip.Addr        // the addresses of all agents, nil before the first answer
 	names      []string            // of all services of the datacenter, sorted
 	looks      map[string]string   // their tags, and whether they have sidecars; nil before the first answer
 	services   map[string]*service // those that were looked at
@@ -38,7 +39,9 @@ type agent struct {
 	version                   string
 	defaultIntention          string // default_intention_policy; "" leaves it to the ACLs
 	virtual                   []netip.Prefix
-	acls                      bool // they are on
+	acls                      bool             // they are on
+	ports                     []uint16         // on which it answers HTTP and gRPC, with TLS or without
+	own                       []netip.AddrPort // where it listens itself, but on all addresses
 }
 
 // roots are what certificates are verified with.

@@ -61,6 +61,9 @@ type Manager struct {
 	claims map[string][]Claim
 	snap   *catalog.Snapshot
 
+	steering sync.Mutex             // taken to change where connections go
+	agents   []redirect.Destination // that are refused to some workloads
+
 	// What reconcile, the only user, knows.
 	serve      func(*redirect.Namespace, *Namespace)
 	workloads  map[string]*entry // by cgroup path
@@ -82,6 +85,7 @@ type entry struct {
 	inodes    []uint64        // of the network namespaces its processes are in
 	subtree   map[uint64]bool // ids of its cgroup and those below
 	problem   error
+	access    Access
 	misplaced []string // instances of its service whose address is in none of its namespaces
 	instances []string
 }
@@ -249,7 +253,9 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	m.mu.Lock()
 	m.snap = snap
 	m.mu.Unlock()
-	err := m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges)
+	m.steering.Lock()
+	err := m.steer(snap)
+	m.steering.Unlock()
 	m.wake()
 	if err != nil {
 		return fmt.Errorf("redirect the snapshot's addresses: %w", err)
@@ -289,4 +295,5 @@ var reasons = map[redirect.Verdict]catalog.Reason{
 	redirect.Storage:         catalog.ReasonStorage,
 	redirect.Plaintext:       catalog.ReasonPlaintext,
 	redirect.NoListener:      catalog.ReasonNotReady,
+	redirect.ConsulAccess:    catalog.ReasonConsulAccess,
 }

@@ -63,6 +63,9 @@ func (m *Manager) protect(next *view) {
 	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
 		m.log.Error("inbound rules are incomplete", "error", err)
 	}
+	if err := m.refuseAgents(next.snap); err != nil {
+		m.log.Error("Consul's agents are not all refused to those who must not ask them", "error", err)
+	}
 	for _, e := range ready {
 		m.enroll(e)
 	}

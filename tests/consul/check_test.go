@@ -94,7 +94,7 @@ func TestCheckSaysWhatToDoAboutConsul(t *testing.T) {
 }
 
 func TestCheckSaysThatACLsAreOff(t *testing.T) {
-	m := newMeshWith(t, Config{HCL: "acl { enabled = false }\n"})
+	m := newMeshWith(t, Config{HCL: noACLs})
 	m.place(0, "web")
 	lines := m.checkWith(0, "127.0.0.1:8500", "")
 	m.says(lines, "consul ACLs", "warning: they are off", "acl { enabled = true")

@@ -44,38 +44,44 @@ func Binary() (string, error) { return built("consul") }
 // Native finds the peer with Consul's own library, beside it.
 func Native() (string, error) { return built("native") }
 
-func built(name string) (string, error) {
-	version, err := version()
+func built(name string) (string, error) { return tool("tools", "consul", name) }
+
+// Vault finds the Vault that the Makefile builds.
+func Vault() (string, error) { return tool("vault", "vault", "vault") }
+
+// tool finds a program of a product, whose version a module below tests/consul requires.
+func tool(module, product, name string) (string, error) {
+	version, err := version(module, product)
 	if err != nil {
-		return "", fmt.Errorf("find Consul: %w", err)
+		return "", fmt.Errorf("find %s: %w", name, err)
 	}
 	cache := os.Getenv("XDG_CACHE_HOME")
 	if cache == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", fmt.Errorf("find Consul: %w", err)
+			return "", fmt.Errorf("find %s: %w", name, err)
 		}
 		cache = filepath.Join(home, ".cache")
 	}
-	path := filepath.Join(cache, "nodeproxy-tools", "consul-"+version, name)
+	path := filepath.Join(cache, "nodeproxy-tools", product+"-"+version, name)
 	if _, err := os.Stat(path); err != nil {
-		return "", fmt.Errorf("find Consul: %w: run make consul", err)
+		return "", fmt.Errorf("find %s: %w: run make consul vault", name, err)
 	}
 	return path, nil
 }
 
-// version is the one that tests/consul/tools/go.mod requires, looked for from the working directory upwards.
-func version() (string, error) {
+// version is the one that a module below tests/consul requires, looked for from the working directory upwards.
+func version(module, product string) (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err
 	}
-	const mod = "tests/consul/tools/go.mod"
+	mod := "tests/consul/" + module + "/go.mod"
 	for ; ; dir = filepath.Dir(dir) {
 		text, err := os.ReadFile(filepath.Join(dir, mod))
 		if err == nil {
 			for line := range strings.Lines(string(text)) {
-				if f := strings.Fields(line); len(f) > 1 && f[0] == "github.com/hashicorp/consul" {
+				if f := strings.Fields(line); len(f) > 1 && f[0] == "github.com/hashicorp/"+product {
 					return f[1], nil
 				}
 			}
@@ -110,6 +116,7 @@ type Config struct {
 	Address   string            // of the node, "" for loopback
 	Join      string            // the address of a server; "" makes this one the only server
 	Persist   bool              // a server that has its data again after Restart
+	Open      bool              // its HTTP API is at Address too
 	HCL       string            // more of its configuration
 	Token     string            // with which Do asks; "" for none
 }
@@ -149,7 +156,11 @@ func Start(ctx context.Context, lab *netlab.Lab, cfg Config) (*Agent, error) {
 func (a *Agent) config() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "node_name = %q\nbind_addr = %q\nadvertise_addr = %q\n", a.cfg.Node, a.cfg.Address, a.cfg.Address)
-	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", a.Socket())
+	open := ""
+	if a.cfg.Open {
+		open = a.cfg.Address + " "
+	}
+	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 %sunix://%s\"\n}\nports {\n  grpc = 8502\n}\n", open, a.Socket())
 	if a.cfg.Join == "" && a.cfg.Persist {
 		fmt.Fprintf(&b, "server = true\nbootstrap_expect = 1\ndata_dir = %q\nconnect {\n  enabled = true\n}\nperformance {\n  raft_multiplier = 1\n}\n", filepath.Join(a.dir, "data"))
 	}

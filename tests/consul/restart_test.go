@@ -15,6 +15,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/redirect"
 	"nodeproxy.io/tests/netlab"
 )
 
@@ -32,7 +33,7 @@ func (m *mesh) awaitKept(node int) {
 
 // storePin is where a node's snapshot is kept, and storeHeader what is in front of it.
 func (m *mesh) storePin(node int) string {
-	return filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, "v1", "maps", "snapshot")
+	return filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, fmt.Sprintf("v%d", redirect.MapABI), "maps", "snapshot")
 }
 
 const storeHeader = 48
