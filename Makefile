@@ -18,6 +18,9 @@ GOTESTSUM := $(TOOLS)/gotestsum
 # The agent that the tests run against, built once per version. Where it is tests/consul knows too.
 CONSUL := $(CACHE)/consul-$(shell awk '$$1 == "github.com/hashicorp/consul" { print $$2 }' tests/consul/tools/go.mod)/consul
 
+# The Vault that signs for Consul in a test.
+VAULT := $(CACHE)/vault-$(shell awk '$$1 == "github.com/hashicorp/vault" { print $$2 }' tests/consul/vault/go.mod)/vault
+
 # Lets through what go test says of a package that fails.
 FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 
@@ -51,7 +54,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── lint'
 	@$(MAKE) lint
 	@echo '── compile the tests'
-	@$(MAKE) build $(GOTESTSUM) consul
+	@$(MAKE) build $(GOTESTSUM) consul vault
 	@go test -race -run '^$$' ./... | $(FAILURES)
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
@@ -107,14 +110,22 @@ $(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)
 consul: $(CONSUL) $(dir $(CONSUL))native ## compile the Consul that the tests run against, once (about four minutes)
 
 $(CONSUL):
-	@echo 'compiling Consul into $(@D), once'
-	@mkdir -p $(@D)
-	@go -C tests/consul/tools build -v -trimpath -o $@ github.com/hashicorp/consul 2>&1 | \
-		awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
+	@$(call server,tests/consul/tools,github.com/hashicorp/consul)
 
 $(dir $(CONSUL))native: tests/consul/tools/native/main.go tests/consul/tools/go.mod | $(CONSUL)
 	@echo 'compiling a peer with the native library into $(@D)'
 	@go -C tests/consul/tools build -trimpath -o $@ ./native
+
+.PHONY: vault
+vault: $(VAULT) ## compile the Vault that one test runs against, once (about six minutes)
+
+$(VAULT): ; @$(call server,tests/consul/vault,github.com/hashicorp/vault)
+
+define server
+echo 'compiling $(2) into $(@D), once'; mkdir -p $(@D); \
+go -C $(1) build -v -trimpath -o $@ $(2) 2>&1 | \
+	awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
+endef
 
 define tool
 echo 'compiling $(1) into $(TOOLS), once'; mkdir -p $(TOOLS); go -C tests/tools build -o $(TOOLS)/ $(1)
