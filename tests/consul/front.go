@@ -43,7 +43,7 @@ func NewFront(tb testing.TB, agent string) *Front {
 	server := &http.Server{Handler: f, ConnState: f.ConnState}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = server.Serve(ln) }()
-	tb.Cleanup(func() { server.Close(); <-done })
+	tb.Cleanup(func() { _ = server.Close(); <-done })
 	return f
 }
 
