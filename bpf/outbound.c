@@ -137,6 +137,10 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 		*verdict = pass(sk, m);
 		return 0; /* not ours */
 	}
+	if (dest->flags & DEST_REFUSE) {
+		*verdict = refuse(sk, m, d, REASON_CONSUL_ACCESS);
+		return 0; /* an agent's port, from which it would get any identity */
+	}
 	if (heartbeat_stale(&open)) {
 		if (open && (dest->flags & DEST_INSTANCE)) {
 			count(STAT_FAILED_OPEN);

@@ -48,6 +48,7 @@ workloads {
     path    = "/sys/fs/cgroup/system.slice/web.service"   # required: on cgroup2. It need not exist yet
     service = "web"                                       # required
     mode    = "strict"                                    # default: inbound.mode
+    consul_access = "refuse"                              # default: allow where ACLs are on, and for native services
   }
   # not yet: kubernetes { enabled = true  namespace "shop" { services = ["web", "cart"] } }
   # not yet: systemd { enabled = true }

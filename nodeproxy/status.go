@@ -117,7 +117,7 @@ func (p *Proxy) applyError() error {
 
 func (p *Proxy) sourceStatus() admin.SourceStatus {
 	health := p.cfg.Source.Health()
-	s := admin.SourceStatus{Kind: health.Kind, Location: health.Location, Updated: health.Updated}
+	s := admin.SourceStatus{Kind: health.Kind, Location: health.Location, Updated: health.Updated, Restored: health.Restored}
 	if health.Err != nil {
 		s.Error = health.Err.Error()
 	}

@@ -64,6 +64,7 @@ const (
 	Plaintext       = Verdict(outboundReasonREASON_PLAINTEXT)
 	NoListener      = Verdict(outboundReasonREASON_NO_LISTENER)
 	OutsideMesh     = Verdict(outboundReasonREASON_OUTSIDE_MESH)
+	ConsulAccess    = Verdict(outboundReasonREASON_CONSUL_ACCESS)
 )
 
 // Event is one verdict.

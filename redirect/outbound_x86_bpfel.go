@@ -31,6 +31,7 @@ type outboundDestFlag uint32
 const (
 	outboundDestFlagDEST_INSTANCE outboundDestFlag = 1
 	outboundDestFlagDEST_PASS     outboundDestFlag = 2
+	outboundDestFlagDEST_REFUSE   outboundDestFlag = 4
 )
 
 type outboundDestination struct {
@@ -195,6 +196,7 @@ const (
 	outboundReasonREASON_PLAINTEXT        outboundReason = 8
 	outboundReasonREASON_NO_LISTENER      outboundReason = 9
 	outboundReasonREASON_OUTSIDE_MESH     outboundReason = 10
+	outboundReasonREASON_CONSUL_ACCESS    outboundReason = 11
 )
 
 type outboundRule struct {

@@ -16,6 +16,7 @@ type Destination struct {
 	Workload uint32 // for this one only; 0: for all
 	Instance bool   // an instance's own address: dialled plain while the daemon is gone, if on_failure is "open"
 	Pass     bool   // not redirected: reached also where only the mesh is open
+	Refuse   bool   // refused, with the verdict ConsulAccess
 }
 
 func (d Destination) entry() (outboundDestinationKey, outboundDestination) {
@@ -25,6 +26,9 @@ func (d Destination) entry() (outboundDestinationKey, outboundDestination) {
 	}
 	if d.Pass {
 		v.Flags |= uint32(outboundDestFlagDEST_PASS)
+	}
+	if d.Refuse {
+		v.Flags |= uint32(outboundDestFlagDEST_REFUSE)
 	}
 	return outboundDestinationKey{Ip: toAddr(d.Addr), Workload: d.Workload, Port: swap(d.Port)}, v
 }

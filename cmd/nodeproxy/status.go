@@ -68,6 +68,9 @@ func (v *statusView) summary() {
 	if s.Source.Error != "" || s.Source.Generation == 0 {
 		source.paint = v.red
 	}
+	if s.Source.Restored {
+		source.text += ", as an earlier daemon knew it"
+	}
 	heartbeat := v.ago(s.Kernel.Heartbeat)
 	daemon := cell{fmt.Sprintf("%s, map ABI %d, up %s", s.Version, s.MapABI, span(v.now.Sub(s.Started))), nil}
 	if s.Stopping {
@@ -78,6 +81,7 @@ func (v *statusView) summary() {
 	t.add(cell{"node", v.dim}, cell{s.Node, v.bold})
 	t.add(cell{"daemon", v.dim}, daemon)
 	t.add(cell{"source", v.dim}, source)
+	t.add(cell{"store", v.dim}, v.store())
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
 	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
@@ -85,6 +89,20 @@ func (v *statusView) summary() {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
 	t.write(v.stdout, "")
+}
+
+// store says where the last snapshot is kept, and if it is.
+func (v *statusView) store() cell {
+	store := v.s.Store
+	switch {
+	case store.Detail != "" && store.Kind == "none":
+		return cell{"none, " + store.Detail, nil}
+	case store.Detail != "":
+		return cell{"nothing is kept: " + clean(store.Detail), v.red}
+	case store.Generation == 0:
+		return cell{store.Kind + ", not written yet", v.yellow}
+	}
+	return cell{fmt.Sprintf("%s, %d KiB, written %s", store.Kind, (store.Bytes+1023)>>10, v.ago(store.Written)), nil}
 }
 
 // section prints a title and a table, or the word none.

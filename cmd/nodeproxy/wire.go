@@ -18,6 +18,7 @@ import (
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/file"
+	"nodeproxy.io/nodeproxy/keep"
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/redirect"
 )
@@ -30,6 +31,7 @@ type node struct {
 	recorder *admin.Recorder
 	server   *admin.Server
 	metrics  *admin.MetricsServer // nil for none
+	kept     *keep.Source         // nil: the source needs no store
 	log      *slog.Logger
 }
 
@@ -62,6 +64,9 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if d.manager, err = newManager(cfg, log, d.manual); err != nil {
 		return nil, err
 	}
+	if source, ok := source.(keep.Restorable); ok {
+		d.kept = keep.New(source, d.manager.Store(), log)
+	}
 	var observer nodeproxy.Observer = d.recorder
 	if source, ok := source.(catalog.Caller); ok {
 		observer = callers{d.recorder, source}
@@ -71,7 +76,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 		cfg.Limits.Connections = fit
 	}
 	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
-		Node: cfg.Node.Name, Source: &meteredSource{source, metrics}, Kernel: d.manager, Observer: observer, Log: log,
+		Node: cfg.Node.Name, Source: &meteredSource{d.keeping(source), metrics}, Kernel: d.manager, Observer: observer, Log: log,
 		Limits: nodeproxy.Limits{
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
@@ -79,6 +84,29 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 		PreferLocal: cfg.PreferLocal, Version: version, MapABI: redirect.MapABI,
 	})
 	return d, err
+}
+
+// keeping is source, with its snapshots kept if it needs that.
+func (d *node) keeping(source catalog.Source) catalog.Source {
+	if d.kept == nil {
+		return source
+	}
+	return d.kept
+}
+
+// Status implements admin.Backend.
+func (d *node) Status() admin.Status {
+	s := d.Proxy.Status()
+	if d.kept == nil {
+		s.Store = admin.Store{Kind: "none", Detail: "not needed: the source reads its directory and its CA itself"}
+		return s
+	}
+	kept := d.kept.State()
+	s.Store = admin.Store{Kind: "kernel memory (BPF map)", Generation: kept.Generation, Bytes: kept.Bytes, Written: kept.Written}
+	if kept.Err != nil {
+		s.Store.Detail = kept.Err.Error()
+	}
+	return s
 }
 
 func (d *node) listen(cfg config.Admin) (err error) {
@@ -93,7 +121,7 @@ func (d *node) listen(cfg config.Admin) (err error) {
 func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (*workload.Manager, error) {
 	var configured workload.Configured
 	for _, c := range cfg.Cgroups {
-		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode)})
+		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
 	}
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {

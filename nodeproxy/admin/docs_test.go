@@ -55,7 +55,7 @@ func TestEveryReasonIsDocumentedInItsOwnWords(t *testing.T) {
 		catalog.ReasonNoCertificate, catalog.ReasonUnknownService, catalog.ReasonNoInstance, catalog.ReasonConnectFailed,
 		catalog.ReasonHandshakeFailed, catalog.ReasonPeerIdentity, catalog.ReasonNotTheWorkloads, catalog.ReasonDeliveryFailed,
 		catalog.ReasonCapacity, catalog.ReasonPlaintext, catalog.ReasonNotReady, catalog.ReasonStale, catalog.ReasonBoundDevice,
-		catalog.ReasonStorage, catalog.ReasonIdle, catalog.ReasonDrain,
+		catalog.ReasonStorage, catalog.ReasonConsulAccess, catalog.ReasonIdle, catalog.ReasonDrain,
 	} {
 		row := "| `" + string(r) + "` | " + r.Sentence() + " |"
 		if !strings.Contains(strings.ReplaceAll(string(doc), "`limits.idle`", "limits.idle"), row) {

@@ -101,6 +101,7 @@ type Status struct {
 	Problems     []Problem     `json:"problems"`
 	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
 	Canaries []string `json:"canaries"`
+	Store    Store    `json:"store"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
 }
@@ -112,6 +113,17 @@ type SourceStatus struct {
 	Generation uint64    `json:"generation"` // 0: no snapshot yet
 	Updated    time.Time `json:"updated"`
 	Error      string    `json:"error,omitempty"`
+	// Restored: in force is what an earlier daemon of this node knew; the source has not answered this one yet.
+	Restored bool `json:"restored,omitempty"`
+}
+
+// Store is where the last snapshot is kept for a daemon that starts while the source is away.
+type Store struct {
+	Kind       string    `json:"kind"`             // "kernel memory (BPF map)", or "none"
+	Generation uint64    `json:"generation"`       // of the snapshot that is kept; 0: this daemon has kept none yet
+	Bytes      int       `json:"bytes"`            // its size
+	Written    time.Time `json:"written"`          // when
+	Detail     string    `json:"detail,omitempty"` // why nothing is kept, or need be
 }
 
 // PolicyStatus is the policy in force.

@@ -40,12 +40,21 @@ type Caller interface {
 	Called(service string)
 }
 
+// Restorer is a Source that can begin with what an earlier daemon knew.
+type Restorer interface {
+	// Restore gives the source a snapshot of this node that was last known to be current at updated, before Run. While the
+	// source cannot make one itself it delivers just this; its own have higher generations. Leaves of it that are still
+	// valid are used until there are newer ones. An error says why it is not used.
+	Restore(snap *Snapshot, updated time.Time) error
+}
+
 // Health is a source's state as status shows it.
 type Health struct {
 	Kind     string    // "file" or "consul"
 	Location string    // the directory or address
 	Updated  time.Time // when the data in force was last known to be current
 	Err      error     // what keeps newer data out, nil when all is well
+	Restored bool      // the data in force is what an earlier daemon knew
 }
 
 // Snapshot is everything a node knows of its mesh at one moment. It is immutable.
@@ -77,6 +86,9 @@ type Snapshot struct {
 	Outside  []netip.AddrPort
 
 	TLS TLS
+	// Agents are where Consul's agents answer, which hand out identities: to everybody, unless ACLs are on.
+	Agents []netip.AddrPort
+	ACLs   bool
 
 	// Problems are configuration that is ignored, refused or made stricter, for status and check.
 	Problems []Problem

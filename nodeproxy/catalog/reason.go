@@ -27,6 +27,7 @@ const (
 	ReasonBoundDevice     Reason = "bound-to-device"   // SO_BINDTODEVICE: a redirect cannot reach loopback
 	ReasonOutsideMesh     Reason = "outside-mesh"      // MeshDestinationsOnly
 	ReasonStorage         Reason = "storage"           // the kernel had no memory for the socket's origin
+	ReasonConsulAccess    Reason = "consul-access"     // a Consul agent's port, to a workload whose consul_access is "refuse"
 	ReasonIdle            Reason = "idle"              // limits.idle passed without a byte
 	ReasonDrain           Reason = "drain"             // the daemon's drain deadline passed
 )
@@ -54,6 +55,7 @@ var sentences = map[Reason]string{
 	ReasonBoundDevice:     "the socket is bound to a device, so it cannot be redirected",
 	ReasonOutsideMesh:     "the destination is not in the mesh, and MeshDestinationsOnly lets workloads reach nothing else",
 	ReasonStorage:         "the kernel could not store the socket's origin",
+	ReasonConsulAccess:    "consul_access of the workload is \"refuse\": from a Consul agent it would get the certificate of any service",
 	ReasonIdle:            "the connection was idle for longer than limits.idle",
 	ReasonDrain:           "the daemon stopped and the drain deadline passed",
 }

@@ -218,7 +218,10 @@ func (c *checker) cgroups() []Cgroup {
 		if r.Mode != "" {
 			c.oneOf(at("mode"), r.Mode, string(Strict), string(Permissive))
 		}
-		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode)})
+		if r.Consul != "" {
+			c.oneOf(at("consul_access"), r.Consul, "allow", "refuse")
+		}
+		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode), Consul: r.Consul})
 	}
 	return all
 }

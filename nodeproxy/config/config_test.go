@@ -111,7 +111,7 @@ state { dir = "/s"  pins = "/p" }
 	if !equal(*c, want) {
 		t.Errorf("config = %+v\nwant     %+v", *c, want)
 	}
-	if wantCgroup := (Cgroup{"web", web, "web", Permissive}); len(c.Cgroups) != 1 || c.Cgroups[0] != wantCgroup {
+	if wantCgroup := (Cgroup{Label: "web", Path: web, Service: "web", Mode: Permissive}); len(c.Cgroups) != 1 || c.Cgroups[0] != wantCgroup {
 		t.Errorf("cgroups = %v, want %v", c.Cgroups, wantCgroup)
 	}
 }

@@ -66,6 +66,7 @@ type rawCgroup struct {
 	Path    string `hcl:"path"`
 	Service string `hcl:"service"`
 	Mode    string `hcl:"mode"`
+	Consul  string `hcl:"consul_access"`
 }
 
 type rawInbound struct {

@@ -73,6 +73,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		VirtualRanges: b.virtualRanges(), Calls: b.calls(), TLS: b.tls(),
 		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
 		Problems: b.sortedProblems(),
+		Agents:   b.data.agents(), ACLs: b.data.agent.acls,
 	})
 }
 

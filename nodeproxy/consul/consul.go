@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
 )
@@ -101,6 +102,8 @@ type Source struct {
 	leaves *leaves
 	called *called
 
+	earlier *earlier // nil: nothing was restored
+
 	named chan struct{} // gets a value, without blocking, when the names of services may have changed
 	known chan struct{} // the same for the services that are in the mesh, or on this node
 
@@ -157,7 +160,11 @@ func (s *Source) Health() catalog.Health {
 	if leaves := s.leaves.err(); leaves != nil {
 		err = errors.Join(err, leaves)
 	}
-	return catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: err}
+	h := catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: err}
+	if s.earlier != nil && s.earlier.inForce.Load() {
+		h.Updated, h.Restored = s.earlier.updated, true
+	}
+	return h
 }
 
 // Run implements catalog.Source. That the agent does not answer is only temporary, hence Run ends with ctx only, and all
@@ -168,7 +175,10 @@ func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error
 	defer s.client.close()
 	defer tasks.Wait()
 	defer cancel()
-	r := &run{Source: s, deliver: deliver, ask: asker{s.client, s.world}}
+	r := &run{Source: s, deliver: deliver, ask: asker{s.client, s.world}, began: time.Now()}
+	if s.earlier != nil {
+		r.generation = s.earlier.snap.Generation
+	}
 	tasks.Go(func() { s.leaves.run(ctx) })
 	tasks.Go(func() { r.askAll(ctx) })
 	r.loop(ctx)

@@ -38,6 +38,8 @@ type leaves struct {
 	mu    sync.Mutex
 	roots *roots
 	all   map[string]*leaf // by service: those that are needed
+
+	earlier map[string]*tls.Certificate // that an earlier daemon had
 }
 
 type leaf struct {
@@ -46,6 +48,7 @@ type leaf struct {
 	asking  bool
 	tries   int // in a row that brought nothing new
 	current bool
+	alarmed bool // that cert has expired
 	err     error
 }
 
@@ -60,7 +63,7 @@ func (l *leaves) need(services []string) {
 	maps.DeleteFunc(l.all, func(name string, _ *leaf) bool { return !slices.Contains(services, name) })
 	for _, name := range services {
 		if l.all[name] == nil {
-			l.all[name] = &leaf{}
+			l.all[name] = &leaf{cert: l.earlier[name]}
 		}
 	}
 	wake(l.kick)
@@ -106,14 +109,16 @@ func (l *leaves) err() error {
 	defer l.mu.Unlock()
 	services := make(map[string][]string)
 	for name, leaf := range l.all {
-		if leaf.err == nil {
-			continue
+		var why []string
+		if leaf.err != nil {
+			why = append(why, leaf.err.Error())
 		}
-		text := leaf.err.Error()
 		if leaf.cert != nil && time.Now().After(leaf.cert.Leaf.NotAfter) {
-			text += "; the last one has expired, connections of this service are refused"
+			why = append(why, "the last one has expired, connections of this service are refused")
 		}
-		services[text] = append(services[text], name)
+		if text := strings.Join(why, "; "); text != "" {
+			services[text] = append(services[text], name)
+		}
 	}
 	var errs []error
 	for _, text := range slices.Sorted(maps.Keys(services)) {
@@ -168,7 +173,7 @@ func (l *leaves) run(ctx context.Context) {
 func (l *leaves) due(free int) (names []string, wait time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	wait = time.Hour
+	wait = l.alarm()
 	if l.roots == nil || l.world.current().agent == nil {
 		return nil, wait // rotate kicks
 	}
@@ -184,6 +189,23 @@ func (l *leaves) due(free int) (names []string, wait time.Duration) {
 		}
 	}
 	return names, wait
+}
+
+// alarm says, once, that a certificate has expired, and when the next one will: an hour at most. The caller holds l.mu.
+func (l *leaves) alarm() time.Duration {
+	next := time.Hour
+	for name, leaf := range l.all {
+		if leaf.cert == nil || leaf.alarmed {
+			continue
+		}
+		if left := time.Until(leaf.cert.Leaf.NotAfter); left > 0 {
+			next = min(next, left)
+			continue
+		}
+		leaf.alarmed = true
+		l.world.log.Error("a certificate has expired: connections of this service are refused, others go on", "service", name, "expired", leaf.cert.Leaf.NotAfter, "error", leaf.err)
+	}
+	return next
 }
 
 // settle applies the answer for one service.
@@ -218,14 +240,16 @@ func (l *leaves) settle(res result) {
 		leaf.tries, leaf.due = 0, res.cert.Leaf.NotBefore.Add(time.Duration(part*float64(life)))
 	}
 	if fresh {
-		leaf.cert = res.cert
+		leaf.cert, leaf.alarmed = res.cert, false
 		l.world.touch()
 	}
 }
 
+func leafPath(service string) string { return "/v1/agent/connect/ca/leaf/" + escape(service) }
+
 // fetch asks the agent for one leaf, with the service's own token if there is one, and checks that it is what it should be.
 func (l *leaves) fetch(ctx context.Context, name string) (*tls.Certificate, error) {
-	got, err := l.client.request(ctx, question{path: "/v1/agent/connect/ca/leaf/" + escape(name), service: name})
+	got, err := l.client.request(ctx, question{path: leafPath(name), service: name})
 	if err != nil {
 		return nil, err
 	}

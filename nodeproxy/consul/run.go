@@ -23,20 +23,25 @@ type run struct {
 	*Source
 	ask     asker
 	deliver func(*catalog.Snapshot)
+	began   time.Time
 
 	// These belong to the goroutine of loop.
 	revision   uint64 // of the data that the last snapshot was made of, or could not be
 	generation uint64
+	built      bool // a snapshot of what the agent said was delivered
 	compiled   compiled
 	rejected   string // the error of the last snapshot that could not be built, logged
 }
 
 // loop builds and delivers snapshots until ctx ends.
 func (r *run) loop(ctx context.Context) {
+	silent := time.NewTimer(hung)
+	defer silent.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-silent.C:
 		case <-r.world.changed:
 		}
 		began := time.Now()
@@ -49,6 +54,7 @@ func (r *run) loop(ctx context.Context) {
 func (r *run) send() {
 	d := r.world.current()
 	if d.revision == r.revision || !r.complete(&d) {
+		r.fallBack()
 		return
 	}
 	r.revision = d.revision
@@ -67,6 +73,7 @@ func (r *run) send() {
 	r.world.answered("a consistent catalog")
 	r.rejected = ""
 	r.generation++
+	r.supersede()
 	r.deliver(snap)
 	if r.ports != nil {
 		select {
@@ -80,19 +87,19 @@ func (r *run) send() {
 // complete says whether every question has been answered once, or, where it is one of many, will not be. The first
 // snapshot waits for it.
 func (r *run) complete(d *data) bool {
-	if r.generation > 0 {
+	if r.built {
 		return true
 	}
-	if d.agent == nil || d.roots == nil || d.local == nil || d.checks == nil || d.looks == nil || d.proxies == nil || !d.entries.complete() {
+	if d.agent == nil || d.roots == nil || d.local == nil || d.checks == nil || d.looks == nil || d.proxies == nil || d.nodes == nil || !d.entries.complete() {
 		return false
 	}
 	for _, name := range d.names {
-		if d.services[name] == nil && !r.world.hopeless(serviceFault(name)) {
+		if d.services[name] == nil && !r.world.hopeless(serviceFault(name), r.patience()) {
 			return false
 		}
 	}
 	for _, names := range destinations(d, r.leaves.needed()) {
-		if _, known := d.intentions[names[len(names)-1]]; !known && !r.world.hopeless(matchFault(names)) {
+		if _, known := d.intentions[names[len(names)-1]]; !known && !r.world.hopeless(matchFault(names), r.patience()) {
 			return false
 		}
 	}
@@ -120,6 +127,7 @@ func (r *run) askAll(ctx context.Context) {
 	tasks.Go(func() { r.readServices(ctx) })
 	tasks.Go(func() { r.watchCalled(ctx) })
 	tasks.Go(func() { r.ask.watch(ctx, r.nodeProxiesTopic()) })
+	tasks.Go(func() { r.ask.watch(ctx, r.nodesTopic()) })
 	if r.ports != nil {
 		tasks.Go(func() { r.keepRegistered(ctx) })
 	}
@@ -182,7 +190,7 @@ var minVersion = [2]int{1, 16}
 func checkVersion(version string) error {
 	var v [2]int
 	if n, _ := fmt.Sscanf(version, "%d.%d", &v[0], &v[1]); n == 2 && (v[0] < minVersion[0] || v[0] == minVersion[0] && v[1] < minVersion[1]) {
-		return fmt.Errorf("the agent is Consul %s: %d.%d or newer is needed", version, minVersion[0], minVersion[1])
+		return fmt.Errorf("the agent is Consul %s: %d.%d or newer is needed: upgrade it", version, minVersion[0], minVersion[1])
 	}
 	return nil
 }

@@ -42,10 +42,11 @@ type world struct {
 	t      *testing.T
 	lab    *netlab.Lab
 	agent  *lab.Agent
-	front  *front
+	front  *lab.Front
 	config consul.Config
 
 	source *consul.Source
+	stop   func()
 	mu     sync.Mutex
 	last   *catalog.Snapshot
 	all    []*catalog.Snapshot
@@ -72,9 +73,9 @@ func newWorld(t *testing.T, cfg lab.Config) *world {
 	if w.agent, err = lab.Start(w.ctx(), l, cfg); err != nil {
 		t.Fatal(err)
 	}
-	w.front = newFront(t, w.agent.Socket())
+	w.front = lab.NewFront(t, w.agent.Socket())
 	w.config = consul.Config{
-		Address: "unix://" + w.front.socket, Node: "node-1", NodeAddress: netip.MustParseAddr("192.0.2.1"),
+		Address: "unix://" + w.front.Socket, Node: "node-1", NodeAddress: netip.MustParseAddr("192.0.2.1"),
 		VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")},
 		Log:           slog.New(slog.NewTextHandler(testWriter{t}, nil)),
 	}
@@ -89,17 +90,24 @@ func (w testWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// run runs a source until the test ends.
+// run runs a source until the test ends, or stop.
 func (w *world) run(need ...string) {
+	w.t.Helper()
+	w.start(func(*consul.Source) {}, need...)
+}
+
+// start is run with a source that was prepared.
+func (w *world) start(prepare func(*consul.Source), need ...string) {
 	w.t.Helper()
 	var err error
 	w.source, err = consul.New(w.config)
 	w.must(err)
+	prepare(w.source)
 	w.source.Need(need)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- w.source.Run(ctx, w.deliver) }()
-	w.t.Cleanup(func() {
+	w.stop = sync.OnceFunc(func() {
 		cancel()
 		select {
 		case err := <-done:
@@ -110,6 +118,7 @@ func (w *world) run(need ...string) {
 			w.t.Error("Run does not return")
 		}
 	})
+	w.t.Cleanup(w.stop)
 }
 
 func (w *world) deliver(snap *catalog.Snapshot) {
@@ -177,106 +186,6 @@ func (w *world) must(err error) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-}
-
-// front stands between the source and its agent, counts, and misbehaves when told to.
-type front struct {
-	socket string
-
-	mu       sync.Mutex
-	agent    http.RoundTripper
-	spoil    func(http.ResponseWriter, *http.Request) bool // true: it has answered
-	change   func(*http.Request, http.Header)              // of the agent's answers
-	open     map[net.Conn]bool
-	most     int
-	statuses map[int]int
-	requests map[string]int // by path
-}
-
-func newFront(t *testing.T, agent string) *front {
-	t.Helper()
-	f := &front{
-		socket: filepath.Join(t.TempDir(), "front.sock"),
-		agent: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", agent)
-		}},
-		open: make(map[net.Conn]bool), statuses: make(map[int]int), requests: make(map[string]int),
-	}
-	ln, err := net.Listen("unix", f.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: f, ConnState: f.connState}
-	done := make(chan struct{})
-	go func() { defer close(done); _ = server.Serve(ln) }()
-	t.Cleanup(func() { server.Close(); <-done })
-	return f
-}
-
-func (f *front) connState(c net.Conn, s http.ConnState) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	switch s {
-	case http.StateNew:
-		f.open[c] = true
-		f.most = max(f.most, len(f.open))
-	case http.StateClosed, http.StateHijacked:
-		delete(f.open, c)
-	}
-}
-
-func (f *front) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
-	f.mu.Lock()
-	spoil, change := f.spoil, f.change
-	f.requests[req.URL.Path]++
-	f.mu.Unlock()
-	if spoil != nil && spoil(rw, req) {
-		return
-	}
-	out := req.Clone(req.Context())
-	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "agent", ""
-	resp, err := f.agent.RoundTrip(out)
-	if err != nil {
-		panic(http.ErrAbortHandler) // the client sees the connection close, as it does without us
-	}
-	defer resp.Body.Close()
-	f.mu.Lock()
-	f.statuses[resp.StatusCode]++
-	f.mu.Unlock()
-	if change != nil {
-		change(req, resp.Header)
-	}
-	for k, v := range resp.Header {
-		rw.Header()[k] = v
-	}
-	rw.WriteHeader(resp.StatusCode)
-	io.Copy(rw, resp.Body)
-}
-
-// fail answers what match accepts with a status until it is called with nil.
-func (f *front) fail(status int, match func(*http.Request) bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.spoil = nil; match != nil {
-		f.spoil = func(rw http.ResponseWriter, req *http.Request) bool {
-			if !match(req) {
-				return false
-			}
-			http.Error(rw, http.StatusText(status), status)
-			return true
-		}
-	}
-}
-
-// total is how many requests there were.
-func (f *front) total() int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	sum := 0
-	for _, n := range f.requests {
-		sum += n
-	}
-	return sum
 }
 
 func TestASnapshotHoldsWhatTheAgentKnows(t *testing.T) {
@@ -376,21 +285,21 @@ func TestStormsOfErrorsChangeNothingAndAreMetWithPatience(t *testing.T) {
 			w.await("api is ready", ready)
 			w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
 
-			w.front.fail(status, func(*http.Request) bool { return true })
+			w.front.Fail(status, func(*http.Request) bool { return true })
 			w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"})) // wakes a query
 			h := w.awaitHealth("the error", func(h catalog.Health) bool { return h.Err != nil })
 			if !strings.Contains(h.Err.Error(), http.StatusText(status)) || time.Since(h.Updated) > patience {
 				t.Errorf("health: %+v", h)
 			}
-			asked := w.front.total()
+			asked := w.front.Total()
 			time.Sleep(3 * time.Second) // the rate is what is asserted
-			if n := w.front.total() - asked; n > 60 {
+			if n := w.front.Total() - asked; n > 60 {
 				t.Errorf("%d requests in three seconds", n)
 			}
 			if err := ready(w.current()); err != nil {
 				t.Error(err)
 			}
-			w.front.fail(0, nil)
+			w.front.Fail(0, nil)
 			w.await("the intention is in force", denied("web", "api"))
 			w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
 		})
@@ -401,7 +310,7 @@ func TestOneForbiddenAnswerIsNoError(t *testing.T) {
 	w := newWorld(t, lab.Config{})
 	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
 	var once sync.Map
-	w.front.fail(http.StatusForbidden, func(req *http.Request) bool {
+	w.front.Fail(http.StatusForbidden, func(req *http.Request) bool {
 		_, again := once.LoadOrStore(req.URL.Path, true)
 		return !again
 	})
@@ -451,18 +360,18 @@ func TestAnIndexThatGoesBackStartsOver(t *testing.T) {
 	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
 	const path = "/v1/connect/intentions/match"
 	var asked []string // the indexes, in order
-	w.front.change = func(req *http.Request, answer http.Header) {
+	w.front.Change = func(req *http.Request, answer *http.Response) {
 		if req.URL.Path == path && !req.URL.Query().Has("index") {
-			answer.Set("X-Consul-Index", "1000000") // as of a server that has since been replaced
+			answer.Header.Set("X-Consul-Index", "1000000") // as of a server that has since been replaced
 		}
 	}
-	w.front.spoil = func(_ http.ResponseWriter, req *http.Request) bool {
+	w.front.Spoil = func(_ http.ResponseWriter, req *http.Request) bool {
 		q := req.URL.Query()
 		if req.URL.Path != path {
 			return false
 		}
-		w.front.mu.Lock()
-		defer w.front.mu.Unlock()
+		w.front.Lock()
+		defer w.front.Unlock()
 		asked = append(asked, q.Get("index"))
 		if q.Get("index") == "1000000" { // it would be answered after the whole wait, there being no such index
 			q.Set("wait", "100ms")
@@ -472,9 +381,9 @@ func TestAnIndexThatGoesBackStartsOver(t *testing.T) {
 	}
 	w.run("api")
 	w.await("there is one", func(*catalog.Snapshot) error { return nil })
-	w.front.mu.Lock()
-	w.front.change = nil
-	w.front.mu.Unlock()
+	w.front.Lock()
+	w.front.Change = nil
+	w.front.Unlock()
 	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
 	w.await("the intention is in force", denied("web", "api"))
 	w.must(w.agent.Remove(w.ctx(), "service-intentions", "api"))
@@ -489,8 +398,8 @@ func TestAnIndexThatGoesBackStartsOver(t *testing.T) {
 	if err := w.source.Health().Err; err != nil {
 		t.Error(err)
 	}
-	w.front.mu.Lock()
-	defer w.front.mu.Unlock()
+	w.front.Lock()
+	defer w.front.Unlock()
 	for i := 1; i < len(asked); i++ {
 		if asked[i-1] == "1000000" && asked[i] != "" {
 			t.Errorf("after an index that went back %q was asked, want none: %q", asked[i], asked)
@@ -572,13 +481,13 @@ func TestConnectionsDoNotGrowWithServices(t *testing.T) {
 	}
 	w.must(w.agent.Intentions(w.ctx(), need[199], map[string]string{"web": "deny"}))
 	w.await("a change is seen", denied("web", need[199]))
-	w.front.mu.Lock()
-	defer w.front.mu.Unlock()
-	t.Logf("at most %d connections, statuses %v, snapshot %d", w.front.most, w.front.statuses, snap.Generation)
-	if w.front.most > 16 {
-		t.Errorf("%d connections at once", w.front.most)
+	w.front.Lock()
+	defer w.front.Unlock()
+	t.Logf("at most %d connections, statuses %v, snapshot %d", w.front.Most, w.front.Statuses, snap.Generation)
+	if w.front.Most > 16 {
+		t.Errorf("%d connections at once", w.front.Most)
 	}
-	if n := w.front.statuses[http.StatusTooManyRequests]; n > 0 {
+	if n := w.front.Statuses[http.StatusTooManyRequests]; n > 0 {
 		t.Errorf("%d answers were 429", n)
 	}
 }
@@ -784,7 +693,7 @@ func TestHTTPSWithClientCertificatesThatAreReplaced(t *testing.T) {
 	current.Store(first.config())
 	ln, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return current.Load(), nil }})
 	w.must(err)
-	server := &http.Server{Handler: w.front, ConnState: w.front.connState, ErrorLog: log.New(io.Discard, "", 0)}
+	server := &http.Server{Handler: w.front, ConnState: w.front.ConnState, ErrorLog: log.New(io.Discard, "", 0)}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = server.Serve(ln) }()
 	t.Cleanup(func() { server.Close(); <-done })
@@ -800,11 +709,7 @@ func TestHTTPSWithClientCertificatesThatAreReplaced(t *testing.T) {
 		return nil
 	})
 	current.Store(second.config())
-	w.front.mu.Lock()
-	for c := range w.front.open {
-		c.Close()
-	}
-	w.front.mu.Unlock()
+	w.front.Drop()
 	w.awaitHealth("that the certificates do not fit", func(h catalog.Health) bool { return h.Err != nil })
 	second.write(t, &w.config)
 	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -28,39 +29,10 @@ func decode(a *answer, into any) error {
 }
 
 func (r *run) agentTopic() topic {
-	return topic{what: "itself", ask: fixed("/v1/agent/self"), apply: func(a *answer) error {
-		var self struct {
-			Config struct{ Datacenter, NodeName, Version string }
-			Debug  struct {
-				DefaultIntentionPolicy string
-				Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
-				Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
-				DNSAddrs               []string
-			} `json:"DebugConfig"`
-			Member struct{ Addr string }
-		}
-		if err := decode(a, &self); err != nil {
+	return topic{what: "itself", ask: fixed(selfPath), apply: func(a *answer) error {
+		next, err := parseAgent(a, &r.cfg)
+		if err != nil {
 			return err
-		}
-		if want := r.cfg.Datacenter; want != "" && want != self.Config.Datacenter {
-			return fmt.Errorf("the agent is in datacenter %q and not in %q: correct the source's address or datacenter", self.Config.Datacenter, want)
-		}
-		if err := checkVersion(self.Config.Version); err != nil {
-			return err
-		}
-		next := &agent{
-			node: self.Config.NodeName, datacenter: self.Config.Datacenter, address: self.Member.Addr,
-			version: self.Config.Version, defaultIntention: self.Debug.DefaultIntentionPolicy,
-		}
-		for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
-			if p, err := netip.ParsePrefix(text); err == nil {
-				next.virtual = append(next.virtual, p.Masked())
-			}
-		}
-		for _, text := range self.Debug.DNSAddrs {
-			if at, err := netip.ParseAddrPort(strings.TrimPrefix(text, "tcp://")); err == nil && !at.Addr().IsLoopback() {
-				next.dns = append(next.dns, at)
-			}
 		}
 		r.world.update(func(d *data) bool {
 			d.agent = next
@@ -68,6 +40,62 @@ func (r *run) agentTopic() topic {
 		})
 		return nil
 	}}
+}
+
+const selfPath = "/v1/agent/self"
+
+// parseAgent reads what the agent says of itself. One of another datacenter, or too old, is an error.
+func parseAgent(a *answer, cfg *Config) (*agent, error) {
+	var self struct {
+		Config struct{ Datacenter, NodeName, Version string }
+		Debug  struct {
+			ACLsEnabled            bool
+			HTTPPort, HTTPSPort    int
+			GRPCPort, GRPCTLSPort  int
+			HTTPAddrs, HTTPSAddrs  []string
+			GRPCAddrs              []string
+			GRPCTLSAddrs           []string
+			DNSAddrs               []string
+			DefaultIntentionPolicy string
+			Virtual4               string `json:"ConnectVirtualIPCIDRv4"`
+			Virtual6               string `json:"ConnectVirtualIPCIDRv6"`
+		} `json:"DebugConfig"`
+		Member struct{ Addr string }
+	}
+	if err := decode(a, &self); err != nil {
+		return nil, err
+	}
+	if want := cfg.Datacenter; want != "" && want != self.Config.Datacenter {
+		return nil, fmt.Errorf("the agent is in datacenter %q and not in %q: correct the source's address or datacenter", self.Config.Datacenter, want)
+	}
+	if err := checkVersion(self.Config.Version); err != nil {
+		return nil, err
+	}
+	found := &agent{
+		node: self.Config.NodeName, datacenter: self.Config.Datacenter, address: self.Member.Addr,
+		version: self.Config.Version, defaultIntention: self.Debug.DefaultIntentionPolicy, acls: self.Debug.ACLsEnabled,
+	}
+	for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
+		if p, err := netip.ParsePrefix(text); err == nil {
+			found.virtual = append(found.virtual, p.Masked())
+		}
+	}
+	for _, port := range []int{self.Debug.HTTPPort, self.Debug.HTTPSPort, self.Debug.GRPCPort, self.Debug.GRPCTLSPort} {
+		if port > 0 && port <= math.MaxUint16 {
+			found.ports = append(found.ports, uint16(port))
+		}
+	}
+	for _, text := range slices.Concat(self.Debug.HTTPAddrs, self.Debug.HTTPSAddrs, self.Debug.GRPCAddrs, self.Debug.GRPCTLSAddrs) {
+		if at, err := netip.ParseAddrPort(strings.TrimPrefix(text, "tcp://")); err == nil && !at.Addr().IsUnspecified() {
+			found.own = append(found.own, at)
+		}
+	}
+	for _, text := range self.Debug.DNSAddrs {
+		if at, err := netip.ParseAddrPort(strings.TrimPrefix(text, "tcp://")); err == nil && !at.Addr().IsLoopback() {
+			found.dns = append(found.dns, at)
+		}
+	}
+	return found, nil
 }
 
 func (r *run) rootsTopic() topic {

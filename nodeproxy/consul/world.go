@@ -31,6 +31,7 @@ type data struct {
 	chains     map[chainKey]*chain
 	queries    map[queryKey]*executed
 	checks     map[string]probes // of local, by ID; nil before the first answer
+	nodes      []netip.Addr      // the addresses of all agents, nil before the first answer
 	entries    *entries
 	proxies    map[string][]Ports     // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]intention // by destination; a name that is not there was not asked for yet
@@ -43,6 +44,9 @@ type agent struct {
 	defaultIntention          string // default_intention_policy; "" leaves it to the ACLs
 	virtual                   []netip.Prefix
 	dns                       []netip.AddrPort // where it answers DNS, other than on loopback
+	acls                      bool             // they are on
+	ports                     []uint16         // on which it answers HTTP and gRPC, with TLS or without
+	own                       []netip.AddrPort // where it listens itself, but on all addresses
 }
 
 // roots are what certificates are verified with.
@@ -154,12 +158,12 @@ func (w *world) answered(what string) {
 	}
 }
 
-// hopeless says whether what was asked was not answered several times in a row.
-func (w *world) hopeless(what string) bool {
+// hopeless says whether what was asked was not answered more than this many times in a row.
+func (w *world) hopeless(what string, times int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	f := w.faults[what]
-	return f != nil && f.count > tolerated
+	return f != nil && f.count > times
 }
 
 // health says when the data was last known to be current, and what keeps newer data out.

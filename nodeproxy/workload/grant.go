@@ -97,7 +97,7 @@ func (m *Manager) follow() {
 		if _, known := m.workloads[path]; known {
 			continue
 		}
-		e := &entry{Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c)}}
+		e := &entry{Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c)}, access: c.Access}
 		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
 		m.workloads[path] = e
 	}
@@ -112,7 +112,7 @@ func (m *Manager) mode(c Claim) Mode {
 }
 
 func (m *Manager) changed(e *entry, c Claim) bool {
-	return e.Service != c.Service || e.Mode != m.mode(c) || e.Provider != c.Provider
+	return e.Service != c.Service || e.Mode != m.mode(c) || e.Provider != c.Provider || e.access != c.Access
 }
 
 // release forgets an entry. keep leaves the kernel's enrolment in place, for the entry of the same cgroup that follows.

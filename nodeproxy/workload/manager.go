@@ -84,6 +84,7 @@ type entry struct {
 	inodes    []uint64        // of the network namespaces its processes are in
 	subtree   map[uint64]bool // ids of its cgroup and those below
 	problem   error
+	access    Access
 	misplaced []string // instances of its service whose address is in none of its namespaces
 	instances []string
 }
@@ -136,6 +137,9 @@ func NewManager(cfg Config) (*Manager, error) {
 
 // Close lets go of the kernel state, which stays in force. Run must have returned.
 func (m *Manager) Close() error { return m.redirect.Close() }
+
+// Store is the node's memory in the kernel. It may be used until Close.
+func (m *Manager) Store() *redirect.Store { return m.redirect.Store() }
 
 // Run implements the proxy's Kernel.
 func (m *Manager) Run(ctx context.Context, h Handler) error {
@@ -289,4 +293,5 @@ var reasons = map[redirect.Verdict]catalog.Reason{
 	redirect.Plaintext:       catalog.ReasonPlaintext,
 	redirect.NoListener:      catalog.ReasonNotReady,
 	redirect.OutsideMesh:     catalog.ReasonOutsideMesh,
+	redirect.ConsulAccess:    catalog.ReasonConsulAccess,
 }

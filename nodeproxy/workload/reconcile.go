@@ -64,8 +64,8 @@ func (m *Manager) protect(next *view) {
 	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
 		m.log.Error("inbound rules are incomplete", "error", err)
 	}
-	if err := m.redirect.SetOwn(m.own(next, m.protected(ready)), next.snap.MeshOnly); err != nil {
-		m.log.Error("the upstreams of workloads are incomplete", "error", err)
+	if err := m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); err != nil {
+		m.log.Error("what single workloads reach and do not reach is incomplete", "error", err)
 	}
 	m.admitProbers(next, ready)
 	for _, e := range ready {

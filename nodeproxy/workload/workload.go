@@ -34,6 +34,7 @@ type Claim struct {
 	Service  string
 	Provider string // "config", "enroll"; shown in status
 	Mode     *Mode  // nil: the node's inbound.mode
+	Access   Access // to Consul's agents
 }
 
 // Provider claims workloads.

@@ -24,12 +24,12 @@ func (m *mesh) envoy(w *netlab.Workload, instance string, adminPort int) *netlab
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	m.must(err)
 	defer file.Close()
-	_, err = m.Run(m.ctx(), netlab.Command{Path: consul, Args: args, Env: m.asks(agent), Stdout: file})
+	_, err = m.Run(m.ctx(), netlab.Command{Path: consul, Args: args, Env: consulEnv(agent), Stdout: file})
 	m.must(err)
 	return m.startClient(w, binary, "-c", path, "--disable-hot-restart", "--concurrency", "1", "-l", "warning")
 }
 
-// asks is the environment of a program that asks an agent.
-func (m *mesh) asks(a *Agent) []string {
+// consulEnv is the environment of a program that asks an agent.
+func consulEnv(a *Agent) []string {
 	return []string{"CONSUL_HTTP_ADDR=unix://" + a.Socket(), "CONSUL_HTTP_TOKEN=" + Management}
 }

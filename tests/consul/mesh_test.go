@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -56,9 +57,18 @@ type mesh struct {
 	*meshlab.Mesh
 	t      *testing.T
 	agents [2]*Agent
+	fronts [2]*Front // nil: a daemon asks its agent itself
+
+	withoutACLs bool
 }
 
 func newMesh(t *testing.T) *mesh {
+	t.Helper()
+	return newMeshWith(t, Config{})
+}
+
+// newMeshWith is newMesh with the agents configured as more says.
+func newMeshWith(t *testing.T, more Config) *mesh {
 	t.Helper()
 	Require(t)
 	if testing.Short() {
@@ -68,7 +78,7 @@ func newMesh(t *testing.T) *mesh {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &mesh{Mesh: lab, t: t}
+	m := &mesh{Mesh: lab, t: t, withoutACLs: strings.Contains(more.HCL, "acl {\n  enabled = false")}
 	for _, d := range m.Daemons {
 		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66"}
 	}
@@ -76,7 +86,7 @@ func newMesh(t *testing.T) *mesh {
 	for i, node := range m.Nodes {
 		cgroup, err := node.Cgroup.Child("consul")
 		m.must(err)
-		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: WithACLs, Token: Management}
+		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: cmp.Or(more.HCL, WithACLs), Token: Management, Persist: more.Persist, Open: more.Open}
 		if i > 0 {
 			cfg.Join = m.Nodes[0].IPv4.String()
 		}
@@ -136,11 +146,19 @@ func rules(t *testing.T, node string, services ...string) string {
 func (m *mesh) start(services ...[]string) {
 	m.t.Helper()
 	for i, d := range m.Daemons {
-		token, err := m.agents[0].NewToken(m.ctx(), d.Node.Name, rules(m.t, d.Node.Name, services[i]...))
-		m.must(err)
-		path := filepath.Join(d.Node.Dir, "token")
-		m.must(os.WriteFile(path, []byte(token+"\n"), 0o600))
-		d.Source = fmt.Sprintf("source \"consul\" {\n  address    = \"127.0.0.1:8500\"\n  token_file = %q\n}\n", path)
+		secret := ""
+		if !m.withoutACLs {
+			token, err := m.agents[0].NewToken(m.ctx(), d.Node.Name, rules(m.t, d.Node.Name, services[i]...))
+			m.must(err)
+			path := m.tokenFile(i)
+			m.must(os.WriteFile(path, []byte(token+"\n"), 0o600))
+			secret = fmt.Sprintf("  token_file = %q\n", path)
+		}
+		address := "127.0.0.1:8500"
+		if m.fronts[i] != nil {
+			address = "unix://" + m.fronts[i].Socket
+		}
+		d.Source = fmt.Sprintf("source \"consul\" {\n  address    = %q\n%s}\n", address, secret)
 		m.must(d.Start(m.ctx()))
 	}
 	for _, d := range m.Daemons {
@@ -148,6 +166,8 @@ func (m *mesh) start(services ...[]string) {
 		m.must(err)
 	}
 }
+
+func (m *mesh) tokenFile(node int) string { return filepath.Join(m.Nodes[node].Dir, "token") }
 
 // place makes a workload that serves the test application, registered with its node's agent.
 func (m *mesh) place(node int, service string) *netlab.Workload {

@@ -40,6 +40,7 @@ type Enrolment struct {
 	Cgroup  *netlab.Cgroup
 	Service string
 	Mode    string // "": the node's
+	More    string // of the block, in HCL
 }
 
 // Enroll adds a workload to the configuration that the next Start reads.
@@ -74,7 +75,7 @@ func (d *Daemon) WriteConfig() error {
 		if e.Mode != "" {
 			fmt.Fprintf(&b, "    mode    = %q\n", e.Mode)
 		}
-		b.WriteString("  }\n")
+		b.WriteString(e.More + "  }\n")
 	}
 	fmt.Fprintf(&b, "}\n\nadmin {\n  socket  = %q\n  metrics = \"127.0.0.1:20210\"\n}\n\n", d.Socket())
 	fmt.Fprintf(&b, "state {\n  dir  = %q\n  pins = %q\n}\n\n", filepath.Join(d.Node.Dir, "state"), d.Pins)
