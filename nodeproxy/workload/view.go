@@ -125,11 +125,9 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 			all = append(all, redirect.Destination{Addr: ip})
 		}
 		for _, inst := range svc.Instances {
-			ip := inst.Address.Addr()
-			if inst.Native || !inst.Mesh.IsValid() || !inst.Address.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() {
-				continue
+			if inst.Redirected() {
+				all = append(all, redirect.Destination{Addr: inst.Address.Addr(), Port: inst.Address.Port(), Instance: true})
 			}
-			all = append(all, redirect.Destination{Addr: ip, Port: inst.Address.Port(), Instance: true})
 		}
 	}
 	return all
