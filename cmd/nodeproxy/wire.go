@@ -17,6 +17,7 @@ import (
 	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
+	"nodeproxy.io/nodeproxy/dns"
 	"nodeproxy.io/nodeproxy/file"
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/redirect"
@@ -95,9 +96,13 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 	for _, c := range cfg.Cgroups {
 		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode)})
 	}
+	var names *dns.Server
+	if cfg.DNS {
+		names = dns.NewServer(log)
+	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom,
-		Providers: []workload.Provider{configured, manual}, Log: log,
+		Providers: []workload.Provider{configured, manual}, DNS: names, Log: log,
 	})
 }
 

@@ -50,6 +50,7 @@ func (c *checker) config() *Config {
 		Inbound:     c.inbound(),
 		PreferLocal: r.PreferLocal,
 		FailOpen:    c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
+		DNS:         r.DNS.Enabled,
 		Limits:      c.limits(),
 		Log:         c.log(),
 		Admin:       c.admin(),
@@ -83,9 +84,6 @@ func (c *checker) notLanded() {
 	}
 	if len(r.VirtualCIDRs) > 0 {
 		refuse(key("virtual_cidrs"), "remove it, or leave it empty")
-	}
-	if r.DNS.Enabled {
-		refuse(key("dns", "enabled"), "remove it, or set it to false")
 	}
 	c.existingConnections(refuse)
 }

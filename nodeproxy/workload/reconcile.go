@@ -26,6 +26,7 @@ func (m *Manager) reconcile() {
 		m.scan(e)
 	}
 	m.watchNamespaces()
+	m.openDNS()
 	next := m.assign()
 	if m.complete() {
 		m.protect(next)
@@ -67,6 +68,7 @@ func (m *Manager) protect(next *view) {
 		m.enroll(e)
 	}
 	m.settleNesting()
+	m.steerDNS()
 	m.prune()
 }
 
@@ -303,6 +305,7 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
+		s.DNS = m.dnsState(e)
 		states = append(states, s)
 	}
 	slices.SortFunc(states, func(a, b WorkloadState) int { return strings.Compare(a.Workload.Cgroup, b.Workload.Cgroup) })

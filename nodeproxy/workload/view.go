@@ -181,5 +181,9 @@ func (m *Manager) State() State {
 		m.log.Error("cannot read the counters for status", "error", err)
 	}
 	state.Heartbeat, state.Links = m.redirect.Pulse()
+	if m.cfg.DNS != nil {
+		counts := m.cfg.DNS.Counts()
+		state.Queries = &counts
+	}
 	return state
 }
