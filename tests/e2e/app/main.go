@@ -5,6 +5,8 @@
 //	app dial [flags] ADDRESS [COMMAND]      connects, sends COMMAND, prints what comes back and how it ended
 //	app hold -n N ADDRESS                   opens N connections and holds them until its stdin ends
 //	app udp ADDRESS [TEXT]                  without TEXT: answers every datagram; with TEXT: sends it and prints the answer
+//	app resolve NAME                        prints the addresses of a name
+//	app silent ADDRESS                      prints the datagrams that come, and answers none
 //	app quick [-reset] [-port N]            accepts and ends each connection at once
 //	app flip                                moves between network namespaces for ever
 package main
@@ -22,9 +24,9 @@ func main() {
 }
 
 func run(args []string) error {
-	roles := map[string]func([]string) error{"serve": serve, "dial": dial, "hold": hold, "udp": udp, "quick": quick, "flip": flip}
+	roles := map[string]func([]string) error{"serve": serve, "dial": dial, "hold": hold, "udp": udp, "resolve": resolve, "silent": silent, "quick": quick, "flip": flip}
 	if len(args) > 0 && roles[args[0]] != nil {
 		return roles[args[0]](args[1:])
 	}
-	return fmt.Errorf("run app: want serve, dial, hold, udp, quick or flip, not %q", args)
+	return fmt.Errorf("run app: want serve, dial, hold, udp, resolve, silent, quick or flip, not %q", args)
 }
