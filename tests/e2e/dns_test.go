@@ -26,7 +26,7 @@ func (m *mesh) enableDNS(node int) { m.Daemons[node].Extra += "dns {\n  enabled 
 func (m *mesh) nameServer(ns *netlab.Namespace, addresses ...netip.Addr) *netlab.Process {
 	m.t.Helper()
 	args := []string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root", "--pid-file=",
-		"--log-queries", "--log-facility=-", "--bind-interfaces", "--address=/other.test/" + otherIP, "--local=/consul/", "--local=/test/",
+		"--log-queries", "--log-facility=-", "--bind-interfaces", "--host-record=other.test," + otherIP, "--local=/consul/", "--local=/test/",
 		"--txt-record=big.test" + strings.Repeat(`,"`+strings.Repeat("x", 200)+`"`, 5)}
 	for _, a := range addresses {
 		args = append(args, "--listen-address="+a.String())
@@ -197,6 +197,8 @@ func TestMessagesAreThoseOfANameServer(t *testing.T) {
 	}
 	m.define(1, "many", port, many...)
 	m.must(m.Daemons[0].AwaitInstances(m.ctx(), "many", len(many)))
+	m.settle(0)
+	m.settle(1)
 	server := "@" + m.Nodes[0].IPv4.String()
 	vip := m.virtual["api"].String()
 	for _, c := range []struct {
@@ -209,7 +211,7 @@ func TestMessagesAreThoseOfANameServer(t *testing.T) {
 		{"the letter case of the question", []string{"aPi.vIRtual.COnsul", "A"}, []string{"aPi.vIRtual.COnsul.\t0\tIN\tA\t" + vip}, ""},
 		{"AAAA of a name with IPv4 alone", []string{"api.virtual.consul", "AAAA"}, []string{"status: NOERROR", "ANSWER: 0", "AUTHORITY: 1", "SOA"}, ""},
 		{"a type that nobody has", []string{"api.virtual.consul", "TYPE65"}, []string{"status: NOERROR", "ANSWER: 0"}, ""},
-		{"SRV", []string{"api.service.consul", "SRV"}, []string{fmt.Sprintf("SRV\t1 1 %d %s", port, hexName(api.IPv4)), hexName(api.IPv4) + "\t0\tIN\tA\t" + api.IPv4.String()}, ""},
+		{"SRV", []string{"api.service.consul", "SRV"}, []string{fmt.Sprintf("SRV\t1 1 %d %s", port, hexName(api.IPv4)), hexName(api.IPv4) + " 0\tIN\tA\t" + api.IPv4.String()}, ""},
 		{"the target of an SRV record", []string{hexName(api.IPv4), "A"}, []string{api.IPv4.String()}, ""},
 		{"TCP", []string{"+tcp", "api.virtual.consul", "A"}, []string{vip, "(TCP)"}, ""},
 		{"TCP, several queries on one connection", []string{"+tcp", "+keepopen", "api.virtual.consul", "A", "+tcp", "+keepopen", server, "other.test", "A", "+tcp", "+keepopen", server, "api.service.consul"},
@@ -257,6 +259,7 @@ func TestQueriesOutliveTheDaemon(t *testing.T) {
 	m.finds(web, r[0], conf, "api.virtual.consul", m.virtual["api"].String())
 	pending("hung")
 	m.must(m.Daemons[0].Process.Signal(syscall.SIGSTOP))
+	m.lookUp(web, r[0], conf, "other.test") // glibc asks twice from one connected socket: this one may be lost
 	for _, r := range r {
 		m.finds(web, r, conf, "other.test", otherIP)
 	}
