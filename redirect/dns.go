@@ -188,6 +188,9 @@ func (d *dnsSide) resolver(cookie uint64, at netip.AddrPort) (netip.AddrPort, bo
 	key := dnsDnsSlotKey{Netns: cookie, Family: unix.AF_INET6, Slot: uint32(at.Port() - DNSPort)}
 	if at.Addr().Is4() {
 		ip := at.Addr().As4()
+		if ip[0] != 127 || ip[1] != 53 {
+			return netip.AddrPort{}, false
+		}
 		key.Family, key.Slot = unix.AF_INET, uint32(ip[2])<<8|uint32(ip[3])
 	}
 	var ip dnsAddr

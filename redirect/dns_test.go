@@ -312,6 +312,27 @@ func TestWhatIsNoQueryOfAnEnrolledWorkloadIsLeftAlone(t *testing.T) {
 	want("un-enrolled", p.ask("udp4", "127.0.0.53:53"), `got "real"`)
 }
 
+func TestNestedWorkloadsAreSteeredOnce(t *testing.T) {
+	n := newDNSNode(t)
+	p := n.pod()
+	p.answer()
+	child, err := p.cgroup.Child("inner")
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner := *p
+	inner.cgroup = child
+	inner.enroll(redirect.Nesting{Outer: true})
+	if err := n.r.SteerDNS(child.Path()); err != nil {
+		t.Fatal(err)
+	}
+	for _, env := range []string{"NP_CONNECT=0", "NP_CONNECT=1"} {
+		if got, want := inner.ask("udp4", "192.0.2.1:53", env), `from 192.0.2.1:53 got "asked 192.0.2.1:53 from 127.0.0.1"`; !strings.Contains(got, want) {
+			t.Errorf("%s: got %s, want %s", env, got, want)
+		}
+	}
+}
+
 func TestSlotsOfNameServersAreBounded(t *testing.T) {
 	n := newDNSNode(t)
 	p := n.pod()

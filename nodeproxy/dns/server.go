@@ -22,10 +22,10 @@ import (
 )
 
 const (
-	maxPending      = 2048 // queries on their way to other name servers, on the node
-	maxPendingSpace = 256  // of one network namespace. Further ones are dropped: resolvers ask again
-	maxStreams      = 512  // connections of clients, on the node
-	maxStreamsSpace = 64
+	maxPending      = 512 // queries on their way to other name servers, on the node. Each takes a file descriptor
+	maxPendingSpace = 128 // of one network namespace. Further ones are dropped: resolvers ask again
+	maxStreams      = 128 // connections of clients, on the node. Each takes two
+	maxStreamsSpace = 32
 	forwardTimeout  = 5 * time.Second  // until an answer of another name server: as long as resolvers wait
 	streamIdle      = 10 * time.Second // of a connection without a message either way
 	errorPause      = 10 * time.Millisecond
