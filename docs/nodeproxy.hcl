@@ -92,9 +92,9 @@ limits {
   drain        = "30s"  # how long live connections may go on after SIGTERM
 }
 
+# Answers the names of the mesh to workloads, whichever name server they ask: see docs/dns.md.
 dns {
   enabled = false
-  # not yet: enabled = true
 }
 
 # The log goes to stderr.

@@ -82,6 +82,9 @@ func (p *Proxy) Status() admin.Status {
 	for _, problem := range kernel.Problems {
 		s.Problems = append(s.Problems, admin.Problem(problem))
 	}
+	if q := kernel.Queries; q != nil {
+		s.DNS = &admin.Queries{Answered: q.Answered, Forwarded: q.Forwarded, Failed: q.Failed}
+	}
 	now := p.gate.current()
 	s.Certificates = p.certificates(now)
 	if err := p.applyError(); err != nil {
@@ -131,7 +134,7 @@ func workloadStatus(w workload.WorkloadState) admin.Workload {
 	s := admin.Workload{
 		ID: w.Workload.ID, Service: w.Workload.Service, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
 		Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
-		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...),
+		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS,
 	}
 	for _, ns := range w.Namespaces {
 		s.Namespaces = append(s.Namespaces, ns.Inode)

@@ -34,6 +34,7 @@ func (r *Redirect) Prune(keep func(cgroup uint64) bool) error {
 			errs = append(errs, fmt.Errorf("remove guard: %w", err))
 			continue
 		}
+		errs = append(errs, r.forgetDNSSpace(cookie))
 		delete(r.inherited, cookie)
 	}
 	return errors.Join(errs...)

@@ -28,27 +28,27 @@ type enrolment struct {
 	flags    uint32
 	dir      string // of its pins
 	links    []link.Link
+	dns      []link.Link // of SteerDNS
 }
 
 func (e *enrolment) close() error {
 	var errs []error
-	for _, l := range e.links {
+	for _, l := range append(e.dns, e.links...) {
 		errs = append(errs, l.Close())
 	}
 	return errors.Join(errs...)
 }
 
-// hooks are the programs of a workload's cgroup.
-func (r *Redirect) hooks() []struct {
+// hook is a program of a cgroup and the name of its link's pin.
+type hook struct {
 	name string
 	at   ebpf.AttachType
 	prog *ebpf.Program
-} {
-	return []struct {
-		name string
-		at   ebpf.AttachType
-		prog *ebpf.Program
-	}{
+}
+
+// hooks are the programs of a workload's cgroup.
+func (r *Redirect) hooks() []hook {
+	return []hook{
 		{"connect4", ebpf.AttachCGroupInet4Connect, r.obj.Connect4},
 		{"connect6", ebpf.AttachCGroupInet6Connect, r.obj.Connect6},
 		{"getpeername4", ebpf.AttachCgroupInet4GetPeername, r.obj.Getpeername4},
@@ -285,6 +285,9 @@ func (r *Redirect) adoptOne(id uint64, dir string) error {
 	}
 	if !alive {
 		return r.detach(id, e)
+	}
+	if err := r.adoptDNS(id, e); err != nil {
+		return errors.Join(fmt.Errorf("take over the DNS hooks of cgroup %d: %w", id, err), e.close())
 	}
 	e.workload, e.flags = m.Workload, m.Flags
 	r.enrolled[id] = e

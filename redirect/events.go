@@ -125,7 +125,7 @@ func (r *Redirect) Counters() (map[string]uint64, error) {
 			counts[name] += n
 		}
 	}
-	return counts, nil
+	return r.addCounters(counts)
 }
 
 // Fill is how full a map is.
@@ -145,16 +145,16 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},
 	}
 	r.mu.Unlock()
-	for _, m := range []struct {
-		name string
-		m    *ebpf.Map
-		key  any
-	}{
+	counted := []countedMap{
 		{"workloads", r.obj.Workloads, new(uint32)},
 		{"ns_ready", r.obj.NsReady, new(uint64)},
 		{"pending", r.obj.Pending, new(outboundTuple)},
 		{"direct", r.obj.Direct, new(outboundTuple)},
-	} {
+	}
+	if r.dns != nil {
+		counted = append(counted, countedMap{"dns_spaces", r.dns.Spaces, new(uint64)}, countedMap{"dns_resolvers", r.dns.Resolvers, new(dnsDnsSlotKey)})
+	}
+	for _, m := range counted {
 		n, err := entries(m.m, m.key)
 		if err != nil {
 			return nil, fmt.Errorf("count entries of %s: %w", m.name, err)
@@ -162,6 +162,12 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		fills = append(fills, Fill{Name: m.name, Entries: n, Max: int(m.m.MaxEntries())})
 	}
 	return fills, nil
+}
+
+type countedMap struct {
+	name string
+	m    *ebpf.Map
+	key  any
 }
 
 // entries counts keys. A map that changes meanwhile is counted as it comes.

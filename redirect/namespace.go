@@ -30,6 +30,7 @@ type Namespace struct {
 	file   *os.File
 	diag   *diag
 	lookup link.Link
+	dns    *DNS   // nil until OpenDNS
 	dir    string // of its pins
 	r      *Redirect
 }
@@ -88,6 +89,7 @@ func (ns *Namespace) undo() error {
 	if err := ns.r.obj.NsReady.Delete(ns.Cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		errs = append(errs, fmt.Errorf("close namespace %d for redirects: %w", ns.Inode, err))
 	}
+	errs = append(errs, ns.r.forgetDNSSpace(ns.Cookie))
 	if ns.lookup != nil {
 		errs = append(errs, os.RemoveAll(ns.dir), ns.lookup.Close())
 	}
@@ -101,6 +103,9 @@ func (ns *Namespace) closeSockets() error {
 		if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, err)
 		}
+	}
+	if ns.dns != nil {
+		errs = append(errs, ns.dns.Close())
 	}
 	if ns.diag != nil {
 		errs = append(errs, ns.diag.close())

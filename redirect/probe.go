@@ -37,16 +37,17 @@ func Probe() []Feature {
 		{"cgroup storage", features.HaveMapType(ebpf.CGroupStorage), all},
 		{"sockhash", features.HaveMapType(ebpf.SockHash), all},
 		{"ring buffer", features.HaveMapType(ebpf.RingBuf), all},
-		{"programs load", loadOnce(), all},
+		{"programs load", loadOnce(loadOutbound, loadInbound), all},
+		{"DNS programs load", loadOnce(loadDns), "names of the mesh are not answered (dns.enabled)"},
 	}
 }
 
-// loadOnce loads every program, unpinned and unattached, which is the proof that the verifier takes them.
-func loadOnce() error {
+// loadOnce loads the programs, unpinned and unattached, which is the proof that the verifier takes them.
+func loadOnce(objects ...func() (*ebpf.CollectionSpec, error)) error {
 	if err := rlimit.RemoveMemlock(); err != nil && !errors.Is(err, os.ErrPermission) {
 		return fmt.Errorf("lift memlock limit: %w", err)
 	}
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadOutbound, loadInbound} {
+	for _, load := range objects {
 		spec, err := load()
 		if err != nil {
 			return err

@@ -41,6 +41,7 @@ type Config struct {
 	Node     string
 	Cgroup   string // the daemon's own cgroup2 directory, from OwnCgroup
 	FailOpen bool   // on_failure = "open"
+	DNS      bool   // name queries of workloads may be steered: OpenDNS, SteerDNS
 }
 
 // Redirect is the kernel state of one node. Its methods may be called concurrently.
@@ -49,6 +50,8 @@ type Redirect struct {
 	lock   *os.File
 	home   *os.File // the daemon's own network namespace
 	obj    outboundObjects
+	dns    *dnsSide // nil: noDNS says why
+	noDNS  error
 	own    link.Link // proxy_sockops on the daemon's cgroup
 	events *ringbuf.Reader
 
@@ -104,6 +107,9 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if err := r.loadShadows(); err != nil {
 		return nil, err
 	}
+	if r.noDNS = ErrNoDNS; cfg.DNS {
+		r.dns, r.noDNS = r.loadDNS()
+	}
 	if err := r.setFailure(cfg.FailOpen); err != nil {
 		return nil, err
 	}
@@ -145,7 +151,7 @@ func (r *Redirect) Close() error {
 	if r.events != nil {
 		errs = append(errs, r.events.Close())
 	}
-	errs = append(errs, r.obj.Close())
+	errs = append(errs, r.dns.close(), r.obj.Close())
 	for _, f := range []*os.File{r.home, r.lock} {
 		if f != nil {
 			errs = append(errs, f.Close())
@@ -343,7 +349,7 @@ func (r *Redirect) Pulse() (beat time.Time, links int) {
 	}
 	links = 1 + len(r.namespaces) + len(r.probers)
 	for _, e := range r.enrolled {
-		links += len(e.links)
+		links += len(e.links) + len(e.dns)
 	}
 	return beat, links
 }

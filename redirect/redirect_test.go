@@ -31,6 +31,10 @@ func TestMain(m *testing.M) {
 		appDial()
 	case "listen":
 		appListen()
+	case "ask":
+		appAsk()
+	case "resolve":
+		appResolve()
 	default:
 		os.Exit(m.Run())
 	}
@@ -113,6 +117,12 @@ type node struct {
 
 func newNode(t testing.TB) *node {
 	t.Helper()
+	return newNodeWith(t, func(*redirect.Config) {})
+}
+
+// newNodeWith is newNode with a changed configuration.
+func newNodeWith(t testing.TB, change func(*redirect.Config)) *node {
+	t.Helper()
 	netlab.Require(t)
 	lab, err := netlab.New()
 	if err != nil {
@@ -139,6 +149,7 @@ func newNode(t testing.TB) *node {
 		t.Fatal(err)
 	}
 	n := &node{t: t, lab: lab, cfg: redirect.Config{Pins: filepath.Join(pins, "nodeproxy"), Node: "test", Cgroup: own.Path()}}
+	change(&n.cfg)
 	if n.hub, err = lab.Namespace(); err != nil {
 		t.Fatal(err)
 	}
@@ -285,7 +296,13 @@ func (p *pod) dial(network, addr string, env ...string) string {
 
 func (p *pod) dialFrom(cgroup *netlab.Cgroup, network, addr string, env ...string) string {
 	p.n.t.Helper()
-	proc := p.app(cgroup, append(env, "NP_APP=dial", "NP_NETWORK="+network, "NP_ADDR="+addr)...)
+	return p.runFrom(cgroup, append(env, "NP_APP=dial", "NP_NETWORK="+network, "NP_ADDR="+addr)...)
+}
+
+// runFrom runs the application to its end and returns what it says.
+func (p *pod) runFrom(cgroup *netlab.Cgroup, env ...string) string {
+	p.n.t.Helper()
+	proc := p.app(cgroup, env...)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*deadline)
 	defer cancel()
 	if err := proc.Wait(ctx); err != nil {

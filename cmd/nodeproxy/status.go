@@ -85,6 +85,9 @@ func (v *statusView) summary() {
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
 	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
+	if q := s.DNS; q != nil {
+		t.add(cell{"dns", v.dim}, cell{fmt.Sprintf("%d queries answered, %d forwarded, %d failed", q.Answered, q.Forwarded, q.Failed), nil})
+	}
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
@@ -117,7 +120,7 @@ func (v *statusView) section(title string, t *table) {
 
 func (v *statusView) workloads() {
 	var t table
-	t.header(v.style, "SERVICE", "STATE", "MODE", "PROCESSES", "INSTANCES", "BY", "CGROUP")
+	t.header(v.style, "SERVICE", "STATE", "MODE", "DNS", "PROCESSES", "INSTANCES", "BY", "CGROUP")
 	for _, w := range v.s.Workloads {
 		state := cell{w.State, v.green}
 		switch {
@@ -126,7 +129,11 @@ func (v *statusView) workloads() {
 		case w.State != "protected":
 			state.paint = v.yellow
 		}
-		t.add(cell{w.Service, nil}, state, cell{w.Mode, nil}, cell{fmt.Sprint(w.Processes), nil},
+		dns := cell{cmp.Or(w.DNS, "-"), nil}
+		if strings.HasPrefix(w.DNS, "off: ") {
+			dns = cell{"off", v.yellow} // why is among the problems
+		}
+		t.add(cell{w.Service, nil}, state, cell{w.Mode, nil}, dns, cell{fmt.Sprint(w.Processes), nil},
 			cell{cmp.Or(strings.Join(w.Instances, ","), "-"), nil}, cell{w.Provider, nil}, cell{w.Cgroup, nil})
 	}
 	v.section("Workloads", &t)
@@ -212,6 +219,11 @@ func (v *statusView) problems() {
 	for _, w := range v.s.Workloads {
 		if w.Unprotected() || w.Detail != "" && w.State != "empty" {
 			say("workload %s (%s) is %s: %s", w.Cgroup, w.Service, w.State, w.Detail)
+		}
+	}
+	for _, w := range v.s.Workloads {
+		if why, off := strings.CutPrefix(w.DNS, "off: "); off && w.State == "protected" {
+			say("name queries of workload %s (%s) are not answered: %s", w.Cgroup, w.Service, why)
 		}
 	}
 	if n := v.s.Kernel.Counters[admin.CounterEventsLost]; n > 0 {

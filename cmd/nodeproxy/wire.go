@@ -17,6 +17,7 @@ import (
 	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
+	"nodeproxy.io/nodeproxy/dns"
 	"nodeproxy.io/nodeproxy/file"
 	"nodeproxy.io/nodeproxy/keep"
 	"nodeproxy.io/nodeproxy/workload"
@@ -127,9 +128,13 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 	if cfg.Consul != nil {
 		probers.Agent = cfg.Consul.Address
 	}
+	var names *dns.Server
+	if cfg.DNS {
+		names = dns.NewServer(log)
+	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
-		Providers: []workload.Provider{configured, manual}, Log: log,
+		Providers: []workload.Provider{configured, manual}, DNS: names, Log: log,
 	})
 }
 

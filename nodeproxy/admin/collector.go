@@ -14,6 +14,7 @@ type collector struct {
 	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
 	unprotectedUDP, eventsLost                           *prometheus.Desc
+	dnsAnswered, dnsForwarded, dnsFailed                 *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -39,13 +40,17 @@ func newCollector(m *Metrics) *collector {
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
 		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
+
+		dnsAnswered:  desc("dns_answered_total", "Name queries of workloads that were answered from the mesh's definitions."),
+		dnsForwarded: desc("dns_forwarded_total", "Name queries of workloads that the name server which they asked has answered."),
+		dnsFailed:    desc("dns_failed_total", "Name queries of workloads that were malformed, not answered in time, or one too many."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.dnsAnswered, c.dnsForwarded, c.dnsFailed} {
 		ch <- d
 	}
 }
@@ -106,6 +111,11 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 	ch <- gauge(c.unprotected, float64(unprotected))
 	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
 	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])
+	if q := status.DNS; q != nil {
+		ch <- counter(c.dnsAnswered, q.Answered)
+		ch <- counter(c.dnsForwarded, q.Forwarded)
+		ch <- counter(c.dnsFailed, q.Failed)
+	}
 }
 
 func counter(d *prometheus.Desc, v uint64, labels ...string) prometheus.Metric {

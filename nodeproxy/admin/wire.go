@@ -104,6 +104,15 @@ type Status struct {
 	Store    Store    `json:"store"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
+	// DNS counts the name queries of workloads; absent where dns.enabled is false.
+	DNS *Queries `json:"dns,omitempty"`
+}
+
+// Queries counts name queries since the start of the daemon.
+type Queries struct {
+	Answered  uint64 `json:"answered"`  // from the mesh's definitions
+	Forwarded uint64 `json:"forwarded"` // answered by the name server that the workload asked
+	Failed    uint64 `json:"failed"`    // malformed, without an answer in time, or one too many
 }
 
 // SourceStatus is the control plane as this node sees it.
@@ -145,6 +154,7 @@ type Workload struct {
 	Namespaces []uint64 `json:"network_namespaces"` // inodes
 	Instances  []string `json:"instances"`          // of the service, served from here
 	Processes  int      `json:"processes"`
+	DNS        string   `json:"dns,omitempty"` // "on", "off: why"; absent where dns.enabled is false
 }
 
 // Unprotected says whether processes of w run outside the mesh although they were claimed for it.

@@ -204,6 +204,12 @@ func Workloads(status *admin.Status) []Result {
 		default:
 			results = append(results, warning(name, "%s: %s", w.State, w.Detail))
 		}
+		switch why, off := strings.CutPrefix(w.DNS, "off: "); {
+		case off:
+			results = append(results, warning("dns "+filepath.Base(w.Cgroup)+" ("+w.Service+")", "off, name queries pass as they are: %s", why))
+		case w.DNS != "":
+			results = append(results, ok("dns "+filepath.Base(w.Cgroup)+" ("+w.Service+")", "%s", w.DNS))
+		}
 	}
 	for _, r := range status.Refused {
 		results = append(results, failed("claim "+r.Cgroup, "may not be %s (%s): %s", r.Service, r.Provider, r.Why))

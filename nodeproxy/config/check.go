@@ -51,6 +51,7 @@ func (c *checker) config() *Config {
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
 		PreferLocal:  r.PreferLocal,
 		FailOpen:     c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
+		DNS:          r.DNS.Enabled,
 		Limits:       c.limits(),
 		Log:          c.log(),
 		Admin:        c.admin(),
@@ -81,9 +82,6 @@ func (c *checker) notLanded() {
 	}
 	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
 		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")
-	}
-	if r.DNS.Enabled {
-		refuse(key("dns", "enabled"), "remove it, or set it to false")
 	}
 	c.existingConnections(refuse)
 }

@@ -31,6 +31,7 @@ type Config struct {
 	// FailOpen is on_failure = "open": while no daemon runs, instances are dialled in plaintext and strict ports are open.
 	FailOpen bool
 
+	DNS    bool // names of the mesh are answered in workloads
 	Limits Limits
 	Log    Log
 	Admin  Admin

@@ -91,7 +91,7 @@ on_failure = "open"
 virtual_cidrs = []
 existing_connections = "keep"
 limits { connections = 10  per_workload = 5  handshake = "1s"  connect = "2s"  idle = "3s"  drain = "4s" }
-dns { enabled = false }
+dns { enabled = true }
 log { level = "debug"  format = "json"  access = "all" }
 admin { socket = "/run/a.sock"  metrics = "" }
 state { dir = "/s"  pins = "/p" }
@@ -101,7 +101,7 @@ state { dir = "/s"  pins = "/p" }
 		Source: FileSource{Path: "/m", VirtualIPs: netip.MustParsePrefix("fd01::/64")},
 		Inbound: Inbound{Mode: Permissive, FirstPort: 22000, LastPort: 22001,
 			PlaintextFrom: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/64")}},
-		FailOpen: true,
+		FailOpen: true, DNS: true,
 		Limits: Limits{Connections: 10, PerWorkload: 5, Handshake: time.Second, Connect: 2 * time.Second, Idle: 3 * time.Second,
 			Drain: 4 * time.Second},
 		Log:   Log{Level: slog.LevelDebug, Format: "json", Access: "all"},
@@ -166,7 +166,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 		"c.hcl:21: tunnels " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 		"c.hcl:25: existing_connections " + notYet,
-		"c.hcl:27: dns.enabled " + notYet,
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in\n%v", want, err)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/dns"
 	"nodeproxy.io/redirect"
 )
 
@@ -33,7 +34,8 @@ type Config struct {
 	Mode      Mode           // inbound.mode
 	Plaintext []netip.Prefix // inbound.plaintext_from
 	Probers   Probers
-	Providers []Provider // in order of precedence where their claims conflict
+	Providers []Provider  // in order of precedence where their claims conflict
+	DNS       *dns.Server // answers the workloads' name queries; nil: dns.enabled is false
 	Log       *slog.Logger
 }
 
@@ -70,6 +72,7 @@ type Manager struct {
 	pruned     bool
 	warned     map[warning]bool
 	groups     map[string]uint32 // the kernel's numbers of services
+	serving    sync.WaitGroup    // of name queries, one for each namespace
 	missed     bool              // a namespace could not be opened in this reconciliation
 	watcher    *watcher
 	probers    probers
@@ -85,6 +88,8 @@ type entry struct {
 	subtree   map[uint64]bool // ids of its cgroup and those below
 	problem   error
 	access    Access
+	steered   uint64   // the cgroup whose name queries are
+	noDNS     error    // why they are not
 	misplaced []string // instances of its service whose address is in none of its namespaces
 	instances []string
 }
@@ -94,6 +99,7 @@ type space struct {
 	*redirect.Namespace
 	public *Namespace
 	addrs  []netip.Addr
+	dns    dnsSocket
 	used   time.Time // when a workload was last seen in it; reconcile's own
 }
 
@@ -114,7 +120,7 @@ func NewManager(cfg Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := redirect.Open(redirect.Config{Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen})
+	r, err := redirect.Open(redirect.Config{Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen, DNS: cfg.DNS != nil})
 	if err != nil {
 		return nil, err
 	}
@@ -165,13 +171,14 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	})
 	m.loop(ctx, h)
 	beating.Wait() // a last beat must not come after Rest
-	err := errors.Join(m.redirect.Rest(), m.redirect.Stop(), m.watcher.close())
+	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close())
 	for _, ns := range m.namespaces {
 		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {
 			err = errors.Join(err, ignoreClosed(ln.Close()))
 		}
 	}
 	wg.Wait()
+	m.serving.Wait()
 	return err
 }
 
@@ -253,6 +260,9 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	m.snap = snap
 	m.mu.Unlock()
 	err := m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges)
+	if m.cfg.DNS != nil && err == nil {
+		m.cfg.DNS.Apply(snap)
+	}
 	m.wake()
 	if err != nil {
 		return fmt.Errorf("redirect the snapshot's addresses: %w", err)

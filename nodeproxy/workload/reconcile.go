@@ -27,6 +27,7 @@ func (m *Manager) reconcile() {
 		m.scan(e)
 	}
 	m.watchNamespaces()
+	m.openDNS()
 	next := m.assign()
 	if m.complete() {
 		m.protect(next)
@@ -72,6 +73,7 @@ func (m *Manager) protect(next *view) {
 		m.enroll(e)
 	}
 	m.settleNesting()
+	m.steerDNS()
 	m.prune()
 }
 
@@ -308,6 +310,7 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
+		s.DNS = m.dnsState(e)
 		states = append(states, s)
 	}
 	slices.SortFunc(states, func(a, b WorkloadState) int { return strings.Compare(a.Workload.Cgroup, b.Workload.Cgroup) })

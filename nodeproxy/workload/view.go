@@ -142,11 +142,9 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 			all = append(all, redirect.Destination{Addr: at.Addr(), Port: at.Port()})
 		}
 		for _, inst := range svc.Instances {
-			ip := inst.Address.Addr()
-			if inst.Native || !inst.Mesh.IsValid() || !inst.Address.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() {
-				continue
+			if inst.Redirected() {
+				all = append(all, redirect.Destination{Addr: inst.Address.Addr(), Port: inst.Address.Port(), Instance: true})
 			}
-			all = append(all, redirect.Destination{Addr: ip, Port: inst.Address.Port(), Instance: true})
 		}
 	}
 	return all
@@ -225,5 +223,9 @@ func (m *Manager) State() State {
 		m.log.Error("cannot read the counters for status", "error", err)
 	}
 	state.Heartbeat, state.Links = m.redirect.Pulse()
+	if m.cfg.DNS != nil {
+		counts := m.cfg.DNS.Counts()
+		state.Queries = &counts
+	}
 	return state
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/dns"
 )
 
 // Mode says what an inbound plaintext connection to a workload's port meets.
@@ -117,6 +118,7 @@ type State struct {
 	Links     int
 	Maps      []MapFill
 	Counters  map[string]uint64 // the programs' own, since the maps were made
+	Queries   *dns.Counts       // nil: DNS is not enabled
 }
 
 // WorkloadState is one enrolled workload.
@@ -127,6 +129,7 @@ type WorkloadState struct {
 	Namespaces []*Namespace
 	Instances  []string
 	Processes  int
+	DNS        string // "on", "off: why", "" where DNS is not enabled
 }
 
 // RefusedClaim is a claim that was not granted.

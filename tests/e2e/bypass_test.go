@@ -84,6 +84,7 @@ func effective(t *testing.T, path string) (n int) {
 	for _, attach := range []ebpf.AttachType{
 		ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect, ebpf.AttachCgroupInet4GetPeername,
 		ebpf.AttachCgroupInet6GetPeername, ebpf.AttachCGroupSockOps,
+		ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg, ebpf.AttachCGroupUDP4Recvmsg, ebpf.AttachCGroupUDP6Recvmsg,
 	} {
 		const effectiveFlag = 1 // BPF_F_QUERY_EFFECTIVE
 		result, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: attach, QueryFlags: effectiveFlag})

@@ -5,15 +5,19 @@
 //	app dial [flags] ADDRESS [COMMAND]      connects, sends COMMAND, prints what comes back and how it ended
 //	app echo [-n N] ADDRESS                 sends N bytes to "app serve" and reads them back
 //	app hold -n N ADDRESS                   opens N connections and holds them until its stdin ends
-//	app load [-n N] [-c C] ADDRESS           makes N connections, C at a time, and counts the failures
+//	app load [-n N] [-c C] ADDRESS          makes N connections, C at a time, and counts the failures
 //	app udp ADDRESS [TEXT]                  without TEXT: answers every datagram; with TEXT: sends it and prints the answer
+//	app resolve NAME                        prints the addresses of a name
+//	app silent ADDRESS                      prints the datagrams that come, and answers none
 //	app quick [-reset] [-port N]            accepts and ends each connection at once
 //	app flip                                moves between network namespaces for ever
 package main
 
 import (
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 )
 
 func main() {
@@ -24,9 +28,11 @@ func main() {
 }
 
 func run(args []string) error {
-	roles := map[string]func([]string) error{"serve": serve, "dial": dial, "echo": echo, "hold": hold, "load": load, "udp": udp, "quick": quick, "flip": flip}
+	roles := map[string]func([]string) error{
+		"serve": serve, "dial": dial, "echo": echo, "hold": hold, "load": load, "udp": udp, "resolve": resolve, "silent": silent, "quick": quick, "flip": flip,
+	}
 	if len(args) > 0 && roles[args[0]] != nil {
 		return roles[args[0]](args[1:])
 	}
-	return fmt.Errorf("run app: want serve, dial, echo, hold, load, udp, quick or flip, not %q", args)
+	return fmt.Errorf("run app: want one of %q, not %q", slices.Sorted(maps.Keys(roles)), args)
 }
