@@ -96,6 +96,10 @@ type dialer struct {
 	to     catalog.Destination
 }
 
+// The pauses before all instances are tried again, because one of them has reset the connection: it is busy, or its
+// proxy is being restarted.
+var busyPauses = []time.Duration{50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond}
+
 // connect tries one instance after the other until a handshake succeeds: nothing of the application has been passed on
 // yet. An instance that the application dialled by its own address is the only one tried. After two connect timeouts no
 // further attempt is begun.
@@ -107,8 +111,13 @@ func (d *dialer) connect() (*secureLeg, error) {
 	begin := time.Now()
 	var tried []*catalog.Instance
 	var errs []error
-	for time.Since(begin) < 2*timeout {
+	for pauses := busyPauses; time.Since(begin) < 2*timeout; {
 		inst, done := d.choose(tried)
+		if inst == nil && len(pauses) > 0 && slices.ContainsFunc(errs, isBusy) {
+			d.pause(pauses[0])
+			pauses, tried, errs = pauses[1:], nil, nil
+			continue
+		}
 		if inst == nil {
 			break
 		}
@@ -144,8 +153,13 @@ func (d *dialer) choose(tried []*catalog.Instance) (inst *catalog.Instance, done
 	return d.to.Instance, d.balancer.only(d.to.Instance)
 }
 
-// dial connects to inst from the caller's namespace and does the handshake.
+// dial connects to inst from the caller's namespace and does the handshake, when it is this connection's turn.
 func (d *dialer) dial(inst *catalog.Instance, timeout time.Duration) (*secureLeg, error) {
+	done, err := d.wait(inst, timeout)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	ctx, cancel := context.WithTimeout(d.c.ctx, timeout)
 	defer cancel()
 	conn, err := d.cfg.Kernel.Dial(ctx, d.origin.Namespace, inst.Mesh)
@@ -167,6 +181,13 @@ func (d *dialer) dial(inst *catalog.Instance, timeout time.Duration) (*secureLeg
 	return peer, nil
 }
 
+// wait waits for a turn to do a handshake with inst, as long as for a connection.
+func (d *dialer) wait(inst *catalog.Instance, timeout time.Duration) (done func(), err error) {
+	ctx, cancel := context.WithTimeoutCause(d.c.ctx, timeout, fmt.Errorf("no turn within %s", timeout))
+	defer cancel()
+	return d.turns.take(ctx, d.cfg.Limits.dialTurns(d.origin.Workload.ID, inst.Node+"/"+inst.ID)...)
+}
+
 func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
 	begin := time.Now()
 	w, err := newWire(conn, d.buffers)
@@ -182,6 +203,19 @@ func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
 		return nil, err
 	}
 	return newSecureLeg(secure, w), conn.SetDeadline(time.Time{})
+}
+
+// pause waits, or until the connection is cut off.
+func (d *dialer) pause(pause time.Duration) {
+	select {
+	case <-time.After(pause):
+	case <-d.c.ctx.Done():
+	}
+}
+
+// isBusy says whether a peer ended the connection before or during the handshake without saying why.
+func isBusy(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // isOurs says whether a dial failed because of this node and not because of the instance: another would fail as well.

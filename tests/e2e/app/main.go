@@ -3,7 +3,7 @@
 //
 //	app serve [-first] [-unix] ADDRESS...   serves; -first speaks before the client does
 //	app dial [flags] ADDRESS [COMMAND]      connects, sends COMMAND, prints what comes back and how it ended
-//	app hold -n N ADDRESS                   opens N connections and holds them until its stdin ends
+//	app hold -n N [-say HEX] ADDRESS        opens N connections and holds them until its stdin ends
 //	app udp ADDRESS [TEXT]                  without TEXT: answers every datagram; with TEXT: sends it and prints the answer
 //	app quick [-reset] [-port N]            accepts and ends each connection at once
 //	app flip                                moves between network namespaces for ever
