@@ -12,7 +12,7 @@ import (
 	"nodeproxy.io/nodeproxy/catalog"
 )
 
-// slowHandshake is how long a peer that has begun a handshake is left alone when others want its place.
+// slowHandshake is how long a peer may take for its answer when others want its place.
 const slowHandshake = time.Second
 
 // looks is how many handshakes are looked at for one that gives way.
@@ -21,29 +21,44 @@ const looks = 16
 // scopes is in how many places an inbound handshake counts: the node's, its instance's, its client address's there.
 const scopes = 3
 
+// stage is how far a handshake is.
+type stage int
+
+const (
+	silent   stage = iota // its hello is not here, or not whole
+	heard                 // it waits for us
+	answered              // it is the peer's turn again
+	stages
+)
+
 // handshakes are the inbound ones in progress. Whoever reaches a mesh port can begin one, so that being refused when all
 // places are taken would let a few clients that never finish lock out the rest, those behind the same address first.
-// A handshake whose peer has not said hello therefore gives way to a newer one, the oldest first; then one that has
-// taken longer than slowHandshake. What is neither is left alone: a burst of honest clients is served at the rate that
-// this node has, instead of ending each other.
+// A handshake whose peer has not said hello therefore gives way to a newer one, the oldest first; then one whose peer
+// takes longer than slowHandshake for its answer. What is neither is left alone: a burst of honest clients is served at
+// the rate that this node has, instead of ending each other.
 type handshakes struct {
 	mu     sync.Mutex
 	scopes map[slotKey]*scope
 }
 
-// scope is the handshakes of one key, each list by age.
-type scope struct{ silent, heard list.List }
+// scope is the handshakes of one key, those of each stage in the order in which they reached it.
+type scope [stages]list.List
 
-func (s *scope) len() int { return s.silent.Len() + s.heard.Len() }
+func (s *scope) len() (n int) {
+	for i := range s {
+		n += s[i].Len()
+	}
+	return n
+}
 
 // handshake is one in progress, from begin to end.
 type handshake struct {
 	of    *handshakes
 	c     *connection
 	conn  *net.TCPConn
-	since time.Time
 	slots [scopes]slot
-	spoke bool
+	stage stage
+	since time.Time             // when it reached its stage
 	at    [scopes]*list.Element // nil once it has ended
 }
 
@@ -77,7 +92,7 @@ func (h *handshakes) begin(c *connection, conn *net.TCPConn, slots [scopes]slot)
 			s = new(scope)
 			h.scopes[w.key] = s
 		}
-		fresh.at[i] = s.silent.PushBack(fresh)
+		fresh.at[i] = s[silent].PushBack(fresh)
 	}
 	return fresh, nil
 }
@@ -85,7 +100,7 @@ func (h *handshakes) begin(c *connection, conn *net.TCPConn, slots [scopes]slot)
 // victim is the handshake that gives way first, nil when none does.
 func (s *scope) victim() *handshake {
 	for range looks {
-		e := s.silent.Front()
+		e := s[silent].Front()
 		if e == nil {
 			break
 		}
@@ -93,9 +108,9 @@ func (s *scope) victim() *handshake {
 		if !old.unread() {
 			return old
 		}
-		s.silent.MoveToBack(e) // it is we who are late
+		s[silent].MoveToBack(e) // it is we who are late
 	}
-	if e := s.heard.Front(); e != nil {
+	if e := s[answered].Front(); e != nil {
 		if old := e.Value.(*handshake); time.Since(old.since) > slowHandshake {
 			return old
 		}
@@ -114,19 +129,19 @@ func (hs *handshake) unread() bool {
 	return err == nil && n > 0
 }
 
-// heard notes that the peer has said hello.
-func (hs *handshake) heard() {
+// reach notes that the handshake is at a later stage.
+func (hs *handshake) reach(next stage) {
 	hs.of.mu.Lock()
 	defer hs.of.mu.Unlock()
-	if hs.spoke || hs.at[0] == nil {
-		return
-	}
-	hs.spoke = true
 	for i, w := range hs.slots {
+		if hs.at[i] == nil {
+			return
+		}
 		s := hs.of.scopes[w.key]
-		s.silent.Remove(hs.at[i])
-		hs.at[i] = s.heard.PushBack(hs)
+		s[hs.stage].Remove(hs.at[i])
+		hs.at[i] = s[next].PushBack(hs)
 	}
+	hs.stage, hs.since = next, time.Now()
 }
 
 // end gives back the places, unless that is done already.
@@ -142,11 +157,7 @@ func (h *handshakes) remove(hs *handshake) {
 			return
 		}
 		s := h.scopes[w.key]
-		if hs.spoke {
-			s.heard.Remove(hs.at[i])
-		} else {
-			s.silent.Remove(hs.at[i])
-		}
+		s[hs.stage].Remove(hs.at[i])
 		hs.at[i] = nil
 		if s.len() == 0 {
 			delete(h.scopes, w.key)

@@ -102,14 +102,24 @@ func (in *inbound) serve() error {
 // that the TLS alert, which says why, arrives.
 func (in *inbound) authenticate(now *state) (*secureLeg, error) {
 	begin := time.Now()
+	deadline := begin.Add(in.cfg.Limits.Handshake)
 	w, err := newWire(in.conn, in.buffers)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(begin.Add(in.cfg.Limits.Handshake))); err != nil {
+	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(deadline)); err != nil {
 		return nil, fmt.Errorf("set the options of the peer's socket: %w", err)
 	}
-	secure, source, err := now.credentials.Accept(w, in.served.Service, in.handshake.heard)
+	ctx, cancel := context.WithDeadline(in.c.ctx, deadline)
+	defer cancel()
+	done := func() {}
+	defer func() { done() }()
+	secure, source, err := now.credentials.Accept(w, in.served.Service, func() (err error) {
+		in.handshake.reach(heard)
+		done, err = in.turns.take(ctx, answerTurn(in.client.Addr()))
+		w.first = func() { in.handshake.reach(answered); done() }
+		return err
+	})
 	in.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
 	if err != nil {
 		if catalog.ReasonOf(err, "") != catalog.ReasonNoCertificate {

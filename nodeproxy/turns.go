@@ -22,7 +22,7 @@ type line struct {
 	users  int // that have a place or wait for one
 }
 
-// take waits, until ctx ends, for a place in each of wanted. What it returns gives them back, once.
+// take waits, until ctx ends, for a place in each of wanted. release gives them back, once; it is never nil.
 func (t *turns) take(ctx context.Context, wanted ...slot) (release func(), err error) {
 	var held []func()
 	release = sync.OnceFunc(func() {
@@ -34,7 +34,7 @@ func (t *turns) take(ctx context.Context, wanted ...slot) (release func(), err e
 		give, err := t.takeOne(ctx, w)
 		if err != nil {
 			release()
-			return nil, err
+			return release, err
 		}
 		held = append(held, give)
 	}
