@@ -107,8 +107,8 @@ func (in *inbound) authenticate(now *state) (*secureLeg, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(deadline)); err != nil {
-		return nil, fmt.Errorf("set the options of the peer's socket: %w", err)
+	if err := in.conn.SetDeadline(deadline); err != nil {
+		return nil, fmt.Errorf("set the deadline of the handshake: %w", err)
 	}
 	ctx, cancel := context.WithDeadline(in.c.ctx, deadline)
 	defer cancel()
@@ -128,7 +128,7 @@ func (in *inbound) authenticate(now *state) (*secureLeg, error) {
 		return nil, err
 	}
 	in.c.identify(source, in.served.Service)
-	return newSecureLeg(secure, w), in.conn.SetDeadline(time.Time{})
+	return newSecureLeg(secure, w), errors.Join(tune(in.conn), in.conn.SetDeadline(time.Time{}))
 }
 
 // reserve takes the places of an authorised connection.

@@ -148,7 +148,8 @@ func (p *Proxy) certificates(now *state) []admin.Certificate {
 		}
 		cert.Identity = now.snap.Identity(service).String()
 		if leaf := now.snap.Leaves[service]; leaf != nil && leaf.Leaf != nil {
-			cert.NotAfter = leaf.Leaf.NotAfter
+			cert.Serial = fmt.Sprintf("%X", leaf.Leaf.SerialNumber)
+			cert.NotBefore, cert.NotAfter = leaf.Leaf.NotBefore, leaf.Leaf.NotAfter
 		}
 		if _, err := now.credentials.Leaf(service); err != nil {
 			cert.Error = err.Error()

@@ -165,10 +165,12 @@ type Instance struct {
 
 // Certificate is the leaf of one local service.
 type Certificate struct {
-	Service  string    `json:"service"`
-	Identity string    `json:"identity"`
-	NotAfter time.Time `json:"not_after"`
-	Error    string    `json:"error,omitempty"`
+	Service   string    `json:"service"`
+	Identity  string    `json:"identity"`
+	Serial    string    `json:"serial,omitempty"` // in hexadecimal, as openssl shows it
+	NotBefore time.Time `json:"not_before"`
+	NotAfter  time.Time `json:"not_after"`
+	Error     string    `json:"error,omitempty"`
 }
 
 // Kernel is what is pinned.
