@@ -91,6 +91,11 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	case !slices.ContainsFunc(candidates, usable):
 		add("no instance of %q is healthy and speaks mTLS: see its checks, and whether it is enrolled on its node", to.Service.Name)
 	}
+	for _, a := range p.cfg.Kernel.Applications() {
+		if a.Err != nil && slices.ContainsFunc(candidates, func(inst *catalog.Instance) bool { return inst.Local && inst.ID == a.Instance }) {
+			missing = append(missing, a.Err.Error())
+		}
+	}
 	if len(to.Service.Virtual) == 0 && to.Instance == nil {
 		add("%q has no virtual IP: dial the address of an instance", to.Service.Name)
 	}

@@ -173,6 +173,15 @@ type Certificate struct {
 	Error     string    `json:"error,omitempty"`
 }
 
+// Application is where the connections of a local instance are delivered to.
+type Application struct {
+	Service  string `json:"service"`
+	Instance string `json:"instance"`
+	Workload string `json:"workload"`
+	Target   string `json:"target,omitempty"` // an address, or the path of a unix socket
+	Error    string `json:"error,omitempty"`  // why nothing would be delivered now
+}
+
 // Kernel is what is pinned.
 type Kernel struct {
 	Pins      string      `json:"pins"`
