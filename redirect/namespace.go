@@ -199,8 +199,8 @@ func (ns *Namespace) listen(kind outboundListenerKind) ([]*net.TCPListener, erro
 }
 
 // inboundBacklog is how many connections of peers wait to be accepted, at most. A peer waits no longer than for its
-// handshake: behind thousands of a stranger's it would be gone when its turn comes, while a SYN that was dropped comes again.
-const inboundBacklog = 1024
+// handshake: behind a thousand of a stranger's it would be gone when its turn comes, while a SYN that was dropped comes again.
+const inboundBacklog = 512
 
 func (ns *Namespace) listenOne(network, addr string, kind outboundListenerKind) (*net.TCPListener, error) {
 	var ln net.Listener
