@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"syscall"
 	"time"
@@ -96,8 +97,8 @@ type dialer struct {
 	to     catalog.Destination
 }
 
-// The pauses before all instances are tried again, because one of them has reset the connection: it is busy, or its
-// proxy is being restarted.
+// The pauses before all instances are tried again, because one of them has reset the connection or left the handshake
+// unanswered: it is busy, or its proxy is being restarted.
 var busyPauses = []time.Duration{50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond}
 
 // connect tries one instance after the other until a handshake succeeds: nothing of the application has been passed on
@@ -213,9 +214,9 @@ func (d *dialer) pause(pause time.Duration) {
 	}
 }
 
-// isBusy says whether a peer ended the connection before or during the handshake without saying why.
+// isBusy says whether a peer ended the connection before or during the handshake without saying why, or did not answer.
 func isBusy(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // isOurs says whether a dial failed because of this node and not because of the instance: another would fail as well.
