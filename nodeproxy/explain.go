@@ -3,6 +3,7 @@ package nodeproxy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
@@ -94,7 +95,18 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	} else if _, err := now.credentials.Leaf(source); err != nil {
 		missing = append(missing, err.Error())
 	}
-	return append(missing, missingOf(to)...)
+	return append(append(missing, missingOf(to)...), p.deaf(to)...)
+}
+
+// deaf lists the instances of this node that may be chosen and whose applications delivery would not reach.
+func (p *Proxy) deaf(to catalog.Destination) []string {
+	var missing []string
+	for _, a := range p.cfg.Kernel.Applications() {
+		if a.Err != nil && slices.ContainsFunc(to.Route().Preferred().Instances, func(inst *catalog.Instance) bool { return inst.Local && inst.ID == a.Instance }) {
+			missing = append(missing, a.Err.Error())
+		}
+	}
+	return missing
 }
 
 // missingOf lists what would make a connection to a destination fail, whoever makes it.

@@ -135,6 +135,10 @@ func (k *fakeKernel) deliveries() int {
 	return k.delivered
 }
 
+func (k *fakeKernel) Applications() []workload.Application {
+	return []workload.Application{{Service: "web", Instance: "web-1", Cgroup: "/cg/web", Target: "127.0.0.1:80", Err: errors.New("nothing listens")}}
+}
+
 func (k *fakeKernel) State() workload.State {
 	return workload.State{Workloads: []workload.WorkloadState{{
 		Workload: &workload.Workload{ID: 7, Service: "web", Cgroup: "/cg/web", Provider: "config"}, State: "protected",

@@ -29,11 +29,11 @@ func (p *Proxy) ServeInbound(ns *workload.Namespace, ln *net.TCPListener) {
 // inbound is one connection of a Connect peer.
 type inbound struct {
 	*Proxy
-	c             *connection
-	conn          *net.TCPConn
-	client        netip.AddrPort
-	served        *workload.Served
-	handshakeDone func()
+	c         *connection
+	conn      *net.TCPConn
+	client    netip.AddrPort
+	served    *workload.Served
+	handshake *handshake
 }
 
 // admitInbound finds out which instance conn is for, by its local address, and takes a place among the handshakes in
@@ -58,12 +58,12 @@ func (p *Proxy) admitInbound(c *connection, ns *workload.Namespace, conn *net.TC
 		return nil, err
 	}
 	c.onEnd(whole)
-	handshake, err := p.slots.take(p.cfg.Limits.handshakeSlots(served.Instance, client.Addr())...)
+	handshake, err := p.handshakes.begin(c, conn, p.cfg.Limits.handshakeSlots(served.Instance, client.Addr()))
 	if err != nil {
 		return nil, err
 	}
-	c.onEnd(handshake)
-	return &inbound{Proxy: p, c: c, conn: conn, client: client, served: served, handshakeDone: handshake}, nil
+	c.onEnd(handshake.end)
+	return &inbound{Proxy: p, c: c, conn: conn, client: client, served: served, handshake: handshake}, nil
 }
 
 func addrPort(addr net.Addr) netip.AddrPort {
@@ -81,11 +81,11 @@ func (in *inbound) serve() error {
 	if now == nil {
 		return notReady()
 	}
-	peer, err := in.handshake(now)
+	peer, err := in.authenticate(now)
 	if err != nil {
 		return err
 	}
-	in.handshakeDone()
+	in.handshake.end()
 	if err := in.authorize(in.c); err != nil {
 		return err
 	}
@@ -102,18 +102,28 @@ func (in *inbound) serve() error {
 	return in.relay(in.c, application, peer)
 }
 
-// handshake authenticates the peer and notes who it is. When it fails the connection is closed in order and not reset, so
+// authenticate does the handshake and notes who the peer is. When it fails the connection is closed in order and not reset, so
 // that the TLS alert, which says why, arrives.
-func (in *inbound) handshake(now *state) (*secureLeg, error) {
+func (in *inbound) authenticate(now *state) (*secureLeg, error) {
 	begin := time.Now()
+	deadline := begin.Add(in.cfg.Limits.Handshake)
 	w, err := newWire(in.conn, in.buffers)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(begin.Add(in.cfg.Limits.Handshake))); err != nil {
-		return nil, fmt.Errorf("set the options of the peer's socket: %w", err)
+	if err := in.conn.SetDeadline(deadline); err != nil {
+		return nil, fmt.Errorf("set the deadline of the handshake: %w", err)
 	}
-	secure, source, err := now.credentials.Accept(w, in.served.Service)
+	ctx, cancel := context.WithDeadline(in.c.ctx, deadline)
+	defer cancel()
+	done := func() {}
+	defer func() { done() }()
+	secure, source, err := now.credentials.Accept(w, in.served.Service, func() (err error) {
+		in.handshake.reach(heard)
+		done, err = in.turns.take(ctx, answerTurn(in.client.Addr()))
+		w.first = func() { in.handshake.reach(answered); done() }
+		return err
+	})
 	in.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
 	if err != nil {
 		if catalog.ReasonOf(err, "") != catalog.ReasonNoCertificate {
@@ -122,7 +132,7 @@ func (in *inbound) handshake(now *state) (*secureLeg, error) {
 		return nil, err
 	}
 	in.c.identify(source, in.served.Service)
-	return newSecureLeg(secure, w), in.conn.SetDeadline(time.Time{})
+	return newSecureLeg(secure, w), errors.Join(tune(in.conn), in.conn.SetDeadline(time.Time{}))
 }
 
 // reserve takes the places of an authorised connection.

@@ -37,6 +37,9 @@ type Kernel interface {
 	// The connection is a *net.TCPConn or a *net.UnixConn. Refusals: not-the-workloads, delivery-failed.
 	Deliver(ctx context.Context, s *workload.Served, client netip.AddrPort) (net.Conn, error)
 
+	// Applications says of each local instance that a workload serves whether it would be delivered to now.
+	Applications() []workload.Application
+
 	// State is what status shows of workloads, refused claims and pins.
 	State() workload.State
 }

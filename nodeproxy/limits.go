@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
 
@@ -20,7 +21,9 @@ type Limits struct {
 	PerWorkload int
 
 	// Handshakes bounds the inbound handshakes in progress of one local instance; 0 is a quarter of PerWorkload. One
-	// client address may have half of them, and all instances together a quarter of Connections.
+	// client address may have half of them, and all instances together a quarter of Connections. It also bounds those that
+	// this node begins with one instance anywhere: half of it, so that a peer with the same limits never refuses one, and
+	// a sixteenth for each workload. What is above waits.
 	Handshakes int
 
 	Handshake time.Duration // for a whole TLS handshake, either direction
@@ -130,12 +133,27 @@ func (l *Limits) outboundSlots(workload uint32) []slot {
 	}
 }
 
-func (l *Limits) handshakeSlots(instance string, client netip.Addr) []slot {
+func (l *Limits) handshakeSlots(instance string, client netip.Addr) [scopes]slot {
 	const what = "handshakes in progress"
-	return []slot{
+	return [scopes]slot{
 		{slotKey{what: what}, max(1, l.Connections/4)},
 		{slotKey{what: what, instance: instance}, l.handshakes()},
 		{slotKey{what: what, instance: instance, client: client}, max(1, l.handshakes()/2)},
+	}
+}
+
+// answerTurn is what an inbound handshake waits for before the costly part: those of one client address leave processors
+// to the others and to accepting.
+func answerTurn(client netip.Addr) slot {
+	return slot{slotKey{what: "inbound handshakes being answered", client: client}, runtime.GOMAXPROCS(0)}
+}
+
+// dialTurns are what an outbound handshake waits for, one after the other: a workload that opens many waits for itself.
+func (l *Limits) dialTurns(workload uint32, instance string) []slot {
+	const what = "outbound handshakes in progress"
+	return []slot{
+		{slotKey{what: what, workload: workload, instance: instance}, max(1, l.handshakes()/16)},
+		{slotKey{what: what, instance: instance}, max(1, l.handshakes()/2)},
 	}
 }
 

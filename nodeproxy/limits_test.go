@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -78,17 +80,13 @@ func TestMaxInboundConnections(t *testing.T) {
 	}
 }
 
-func TestSlowHandshakesMeetTheirCapAndSpareOthers(t *testing.T) {
+func TestSilentHandshakesGiveWayToOthersOfTheirAddress(t *testing.T) {
 	m := newMesh(t, func(c *Config, _ *fakeKernel) { c.Limits.Handshakes = 8 })
 	a := m.app()
-	flooded := m.instance("api", "api-1", m.silent().String()).Mesh
-	m.instance("web", "web-1", a.addr())
+	flooded := m.instance("api", "api-1", a.addr()).Mesh
 	m.publish()
 	for range 50 { // connected, and silent
-		conn, err := net.DialTimeout("tcp", flooded.String(), patience)
-		if err == nil {
-			m.owned(conn)
-		}
+		m.dial(flooded.String())
 	}
 	// One address may have half of the eight.
 	denied := m.events.waitN(t, "capacity", 46, is(admin.EventDenied, admin.Inbound))
@@ -98,11 +96,116 @@ func TestSlowHandshakesMeetTheirCapAndSpareOthers(t *testing.T) {
 		}
 	}
 	eventually(t, "four handshakes in progress", func() bool { return m.proxy.live.len() == 4 })
-	for range 10 {
-		client := m.dial(m.origin(netip.AddrPortFrom(vip["web"], 80)))
+	for range 10 { // from the same address, as the places stay taken
+		client := m.peer(flooded, m.leaf("web"))
 		say(t, client, "x")
 		hear(t, a.accept(), "x")
+		m.dial(flooded.String())
 	}
+}
+
+func TestOfHandshakesInProgressOnlyThosePeersGiveWayThatTakeTheirTime(t *testing.T) {
+	h := handshakes{scopes: make(map[slotKey]*scope)}
+	l := Limits{Connections: 100, Handshakes: 4}
+	begin := func(client string) (*handshake, error) {
+		near, far := tcpPair(t)
+		t.Cleanup(func() { far.Close() })
+		return h.begin(newConnection(1, admin.Inbound), near, l.handshakeSlots("api-1", netip.MustParseAddr(client)))
+	}
+	must := func(hs *handshake, err error) *handshake {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return hs
+	}
+	inProgress := func(hs *handshake) bool { return hs.c.ctx.Err() == nil }
+	first, second := must(begin("10.0.0.1")), must(begin("10.0.0.1"))
+	first.reach(heard)
+	second.reach(heard)
+	second.reach(answered)
+	if _, err := begin("10.0.0.1"); catalog.ReasonOf(err, "") != catalog.ReasonCapacity || !inProgress(first) || !inProgress(second) {
+		t.Errorf("got %v for a third of one address, while two have said hello", err)
+	}
+	second.since = second.since.Add(-2 * slowHandshake)
+	third := must(begin("10.0.0.1"))
+	if !inProgress(first) || inProgress(second) {
+		t.Error("the one whose peer takes its time should have given way")
+	}
+	must(begin("10.0.0.2"))
+	must(begin("10.0.0.2")) // the instance is full
+	must(begin("10.0.0.3"))
+	if !inProgress(first) || inProgress(third) {
+		t.Error("the oldest silent one of the instance should have given way")
+	}
+	for _, hs := range []*handshake{second, third} {
+		hs.end() // a second time
+		hs.reach(heard)
+	}
+	if n := h.scopes[l.handshakeSlots("api-1", netip.Addr{})[1].key].len(); n != 4 {
+		t.Errorf("%d handshakes are counted, want 4", n)
+	}
+}
+
+func TestAnUnreadHelloDoesNotGiveWay(t *testing.T) {
+	h := handshakes{scopes: make(map[slotKey]*scope)}
+	l := Limits{Connections: 100, Handshakes: 2}
+	near, far := tcpPair(t)
+	defer far.Close()
+	begin := func() error {
+		_, err := h.begin(newConnection(1, admin.Inbound), near, l.handshakeSlots("api-1", netip.MustParseAddr("10.0.0.1")))
+		return err
+	}
+	say(t, far, "hello")
+	eventually(t, "the hello is here", func() bool { return (&handshake{conn: near}).unread() })
+	if err := begin(); err != nil {
+		t.Fatal(err)
+	}
+	if err := begin(); catalog.ReasonOf(err, "") != catalog.ReasonCapacity {
+		t.Errorf("got %v while the only other one waits for us", err)
+	}
+}
+
+func TestAWorkloadsHandshakesWaitForEachOtherAndNotForTheNeighbours(t *testing.T) {
+	open := make(chan struct{})
+	var dialing atomic.Int32
+	m := newMesh(t, func(c *Config, k *fakeKernel) {
+		c.Limits.Handshakes, c.Limits.Connect = 32, 500*time.Millisecond // two at once for each workload
+		k.dial = func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
+			dialing.Add(1)
+			select {
+			case <-open:
+			case <-t.Context().Done():
+			}
+			return dialTCP(t.Context(), to.String())
+		}
+	})
+	a := m.app()
+	m.instance("api", "api-1", a.addr())
+	m.next.Leaves["batch"] = m.leaf("batch")
+	m.publish()
+	hog := m.originOf(7, apiVIP())
+	for range 5 {
+		m.dial(hog)
+	}
+	for _, e := range m.events.waitN(t, "refused", 3, is(admin.EventDenied, admin.Outbound)) {
+		if e.Reason != catalog.ReasonCapacity || !strings.Contains(e.Detail, "turn") {
+			t.Errorf("%+v", e)
+		}
+	}
+	if n := dialing.Load(); n != 2 {
+		t.Errorf("%d connections of one workload are dialled at once, want 2", n)
+	}
+	neighbour := m.dial(m.originOf(8, apiVIP()))
+	eventually(t, "the neighbour is dialled for", func() bool { return dialing.Load() == 3 })
+	close(open)
+	say(t, neighbour, "x")
+	m.events.waitN(t, "open", 3, is(admin.EventOpen, admin.Outbound))
+	eventually(t, "nothing is held", func() bool {
+		m.proxy.turns.mu.Lock()
+		defer m.proxy.turns.mu.Unlock()
+		return len(m.proxy.turns.lines) == 0
+	})
 }
 
 func TestASlowHandshakeEndsAtItsDeadline(t *testing.T) {

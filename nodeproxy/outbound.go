@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -143,6 +144,10 @@ func (d *dialer) reserve() error {
 	return nil
 }
 
+// The pauses before all instances are tried again, because one of them has reset the connection or left the handshake
+// unanswered: it is busy, or its proxy is being restarted.
+var busyPauses = []time.Duration{50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond}
+
 // connect tries one instance after the other until a handshake succeeds, those of the next target when none is left in
 // one: nothing of the application has been passed on yet. After two connect timeouts no further attempt is begun.
 func (d *dialer) connect() (*secureLeg, error) {
@@ -152,8 +157,13 @@ func (d *dialer) connect() (*secureLeg, error) {
 	begin := time.Now()
 	var tried []*catalog.Instance
 	var errs []error
-	for len(tried) == 0 || time.Since(begin) < 2*d.timeout() {
+	for pauses := busyPauses; d.target == nil || time.Since(begin) < 2*d.timeout(); {
 		target, inst, done := d.choose(tried)
+		if inst == nil && len(pauses) > 0 && slices.ContainsFunc(errs, isBusy) {
+			d.pause(pauses[0])
+			pauses, tried, errs = pauses[1:], nil, nil
+			continue
+		}
 		if inst == nil {
 			break
 		}
@@ -219,8 +229,13 @@ func (d *dialer) attempt(target *catalog.Target, inst *catalog.Instance) (*secur
 	return d.dial(inst)
 }
 
-// dial connects to inst from the caller's namespace and does the handshake.
+// dial connects to inst from the caller's namespace and does the handshake, when it is this connection's turn.
 func (d *dialer) dial(inst *catalog.Instance) (*secureLeg, error) {
+	done, err := d.wait(inst)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	ctx, cancel := context.WithTimeout(d.c.ctx, d.timeout())
 	defer cancel()
 	conn, err := d.cfg.Kernel.Dial(ctx, d.origin.Namespace, inst.Mesh)
@@ -242,6 +257,14 @@ func (d *dialer) dial(inst *catalog.Instance) (*secureLeg, error) {
 	return peer, nil
 }
 
+// wait waits for a turn to do a handshake with inst, as long as for a connection.
+func (d *dialer) wait(inst *catalog.Instance) (done func(), err error) {
+	timeout := d.timeout()
+	ctx, cancel := context.WithTimeoutCause(d.c.ctx, timeout, fmt.Errorf("no turn within %s", timeout))
+	defer cancel()
+	return d.turns.take(ctx, d.cfg.Limits.dialTurns(d.origin.Workload.ID, inst.Node+"/"+inst.ID)...)
+}
+
 func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
 	begin := time.Now()
 	w, err := newWire(conn, d.buffers)
@@ -257,6 +280,19 @@ func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
 		return nil, err
 	}
 	return newSecureLeg(secure, w), conn.SetDeadline(time.Time{})
+}
+
+// pause waits, or until the connection is cut off.
+func (d *dialer) pause(pause time.Duration) {
+	select {
+	case <-time.After(pause):
+	case <-d.c.ctx.Done():
+	}
+}
+
+// isBusy says whether a peer ended the connection before or during the handshake without saying why, or did not answer.
+func isBusy(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // isOurs says whether a dial failed because of this node and not because of the instance: another would fail as well.

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -55,6 +56,24 @@ func TestNextInstanceIsTriedBeforeTheFirstByte(t *testing.T) {
 			t.Errorf("%+v", e)
 		}
 	}
+}
+
+func TestAPeerThatResetsTheHandshakeIsTriedAgain(t *testing.T) {
+	var resets atomic.Int32
+	m := newMesh(t, func(_ *Config, k *fakeKernel) {
+		k.dial = func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
+			if resets.Add(1) <= 3 {
+				return nil, &net.OpError{Op: "dial", Err: syscall.ECONNRESET}
+			}
+			return dialTCP(ctx, to.String())
+		}
+	})
+	a := m.app()
+	m.instance("api", "api-1", a.addr())
+	m.publish()
+	client := m.dial(m.origin(apiVIP()))
+	say(t, client, "hello")
+	hear(t, a.accept(), "hello")
 }
 
 func TestAFailedInstanceIsEjected(t *testing.T) {

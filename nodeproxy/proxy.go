@@ -50,13 +50,15 @@ func (c *Config) validate() error {
 
 // Proxy is the data path of one node. It implements workload.Handler.
 type Proxy struct {
-	cfg      Config
-	started  time.Time
-	gate     gate
-	slots    slots
-	balancer *balancer
-	buffers  *buffers
-	live     table
+	cfg        Config
+	started    time.Time
+	gate       gate
+	slots      slots
+	handshakes handshakes // inbound
+	turns      turns      // of outbound handshakes
+	balancer   *balancer
+	buffers    *buffers
+	live       table
 
 	connections sync.WaitGroup // one for each connection in live
 	lastID      atomic.Uint64
@@ -79,13 +81,15 @@ func New(cfg Config) (*Proxy, error) {
 		return nil, err
 	}
 	return &Proxy{
-		cfg:      cfg,
-		started:  time.Now(),
-		slots:    slots{taken: make(map[slotKey]int)},
-		balancer: newBalancer(cfg.PreferLocal),
-		buffers:  newBuffers(),
-		live:     table{live: make(map[uint64]*connection)},
-		offers:   make(chan *catalog.Snapshot, 1),
+		cfg:        cfg,
+		started:    time.Now(),
+		slots:      slots{taken: make(map[slotKey]int)},
+		handshakes: handshakes{scopes: make(map[slotKey]*scope)},
+		turns:      turns{lines: make(map[slotKey]*line)},
+		balancer:   newBalancer(cfg.PreferLocal),
+		buffers:    newBuffers(),
+		live:       table{live: make(map[uint64]*connection)},
+		offers:     make(chan *catalog.Snapshot, 1),
 	}, nil
 }
 

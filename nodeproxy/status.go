@@ -57,6 +57,19 @@ func (p *Proxy) Connections() []admin.Connection {
 	return open
 }
 
+// Applications is what GET /v1/applications shows.
+func (p *Proxy) Applications() []admin.Application {
+	list := []admin.Application{}
+	for _, a := range p.cfg.Kernel.Applications() {
+		s := admin.Application{Service: a.Service, Instance: a.Instance, Workload: a.Cgroup, Target: a.Target}
+		if a.Err != nil {
+			s.Error = a.Err.Error()
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
 // Status is everything that GET /v1/status shows. Its lists are empty, never nil, and sorted.
 func (p *Proxy) Status() admin.Status {
 	kernel := p.cfg.Kernel.State()
@@ -161,7 +174,8 @@ func (p *Proxy) certificates(now *state) []admin.Certificate {
 		}
 		cert.Identity = now.snap.Identity(service).String()
 		if leaf := now.snap.Leaves[service]; leaf != nil && leaf.Leaf != nil {
-			cert.NotAfter = leaf.Leaf.NotAfter
+			cert.Serial = fmt.Sprintf("%X", leaf.Leaf.SerialNumber)
+			cert.NotBefore, cert.NotAfter = leaf.Leaf.NotBefore, leaf.Leaf.NotAfter
 		}
 		if _, err := now.credentials.Leaf(service); err != nil {
 			cert.Error = err.Error()

@@ -27,6 +27,7 @@ type wire struct {
 	polling bool // an empty Read returns os.ErrDeadlineExceeded instead of waiting: fill waits
 
 	mu     sync.Mutex
+	first  func() // called before the first Write, if not nil
 	corked bool
 	out    *buffer // nil when pending is 0
 	queued int
@@ -87,6 +88,10 @@ func (w *wire) SetWriteDeadline(t time.Time) error {
 func (w *wire) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.first != nil {
+		w.first()
+		w.first = nil
+	}
 	if !w.corked {
 		return w.send(p)
 	}

@@ -188,7 +188,7 @@ func (ns *Namespace) listen(kind outboundListenerKind) ([]*net.TCPListener, erro
 		network, addr string
 		family        uint32
 	}{{"tcp4", "127.0.0.1:0", unix.AF_INET}, {"tcp6", "[::1]:0", unix.AF_INET6}} {
-		ln, err := ns.listenOne(at.network, at.addr)
+		ln, err := ns.listenOne(at.network, at.addr, kind)
 		if at.family == unix.AF_INET6 && (errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT)) {
 			continue
 		}
@@ -203,18 +203,36 @@ func (ns *Namespace) listen(kind outboundListenerKind) ([]*net.TCPListener, erro
 	return lns, nil
 }
 
-func (ns *Namespace) listenOne(network, addr string) (*net.TCPListener, error) {
+// inboundBacklog is how many connections of peers wait to be accepted, at most. A peer waits no longer than for its
+// handshake: behind a thousand of a stranger's it would be gone when its turn comes, while a SYN that was dropped comes again.
+const inboundBacklog = 512
+
+func (ns *Namespace) listenOne(network, addr string, kind outboundListenerKind) (*net.TCPListener, error) {
 	var ln net.Listener
 	err := ns.Do(func() (err error) {
-		var lc net.ListenConfig
-		lc.SetMultipathTCP(false) // a SOCKHASH takes plain TCP sockets only
+		lc := net.ListenConfig{KeepAlive: -1} // whoever serves a connection sets it; most of a flood never comes so far
+		lc.SetMultipathTCP(false)             // a SOCKHASH takes plain TCP sockets only
 		ln, err = lc.Listen(context.Background(), network, addr)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return ln.(*net.TCPListener), nil
+	tcp := ln.(*net.TCPListener)
+	if kind == outboundListenerKindLISTENER_INBOUND {
+		err = limitBacklog(tcp)
+	}
+	return tcp, err
+}
+
+func limitBacklog(ln *net.TCPListener) error {
+	raw, err := ln.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var errListen error
+	err = raw.Control(func(fd uintptr) { errListen = unix.Listen(int(fd), inboundBacklog) })
+	return errors.Join(err, errListen)
 }
 
 func (ns *Namespace) showListener(ln *net.TCPListener, key outboundListenerKey) error {

@@ -54,6 +54,7 @@ type backend struct {
 	err         error
 }
 
+func (b *backend) Applications() []admin.Application              { return []admin.Application{} }
 func (b *backend) Status() admin.Status                           { return b.status }
 func (b *backend) Explain(_, _ string) (admin.Explanation, error) { return b.explanation, b.err }
 func (b *backend) Connections() []admin.Connection                { return b.live }

@@ -46,6 +46,13 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 	return &s, c.ask(ctx, http.MethodGet, "/v1/status", nil, &s)
 }
 
+// Applications says where each local instance is delivered to, and what is wrong with that now.
+func (c *Client) Applications(ctx context.Context) ([]Application, error) {
+	var all []Application
+	err := c.ask(ctx, http.MethodGet, "/v1/applications", nil, &all)
+	return all, err
+}
+
 // Explain says whether source may connect to destination, and why.
 func (c *Client) Explain(ctx context.Context, source, destination string) (*Explanation, error) {
 	var e Explanation

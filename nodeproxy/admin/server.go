@@ -44,6 +44,8 @@ func (e *classified) Unwrap() []error { return []error{e.err, e.as} }
 // Backend is the daemon as the API sees it. Its methods may be called concurrently.
 type Backend interface {
 	Status() Status
+	// Applications looks at the listeners of each local instance; it connects to none.
+	Applications() []Application
 	Explain(source, destination string) (Explanation, error)
 	// Enroll returns when the claim is granted; the workload may be protected only later.
 	Enroll(ctx context.Context, req EnrollRequest) error
@@ -72,7 +74,7 @@ func (c *ServerConfig) validate() error {
 	return nil
 }
 
-// Server is the API on its unix socket: GET /v1/status, /v1/trace and /v1/explain, POST /v1/enroll and /v1/unenroll.
+// Server is the API on its unix socket: GET /v1/status, /v1/applications, /v1/trace and /v1/explain, POST /v1/enroll and /v1/unenroll.
 // Every error is {"error": "..."}.
 type Server struct {
 	cfg    ServerConfig
@@ -141,11 +143,12 @@ func (s *Server) Handler() http.Handler {
 		method string
 		serve  func(http.ResponseWriter, *http.Request) error
 	}{
-		"/v1/status":   {http.MethodGet, s.status},
-		"/v1/trace":    {http.MethodGet, s.trace},
-		"/v1/explain":  {http.MethodGet, s.explain},
-		"/v1/enroll":   {http.MethodPost, s.enroll},
-		"/v1/unenroll": {http.MethodPost, s.unenroll},
+		"/v1/status":       {http.MethodGet, s.status},
+		"/v1/applications": {http.MethodGet, s.applications},
+		"/v1/trace":        {http.MethodGet, s.trace},
+		"/v1/explain":      {http.MethodGet, s.explain},
+		"/v1/enroll":       {http.MethodPost, s.enroll},
+		"/v1/unenroll":     {http.MethodPost, s.unenroll},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -171,6 +174,13 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return writeJSON(w, s.cfg.Backend.Status())
+}
+
+func (s *Server) applications(w http.ResponseWriter, r *http.Request) error {
+	if _, err := query(r); err != nil {
+		return err
+	}
+	return writeJSON(w, s.cfg.Backend.Applications())
 }
 
 func (s *Server) explain(w http.ResponseWriter, r *http.Request) error {

@@ -31,6 +31,8 @@ type fakeBackend struct {
 
 func (b *fakeBackend) Status() Status { return b.status }
 
+func (b *fakeBackend) Applications() []Application { return []Application{} }
+
 func (b *fakeBackend) Explain(source, destination string) (Explanation, error) {
 	if source == "nobody" {
 		return Explanation{}, fmt.Errorf("service %q: %w", source, ErrNotFound)

@@ -200,10 +200,21 @@ type Instance struct {
 
 // Certificate is the leaf of one local service.
 type Certificate struct {
-	Service  string    `json:"service"`
-	Identity string    `json:"identity"`
-	NotAfter time.Time `json:"not_after"`
-	Error    string    `json:"error,omitempty"`
+	Service   string    `json:"service"`
+	Identity  string    `json:"identity"`
+	Serial    string    `json:"serial,omitempty"` // in hexadecimal, as openssl shows it
+	NotBefore time.Time `json:"not_before"`
+	NotAfter  time.Time `json:"not_after"`
+	Error     string    `json:"error,omitempty"`
+}
+
+// Application is where the connections of a local instance are delivered to.
+type Application struct {
+	Service  string `json:"service"`
+	Instance string `json:"instance"`
+	Workload string `json:"workload"`
+	Target   string `json:"target,omitempty"` // an address, or the path of a unix socket
+	Error    string `json:"error,omitempty"`  // why nothing would be delivered now
 }
 
 // Kernel is what is pinned.

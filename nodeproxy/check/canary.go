@@ -19,6 +19,7 @@ import (
 //
 //   - as the workload, to an address that the daemon redirects and that belongs to no service. It went the way into the mesh
 //     if the daemon's own trace names the process and the workload.
+//   - by the daemon, which looks whether the workload listens where its instances are delivered to.
 //   - as a stranger, in plaintext to the workload's strict ports: they must refuse it, and the trace must say why.
 //   - as a stranger without a certificate, to the mTLS address of its instances, which must show the service's certificate.
 //
@@ -28,11 +29,16 @@ func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) [
 	if status.Stopping {
 		return []Result{failed("canaries", "not tried: the daemon is stopping, and new connections are refused: start it again")}
 	}
+	applications, err := client.Applications(ctx)
+	if err != nil {
+		return []Result{failed("canaries", "ask where instances are delivered to: %s", err)}
+	}
 	var results []Result
 	for i := range status.Workloads {
 		if w := &status.Workloads[i]; w.State == "protected" && w.Processes > 0 && ctx.Err() == nil {
 			c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Service)}
 			results = append(results, c.run(ctx)...)
+			results = append(results, c.applications(applications)...)
 		}
 	}
 	return results
@@ -217,6 +223,21 @@ func (c *canary) inbound(ctx context.Context, p place) []Result {
 			results = append(results, c.judgePlaintext(o, c.await(ctx, func(e *admin.Connection) bool {
 				return e.Direction == admin.Inbound && e.Reason == catalog.ReasonPlaintext && e.Destination.Address == o.To.String()
 			})))
+		}
+	}
+	return results
+}
+
+// applications says whether the workload listens where the daemon would deliver.
+func (c *canary) applications(all []admin.Application) []Result {
+	var results []Result
+	for _, a := range all {
+		switch {
+		case a.Workload != c.workload.Cgroup:
+		case a.Error != "":
+			results = append(results, failed(c.name, "application: %s", a.Error))
+		default:
+			results = append(results, ok(c.name, "application: it listens at %s, where instance %s is delivered to", a.Target, a.Instance))
 		}
 	}
 	return results

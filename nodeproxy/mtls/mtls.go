@@ -52,11 +52,12 @@ func (c *Credentials) Leaf(service string) (*tls.Certificate, error) {
 }
 
 // Accept does the server's side of the handshake on conn for the local service that its local address selected, and
-// returns who the peer is. The caller sets a deadline, and closes conn on error: the alert has been sent by then.
+// returns who the peer is. It calls heard when the client's first message has arrived whole, before the costly part; an
+// error of heard ends the handshake. The caller sets a deadline, and closes conn on error: the alert has been sent by then.
 //
 // Errors are *catalog.Refusal: ReasonNoCertificate before anything is read, ReasonPeerIdentity for a client certificate
 // that is not one of this mesh's services, ReasonHandshakeFailed for all else, an SNI of another service among it.
-func (c *Credentials) Accept(conn net.Conn, service string) (*tls.Conn, policy.Identity, error) {
+func (c *Credentials) Accept(conn net.Conn, service string, heard func() error) (*tls.Conn, policy.Identity, error) {
 	leaf, err := c.Leaf(service)
 	if err != nil {
 		return nil, policy.Identity{}, err
@@ -65,7 +66,10 @@ func (c *Credentials) Accept(conn net.Conn, service string) (*tls.Conn, policy.I
 	config := base(leaf, c.snap.TLS.Incoming)
 	config.ClientAuth = tls.RequireAnyClientCert // verified in VerifyConnection, which knows the reason
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-		return nil, c.checkSNI(hello.ServerName, service)
+		if err := c.checkSNI(hello.ServerName, service); err != nil {
+			return nil, err
+		}
+		return nil, heard()
 	}
 	config.VerifyConnection = func(state tls.ConnectionState) (err error) {
 		peer, err = c.verify(state, x509.ExtKeyUsageClientAuth)

@@ -77,7 +77,7 @@ type accepted struct {
 func accept(c *mtls.Credentials, conn net.Conn) <-chan accepted {
 	result := make(chan accepted, 1)
 	go func() {
-		secure, peer, err := c.Accept(conn, "api")
+		secure, peer, err := c.Accept(conn, "api", func() error { return nil })
 		if err != nil {
 			conn.Close()
 		}
@@ -347,7 +347,7 @@ func TestNoValidLeafOfOurOwn(t *testing.T) {
 	for name, leaves := range map[string]map[string]*tls.Certificate{"missing": nil, "expired": {"api": expired}} {
 		t.Run(name, func(t *testing.T) {
 			c := credentials(t, []*mtlstest.Authority{root}, leaves)
-			_, _, err := c.Accept(nil, "api") // nil: nothing may be read or sent
+			_, _, err := c.Accept(nil, "api", func() error { return nil }) // nil: nothing may be read or sent
 			wantReason(t, err, catalog.ReasonNoCertificate, `"api"`)
 			_, err = c.Connect(nil, "api", &catalog.Target{Service: "web"})
 			wantReason(t, err, catalog.ReasonNoCertificate, `"api"`)

@@ -55,6 +55,15 @@ type Workload struct {
 	Mode     Mode
 }
 
+// Application is where the connections of a local instance are delivered to, and whether that would succeed now.
+type Application struct {
+	Service  string
+	Instance string
+	Cgroup   string // of a workload that serves it
+	Target   string // an address, or the path of a unix socket
+	Err      error  // nil: a listener of the workload's own is there
+}
+
 // Namespace is a network namespace in which the daemon listens for workloads.
 type Namespace struct {
 	Cookie uint64 // SO_NETNS_COOKIE

@@ -39,10 +39,14 @@ acl {
 `
 
 // Binary finds the Consul that the Makefile builds, once per version, outside the repository.
-func Binary() (string, error) { return tool("consul", "tools/go.mod", "github.com/hashicorp/consul ", "consul") }
+func Binary() (string, error) {
+	return tool("consul", "tools/go.mod", "github.com/hashicorp/consul ", "consul")
+}
 
 // Native finds the peer with Consul's own library, beside it.
-func Native() (string, error) { return tool("consul", "tools/go.mod", "github.com/hashicorp/consul ", "native") }
+func Native() (string, error) {
+	return tool("consul", "tools/go.mod", "github.com/hashicorp/consul ", "native")
+}
 
 // Envoy finds the Envoy that the Makefile fetches.
 func Envoy() (string, error) {
@@ -50,7 +54,9 @@ func Envoy() (string, error) {
 }
 
 // Vault finds the Vault that the Makefile builds.
-func Vault() (string, error) { return tool("vault", "vault/go.mod", "github.com/hashicorp/vault ", "vault") }
+func Vault() (string, error) {
+	return tool("vault", "vault/go.mod", "github.com/hashicorp/vault ", "vault")
+}
 
 // tool finds a program of a product in the user's cache. Its version follows prefix on a line of a file below tests/consul.
 func tool(product, file, prefix, name string) (string, error) {

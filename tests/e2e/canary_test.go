@@ -80,12 +80,40 @@ func TestCanariesOfAHealthyNodeAreAllOK(t *testing.T) {
 			says(t, results, check.OK, "canary", service, "plaintext to "+address+" is refused")
 		}
 		says(t, results, check.OK, "canary", service, "/svc/"+service+", valid until")
+		says(t, results, check.OK, "canary", service, "application: it listens at")
 	}
 	if strings.Contains(database.Output(), "accepted") {
 		t.Errorf("an application was connected to: %s", database.Output())
 	}
 	if after := m.processes(web, db); after != before {
 		t.Errorf("processes of the workloads: %s, and before %s", after, before)
+	}
+}
+
+func TestACanarySaysThatTheApplicationDoesNotListenOrSomebodyElseDoes(t *testing.T) {
+	m := newMesh(t)
+	web, err := m.Place(0, "web", port)
+	m.must(err)
+	m.serve(web, ":9999") // it is up, and not where its definition says
+	m.start()
+	says(t, m.canaries(0), check.Failed, "canary web", "nothing listens on port 8080", "is the application up?")
+	explanation, err := m.Daemons[0].Admin().Explain(m.ctx(), "web", "web")
+	m.must(err)
+	if missing := strings.Join(explanation.Missing, "; "); !strings.Contains(missing, "nothing listens on port 8080") {
+		t.Errorf("explain misses %q", missing)
+	}
+	outside, err := web.Node.Cgroup.Child("outside")
+	m.must(err)
+	stranger := &netlab.Workload{Name: "stranger", Node: web.Node, Namespace: web.Namespace, Cgroup: outside}
+	squatter := m.serve(stranger, ":8080")
+	says(t, m.canaries(0), check.Failed, "canary web", "is not in the workload's cgroup")
+	squatter.Kill()
+	m.serve(web, ":8080")
+	if results := m.canaries(0); check.Worst(results) != check.OK {
+		t.Errorf("not all is ok: %s", list(results))
+	}
+	if strings.Contains(squatter.Output(), "accepted") {
+		t.Errorf("the squatter was connected to: %s", squatter.Output())
 	}
 }
 

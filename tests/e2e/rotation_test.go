@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/mtls/mtlstest"
 	"nodeproxy.io/tests/netlab"
 )
 
@@ -150,4 +151,65 @@ func (tr *traffic) stop() {
 	for range tr.n {
 		<-tr.ended
 	}
+}
+
+// TestLeavesThatAreRenewedUnderTrafficFailNoConnection gives the mesh a root that expires soon, and so leaves that live as
+// long as it does, renewed after 60 to 90 % of that. Node 2 has a copy of the directory and sees nothing change.
+func TestLeavesThatAreRenewedUnderTrafficFailNoConnection(t *testing.T) {
+	m := newMesh(t)
+	a, b := m.place(0, "a"), m.place(1, "b")
+	m.allow("a", "b")
+	m.allow("b", "a")
+	m.start()
+	m.stop(0)
+	m.stop(1)
+	shared, copied := m.MeshD, filepath.Join(m.Dir(), "mesh-of-node-2")
+	domain := mtlstest.Read(t, filepath.Join(shared, "ca")).Cert.URIs
+	root := mtlstest.NewRoot(t, func(c *x509.Certificate) { c.URIs, c.NotAfter = domain, time.Now().Add(80*time.Second) })
+	root.Write(t, filepath.Join(shared, "ca"))
+	_, err := m.Lab.Run(m.ctx(), netlab.Command{Path: "cp", Args: []string{"-a", shared, copied}})
+	m.must(err)
+	m.Daemons[1].MeshD = copied
+	m.restart(0)
+	m.restart(1)
+
+	before := []admin.Certificate{m.certificate(0, "a"), m.certificate(1, "b")}
+	for _, cert := range before {
+		if !cert.NotAfter.Equal(root.Cert.NotAfter) {
+			t.Errorf("the leaf of %s lives until %s and its root until %s", cert.Service, cert.NotAfter, root.Cert.NotAfter)
+		}
+	}
+	long := m.startDial(a, "held", m.vip("b"), "hold")
+	defer long.Kill()
+	traffic := m.traffic(map[*netlab.Workload]string{a: m.vip("b"), b: m.vip("a")})
+	for node, old := range before {
+		for traffic.passes(1); m.certificate(node, old.Service).Serial == old.Serial && !t.Failed(); traffic.passes(1) {
+			if time.Now().After(root.Cert.NotAfter) {
+				t.Fatalf("the leaf of %s is not renewed, and its root has expired", old.Service)
+			}
+		}
+	}
+	traffic.passes(20)
+	traffic.stop()
+	for node, old := range before {
+		renewed := m.certificate(node, old.Service)
+		shown, _, _ := m.meet(map[int]*netlab.Workload{0: b, 1: a}[node], m.mesh(node, old.Service), nil)
+		if shown == nil || fmt.Sprintf("%X", shown.SerialNumber) == old.Serial || !shown.NotBefore.After(old.NotBefore) {
+			t.Errorf("%s: status shows %+v, its peers see %+v", old.Service, renewed, shown)
+		}
+	}
+}
+
+// certificate is what a node's status shows of a service's leaf.
+func (m *mesh) certificate(node int, service string) admin.Certificate {
+	m.t.Helper()
+	status, err := m.Daemons[node].Admin().Status(m.ctx())
+	m.must(err)
+	for _, cert := range status.Certificates {
+		if cert.Service == service && cert.Serial != "" {
+			return cert
+		}
+	}
+	m.t.Fatalf("node %d has no certificate of %s: %+v", node+1, service, status.Certificates)
+	return admin.Certificate{}
 }

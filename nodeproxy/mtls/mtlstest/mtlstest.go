@@ -9,8 +9,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"math/big"
 	"net/url"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -22,12 +25,48 @@ type Authority struct {
 	chain [][]byte // what a leaf carries after itself
 }
 
-// NewRoot makes a self-signed authority.
-func NewRoot(tb testing.TB) *Authority {
+// NewRoot makes a self-signed authority, after change has had its way with it.
+func NewRoot(tb testing.TB, change ...func(*x509.Certificate)) *Authority {
 	tb.Helper()
 	key := newKey(tb)
 	template := caTemplate()
+	for _, f := range change {
+		f(template)
+	}
 	return &Authority{Cert: sign(tb, template, template, key.Public(), key), key: key}
+}
+
+// Read is the authority that a mesh directory keeps in dir, its ca.
+func Read(tb testing.TB, dir string) *Authority {
+	tb.Helper()
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "root.pem"), filepath.Join(dir, "key.pem"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return &Authority{Cert: pair.Leaf, key: pair.PrivateKey.(*ecdsa.PrivateKey)}
+}
+
+// Write makes a the authority of the mesh directory whose ca is dir.
+func (a *Authority) Write(tb testing.TB, dir string) {
+	tb.Helper()
+	key, err := x509.MarshalPKCS8PrivateKey(a.key)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, f := range []struct {
+		name  string
+		block pem.Block
+		mode  os.FileMode
+	}{{"key.pem", pem.Block{Type: "PRIVATE KEY", Bytes: key}, 0o600}, {"root.pem", pem.Block{Type: "CERTIFICATE", Bytes: a.Cert.Raw}, 0o644}} {
+		if err := os.WriteFile(filepath.Join(dir, f.name), pem.EncodeToMemory(&f.block), f.mode); err != nil {
+			tb.Fatal(err)
+		}
+	}
+}
+
+// Self is the authority's own certificate, as a peer would use it.
+func (a *Authority) Self() *tls.Certificate {
+	return &tls.Certificate{Certificate: [][]byte{a.Cert.Raw}, PrivateKey: a.key, Leaf: a.Cert}
 }
 
 // Intermediate makes an authority signed by a; its leaves carry its certificate.

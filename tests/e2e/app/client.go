@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -163,10 +164,15 @@ func (o *options) establish(fd int, to unix.Sockaddr, command string) error {
 func hold(args []string) error {
 	flags := flag.NewFlagSet("hold", flag.ContinueOnError)
 	n := flags.Int("n", 1, "connections")
+	say := flags.String("say", "", "what is sent on each, in hexadecimal")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	to, err := netip.ParseAddrPort(flags.Arg(0))
+	if err != nil {
+		return err
+	}
+	hello, err := hex.DecodeString(*say)
 	if err != nil {
 		return err
 	}
@@ -182,6 +188,7 @@ func hold(args []string) error {
 			_ = unix.Close(fd)
 			continue
 		}
+		_, _ = unix.Write(fd, hello) // it may be closed by now
 		held = append(held, fd)
 	}
 	fmt.Printf("held=%d refused=%v\n", len(held), refused)
