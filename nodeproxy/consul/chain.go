@@ -1,7 +1,6 @@
 package consul
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -12,7 +11,6 @@ import (
 	"net/url"
 	"reflect"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -565,9 +563,4 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 		addChain(chainKey{service: name})
 	}
 	return all
-}
-
-// compareEndpoints orders questions.
-func compareEndpoints(x, y endpoints) int {
-	return cmp.Or(strings.Compare(x.service, y.service), strings.Compare(x.datacenter, y.datacenter), strings.Compare(x.filter, y.filter))
 }

@@ -302,7 +302,7 @@ func (b *builder) calls() map[string]*catalog.Calls {
 
 // upstreamConfig reads the Config of a registration's upstream, whose keys are those of service-defaults in snake case.
 func (b *builder) upstreamConfig(service string, up *upstream) catalog.CallConfig {
-	ignore := func(field string, isHTTP bool) {
+	ignore := func(field string, _ bool) {
 		b.problem(service, "unsupported", "Config %s of upstream %q of %q is not honoured", field, up.DestinationName, up.owner)
 	}
 	var read api.UpstreamConfig

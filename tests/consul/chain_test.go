@@ -19,8 +19,9 @@ func (m *mesh) serve(w *netlab.Workload, addresses ...string) {
 	m.must(p.WaitOutput(m.ctx(), "ready"))
 }
 
-// instance is place for one of several instances of a service: it has a check that mark sets, and meta.
-func (m *mesh) instance(node int, service, id string, meta map[string]string) *netlab.Workload {
+// instance is place for one of several instances of a service, at a port by which its answers can be told from others':
+// it has a check that mark sets, and meta.
+func (m *mesh) instance(node int, service, id string, port int, meta map[string]string) *netlab.Workload {
 	m.t.Helper()
 	w, err := m.Nodes[node].Workload(id)
 	m.must(err)
@@ -39,9 +40,9 @@ func (m *mesh) mark(node int, id, how string) {
 	m.must(m.agents[node].Do(m.ctx(), http.MethodPut, "/v1/agent/check/"+how+"/"+id, nil, nil))
 }
 
-// at says whether an answer came from w.
-func at(w *netlab.Workload) func(string) bool {
-	return func(out string) bool { return strings.Contains(out, fmt.Sprintf("local=%s:%d", w.IPv4, port)) }
+// at says whether an answer came from the instance at a port.
+func at(port int) func(string) bool {
+	return func(out string) bool { return strings.Contains(out, fmt.Sprintf("local=127.0.0.1:%d\n", port)) }
 }
 
 // virtual is the virtual IP of what may have no instances.
@@ -82,9 +83,10 @@ func (m *mesh) uses(node int, service, target string) {
 func TestCallsFollowTheDiscoveryChain(t *testing.T) {
 	m := newMesh(t)
 	web, batch := m.place(0, "web"), m.place(0, "batch")
-	v1 := m.instance(1, "api", "api-1", map[string]string{"version": "v1"})
-	v2 := m.instance(1, "api", "api-2", map[string]string{"version": "v2"})
-	spare := m.instance(1, "spare", "spare-1", nil)
+	const v1, v2, spare = 8081, 8082, 8083
+	m.instance(1, "api", "api-1", v1, map[string]string{"version": "v1"})
+	m.instance(1, "api", "api-2", v2, map[string]string{"version": "v2"})
+	m.instance(1, "spare", "spare-1", spare, nil)
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
 	m.must(m.agents[0].Intentions(m.ctx(), "spare", map[string]string{"web": "allow"}))
 	m.must(m.agents[0].Write(m.ctx(), map[string]any{"Kind": "service-resolver", "Name": "api",
@@ -148,7 +150,7 @@ func TestConnectTimeoutOfAnInstanceThatSwallowsSYNs(t *testing.T) {
 	m.must(m.Daemons[0].AwaitInstances(m.ctx(), "api", 2))
 	ejected := ""
 	for i := 0; ejected == "" && i < 40; i++ {
-		if out := m.dial(web, vip, "peer"); !at(api)(out) {
+		if out := m.dial(web, vip, "peer"); !at(port)(out) {
 			t.Fatalf("dial %d: %s", i, out)
 		}
 		status, err := m.Daemons[0].Admin().Status(m.ctx())

@@ -28,7 +28,9 @@ func (m *mesh) idle(w *netlab.Workload) {
 
 func TestExplicitUpstreamsAreTheWorkloadsOwn(t *testing.T) {
 	m := newMesh(t)
-	api, spare := m.place(1, "api"), m.place(1, "spare")
+	const api, spare = 8081, 8082
+	m.instance(1, "api", "api-1", api, nil)
+	m.instance(1, "spare", "spare-1", spare, nil)
 	web, batch := m.hosted(0, "web"), m.hosted(0, "batch") // they share a loopback
 	m.serve(web, fmt.Sprintf("%s:%d", web.IPv4, port))
 	m.idle(batch)
