@@ -302,7 +302,7 @@ func TestTheMatrixOfPeers(t *testing.T) {
 			w, err := m.Nodes[0].Workload(service)
 			m.must(err)
 			clients[p.kind][caller] = w
-			m.register(w, map[string]any{"Name": service, "ID": service + "-1", "Address": w.IPv4.String()})
+			m.register(w, Service(service, service+"-1", w.IPv4.String(), port)) // metrics name services of the mesh alone
 			if p.kind == "nodeproxy" {
 				m.Daemons[0].Enroll(w, service)
 				own = append(own, service)
