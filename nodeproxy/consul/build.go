@@ -338,7 +338,7 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 			})
 		}
 		for i := range all {
-			rule, why := all[i].rule()
+			rule, why := all[i].rule(name)
 			key := policy.Intention{
 				Source: rule.Source, Destination: rule.Destination,
 				SourceNamespace: rule.SourceNamespace, SourcePartition: rule.SourcePartition, SourcePeer: rule.SourcePeer,

@@ -167,10 +167,15 @@ type rules struct {
 	intentions  []policy.Intention
 }
 
-// rule turns an intention into the policy's. why says what about it cannot be honoured, "" for nothing.
-func (in *intention) rule() (rule policy.Intention, why string) {
+// rule turns an intention of destination into the policy's. Consul finds those of a service whatever the case of the entry's
+// name, and so do all proxies that ask for them: the name that was asked for counts. why says what about the intention
+// cannot be honoured, "" for nothing.
+func (in *intention) rule(destination string) (rule policy.Intention, why string) {
+	if in.DestinationName == policy.Wildcard {
+		destination = policy.Wildcard
+	}
 	rule = policy.Intention{
-		Source: in.SourceName, Destination: in.DestinationName, Origin: "service-intentions " + in.DestinationName,
+		Source: in.SourceName, Destination: destination, Origin: "service-intentions " + in.DestinationName,
 		SourceNamespace: in.SourceNS, SourcePartition: in.SourcePartition, SourcePeer: in.SourcePeer,
 		Permissions: len(in.Permissions) > 0, JWT: len(in.JWT) > 0 && string(in.JWT) != "null",
 	}
