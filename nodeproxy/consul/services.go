@@ -23,11 +23,11 @@ type service struct {
 	read      time.Time
 }
 
-// ailing says whether s has an unhealthy instance, and it is time to see if that is still so: the longer it is, the less
+// ailing says whether s has an instance that is unhealthy or unheard, and it is time to see if that is still so: the longer it is, the less
 // often. A new instance is unhealthy until its first check.
 func (s *service) ailing() bool {
 	wait := min(max(s.read.Sub(s.changed), time.Second/2), staleAtLast)
-	return time.Since(s.read) > wait && slices.ContainsFunc(s.instances, func(e endpoint) bool { return !e.healthy })
+	return time.Since(s.read) > wait && slices.ContainsFunc(s.instances, func(e endpoint) bool { return !e.healthy || e.unheard })
 }
 
 // endpoint is one place where Connect mTLS is spoken for a service.
@@ -39,6 +39,7 @@ type endpoint struct {
 	app               place // of the application; nothing for a native service
 	native            bool
 	healthy           bool
+	unheard           bool // its checks have not run since its agent started
 	virtual           netip.Addr
 	tags              []string
 	meta              map[string]string
@@ -87,6 +88,7 @@ func parseEndpoints(a *answer, name string) ([]endpoint, error) {
 		e := endpoint{
 			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
 			healthy: entry.Checks.AggregatedStatus() == api.HealthPassing || entry.Checks.AggregatedStatus() == api.HealthWarning,
+			unheard: unheard(entry.Checks),
 			tags:    s.Tags, meta: s.Meta,
 		}
 		switch {
@@ -111,7 +113,7 @@ func (r *run) applications(ctx context.Context, name string, found []endpoint) e
 	if !slices.ContainsFunc(found, func(e endpoint) bool { return !e.native }) {
 		return nil
 	}
-	a, err := r.client.request(ctx, question{path: "/v1/catalog/service/" + escape(name)})
+	a, err := r.ask.request(ctx, question{path: "/v1/catalog/service/" + escape(name)})
 	if err != nil {
 		return err
 	}
@@ -158,6 +160,7 @@ func (r *run) serviceTopic(ctx context.Context, name string) topic {
 					return false
 				}
 				old, now := d.services[name], time.Now()
+				r.keepLastWord(name, old, found)
 				if old != nil && reflect.DeepEqual(old.instances, found) {
 					d.services[name] = &service{instances: found, read: now, changed: old.changed}
 					return false
