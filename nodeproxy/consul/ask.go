@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -80,6 +81,13 @@ func (a asker) once(ctx context.Context, t topic, last [sha256.Size]byte) ([sha2
 	}
 	a.answered(t.what)
 	return sum, true
+}
+
+// request asks q. A server that has just started answers from before it has read all of its log, an empty catalog say: for
+// a while after the start, and after a question that was not answered, servers are asked to be sure of what they say.
+func (a asker) request(ctx context.Context, q question) (*answer, error) {
+	q.consistent = q.index == 0 && !strings.HasPrefix(q.path, "/v1/agent/") && a.shaken()
+	return a.client.request(ctx, q)
 }
 
 // try asks q and applies the answer if it differs from the last. The index to ask with next is 0 after an error.

@@ -122,6 +122,8 @@ type question struct {
 	params  url.Values
 	service string // whose token to use, "" for the general one
 	index   uint64 // the answer waits for a change after it; 0 does not wait
+
+	consistent bool // the leader makes sure that it is one, and knows everything
 }
 
 // answer is what came back.
@@ -186,6 +188,9 @@ func (c *client) do(ctx context.Context, q question) (*answer, error) {
 	if q.index > 0 {
 		params.Set("index", strconv.FormatUint(q.index, 10))
 		params.Set("wait", longest.String())
+	}
+	if q.consistent {
+		params.Set("consistent", "")
 	}
 	var sent io.Reader
 	if q.body != nil {

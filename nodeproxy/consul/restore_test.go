@@ -150,3 +150,26 @@ func TestASnapshotOfAnotherNodeOrDatacenterIsRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestAServerThatHasJustStartedIsAskedToBeSure: it would answer with an empty catalog until it has read its log.
+func TestAServerThatHasJustStartedIsAskedToBeSure(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	var unsure []string
+	w.front.Misbehave(func(_ http.ResponseWriter, req *http.Request) bool {
+		if q := req.URL.Query(); !strings.HasPrefix(req.URL.Path, "/v1/agent/") && !q.Has("index") && !q.Has("consistent") {
+			w.front.Lock()
+			unsure = append(unsure, req.URL.Path)
+			w.front.Unlock()
+		}
+		return false
+	})
+	w.earlier()
+	w.front.Drop()
+	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+	w.front.Lock()
+	defer w.front.Unlock()
+	if len(unsure) > 0 {
+		t.Errorf("asked without ?consistent: %q", unsure)
+	}
+}

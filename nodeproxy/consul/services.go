@@ -24,11 +24,11 @@ type service struct {
 	read      time.Time
 }
 
-// ailing says whether s has an unhealthy instance, and it is time to see if that is still so: the longer it is, the less
+// ailing says whether s has an instance that is unhealthy or unheard, and it is time to see if that is still so: the longer it is, the less
 // often. A new instance is unhealthy until its first check.
 func (s *service) ailing() bool {
 	wait := min(max(s.read.Sub(s.changed), time.Second/2), staleAtLast)
-	return time.Since(s.read) > wait && slices.ContainsFunc(s.instances, func(e endpoint) bool { return !e.healthy })
+	return time.Since(s.read) > wait && slices.ContainsFunc(s.instances, func(e endpoint) bool { return !e.healthy || e.unheard })
 }
 
 // endpoint is one place where Connect mTLS is spoken for a service.
@@ -40,6 +40,7 @@ type endpoint struct {
 	app               place // of the application; nothing for a native service
 	native            bool
 	healthy           bool
+	unheard           bool // its checks have not run since its agent started
 	virtual           netip.Addr
 	tagged            place // "virtual": a Kubernetes ClusterIP, say
 	tags              []string
@@ -101,6 +102,7 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 		e := endpoint{
 			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
 			healthy: status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
+			unheard: unheard(entry.Checks),
 			tags:    s.Tags, meta: s.Meta,
 		}
 		if of.datacenter != "" {
@@ -142,7 +144,7 @@ func (r *run) applications(ctx context.Context, name string, found []endpoint) e
 	if !slices.ContainsFunc(found, func(e endpoint) bool { return !e.native }) {
 		return nil
 	}
-	a, err := r.client.request(ctx, question{path: "/v1/catalog/service/" + escape(name)})
+	a, err := r.ask.request(ctx, question{path: "/v1/catalog/service/" + escape(name)})
 	if err != nil {
 		return err
 	}
@@ -183,18 +185,28 @@ func (r *run) serviceTopic(ctx context.Context, of endpoints) topic {
 			if err != nil {
 				return err
 			}
-			r.world.update(func(d *data) bool { return d.setEndpoints(of, found) })
+			r.world.update(func(d *data) bool {
+				r.keepLastWord(of.service, d.endpoints(of), found)
+				return d.setEndpoints(of, found)
+			})
 			wake(r.known)
 			return nil
 		}}
 }
 
+// endpoints is what was found last; nil when nothing was.
+func (d *data) endpoints(of endpoints) *service {
+	if of.isPlain() {
+		return d.services[of.service]
+	}
+	return d.targets[of]
+}
+
 // setEndpoints notes what was found where that is still asked for, and says whether it makes a difference.
 func (d *data) setEndpoints(of endpoints, found []endpoint) bool {
 	_, wanted := slices.BinarySearch(d.names, of.service)
-	old, now := d.services[of.service], time.Now()
+	old, now := d.endpoints(of), time.Now()
 	if !of.isPlain() {
-		old = d.targets[of]
 		wanted = old != nil || d.targetQuestions()[of]
 	}
 	if !wanted {

@@ -75,6 +75,7 @@ type world struct {
 	mu     sync.Mutex
 	data   data
 	faults map[string]*fault // by what is asked
+	shook  time.Time         // when a question was last not answered, or the start
 	lost   uint64            // how many questions got no answer at all
 	looked time.Time         // when all that is polled was last answered
 	logged string            // the error that was logged
@@ -82,7 +83,7 @@ type world struct {
 
 func newWorld(log *slog.Logger) *world {
 	return &world{
-		log: log, changed: make(chan struct{}, 1), faults: make(map[string]*fault),
+		log: log, shook: time.Now(), changed: make(chan struct{}, 1), faults: make(map[string]*fault),
 		data: data{
 			services: make(map[string]*service), intentions: make(map[string][]intention),
 			targets: make(map[endpoints]*service), chains: make(map[chainKey]*chain),
@@ -133,12 +134,23 @@ func (w *world) failed(what string, asked time.Time, err error) (count int) {
 	}
 	f.count++
 	f.err = err
+	w.shook = time.Now()
 	if _, answered := errors.AsType[*statusError](err); !answered {
 		w.lost++
 	}
 	w.report()
 	wake(w.changed) // the first snapshot waits for answers, and not for ever
 	return f.count
+}
+
+// calm is how long all questions must have been answered for the servers to be believed without more ado.
+const calm = 30 * time.Second
+
+// shaken says whether the servers may be younger than what they told us.
+func (w *world) shaken() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Since(w.shook) < calm
 }
 
 // losses is how many questions got no answer at all.

@@ -71,6 +71,7 @@ func (f *Front) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	}
 	out := req.Clone(req.Context())
 	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "agent", ""
+	out.Header.Del("Accept-Encoding") // so that Change sees text
 	resp, err := f.agent.RoundTrip(out)
 	if err != nil {
 		panic(http.ErrAbortHandler) // the client sees the connection close, as it does without us

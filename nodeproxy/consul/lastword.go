@@ -1,0 +1,61 @@
+package consul
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// unheard says whether an instance is critical only because of checks that have not run yet. An agent that restarts calls
+// every check critical until then, without a word: that says nothing about the instance.
+func unheard(checks api.HealthChecks) bool {
+	silent := false
+	for _, c := range checks {
+		if c.Status != api.HealthCritical {
+			continue
+		}
+		if !isSilent(c) {
+			return false
+		}
+		silent = true
+	}
+	return silent
+}
+
+func isSilent(c *api.HealthCheck) bool {
+	switch {
+	case c.CheckID == "_node_maintenance", strings.HasPrefix(c.CheckID, "_service_maintenance:"):
+		return false // their reason is elsewhere
+	case c.Output == "":
+		return true
+	}
+	return strings.HasPrefix(c.Output, "Aliased check ") && strings.HasSuffix(c.Output, " failing: ") // and the other has no output
+}
+
+// keepLastWord makes instances of a service that are unheard as healthy as they were last known to be: by old, which may be
+// nil, or by an earlier daemon. One that was never heard of is not healthy.
+func (r *run) keepLastWord(name string, old *service, found []endpoint) {
+	for i := range found {
+		if e := &found[i]; e.unheard {
+			e.healthy = r.wasHealthy(name, old, e)
+		}
+	}
+}
+
+func (r *run) wasHealthy(name string, old *service, e *endpoint) bool {
+	if old != nil {
+		return slices.ContainsFunc(old.instances, func(was endpoint) bool {
+			return was.node == e.node && was.proxyID == e.proxyID && was.healthy
+		})
+	}
+	if r.earlier == nil || r.earlier.snap.Services[name] == nil {
+		return false
+	}
+	for _, was := range r.earlier.snap.Services[name].Instances {
+		if was.Node == e.node && was.ID == e.id {
+			return was.Healthy
+		}
+	}
+	return false
+}
