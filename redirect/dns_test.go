@@ -304,7 +304,14 @@ func TestWhatIsNoQueryOfAnEnrolledWorkloadIsLeftAlone(t *testing.T) {
 	want("a process of no workload", p.askFrom(nil, "udp4", "127.0.0.53:53"), `got "real"`)
 	want("another port", p.ask("udp4", v4+":5353"), `got "real"`)
 	want("from a name server's own port", p.ask("udp4", "127.0.0.53:53", "NP_BIND="+v4+":53"), `got "real"`)
-	want("bound to a device, from which loopback is out of reach", p.ask("udp4", "127.0.0.53:53", "NP_DEVICE=eth0"), "error")
+	if err := n.hub.Address("pod1", netip.MustParsePrefix("10.9.1.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	hub := *p
+	hub.netns = n.hub
+	waitFor(t, hub.app(nil, "NP_APP=resolve", "NP_ADDR=10.9.1.1:53"), "listening")
+	want("a name server of the network", p.ask("udp4", "10.9.1.1:53"), `got "asked`)
+	want("bound to a device, from which loopback is out of reach", p.ask("udp4", "10.9.1.1:53", "NP_DEVICE=eth0"), `got "real"`)
 	want("a group", p.ask("udp4", "224.0.0.251:53"), "network is unreachable")
 	if err := n.r.Unenroll(mustID(t, p.cgroup)); err != nil {
 		t.Fatal(err)

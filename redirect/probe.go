@@ -17,6 +17,8 @@ type Feature struct {
 	Name  string
 	Err   error  // nil: it is there
 	Costs string // what is lost without it
+
+	Optional bool // everything else works without it
 }
 
 // Probe asks the running kernel for each feature by using it. It changes nothing.
@@ -25,20 +27,20 @@ func Probe() []Feature {
 	_, cgroup2 := CgroupMount()
 	_, vmlinux := btf.LoadKernelSpec()
 	return []Feature{
-		{"cgroup2 mounted", cgroup2, all},
-		{"kernel BTF", vmlinux, all},
-		{"cgroup sock_addr programs", features.HaveProgramType(ebpf.CGroupSockAddr), all},
-		{"bpf_get_netns_cookie in connect hooks", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie), all},
-		{"bpf_set_retval in connect hooks", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), all},
-		{"sockops programs", features.HaveProgramType(ebpf.SockOps), all},
-		{"bpf_get_netns_cookie in sockops", features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie), all},
-		{"sk_lookup programs", features.HaveProgramType(ebpf.SkLookup), all},
-		{"socket storage", features.HaveMapType(ebpf.SkStorage), all},
-		{"cgroup storage", features.HaveMapType(ebpf.CGroupStorage), all},
-		{"sockhash", features.HaveMapType(ebpf.SockHash), all},
-		{"ring buffer", features.HaveMapType(ebpf.RingBuf), all},
-		{"programs load", loadOnce(loadOutbound, loadInbound), all},
-		{"DNS programs load", loadOnce(loadDns), "names of the mesh are not answered (dns.enabled)"},
+		{Name: "cgroup2 mounted", Err: cgroup2, Costs: all},
+		{Name: "kernel BTF", Err: vmlinux, Costs: all},
+		{Name: "cgroup sock_addr programs", Err: features.HaveProgramType(ebpf.CGroupSockAddr), Costs: all},
+		{Name: "bpf_get_netns_cookie in connect hooks", Err: features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie), Costs: all},
+		{Name: "bpf_set_retval in connect hooks", Err: features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), Costs: all},
+		{Name: "sockops programs", Err: features.HaveProgramType(ebpf.SockOps), Costs: all},
+		{Name: "bpf_get_netns_cookie in sockops", Err: features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie), Costs: all},
+		{Name: "sk_lookup programs", Err: features.HaveProgramType(ebpf.SkLookup), Costs: all},
+		{Name: "socket storage", Err: features.HaveMapType(ebpf.SkStorage), Costs: all},
+		{Name: "cgroup storage", Err: features.HaveMapType(ebpf.CGroupStorage), Costs: all},
+		{Name: "sockhash", Err: features.HaveMapType(ebpf.SockHash), Costs: all},
+		{Name: "ring buffer", Err: features.HaveMapType(ebpf.RingBuf), Costs: all},
+		{Name: "programs load", Err: loadOnce(loadOutbound, loadInbound), Costs: all},
+		{Name: "DNS programs load", Err: loadOnce(loadDns), Costs: "names of the mesh are not answered (dns.enabled)", Optional: true},
 	}
 }
 

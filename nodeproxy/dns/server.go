@@ -79,6 +79,18 @@ func (s *Server) Counts() Counts {
 	return Counts{s.answered.Load(), s.forwarded.Load(), s.failed.Load()}
 }
 
+// Drain waits for the answers to the queries on their way, until ctx ends. Names of the mesh are still answered, and no other
+// query is sent on any more: call it once, when nothing new is steered here.
+func (s *Server) Drain(ctx context.Context) {
+	for range cap(s.pending) {
+		select {
+		case s.pending <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // Serve answers what comes to the sockets of one namespace until all of them are closed, and lets go of every query then.
 func (s *Server) Serve(sockets Sockets, packets []Packets, streams []*net.TCPListener) {
 	ctx, stop := context.WithCancel(context.Background())

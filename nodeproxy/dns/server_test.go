@@ -246,6 +246,32 @@ func TestAFloodTakesNoMoreThanItsShareAndNamesOfTheMeshAreStillAnswered(t *testi
 	}
 }
 
+func TestDrainWaitsForTheAnswersOfNameServers(t *testing.T) {
+	asked, release := make(chan struct{}), make(chan struct{})
+	s := serve(t, nameServer(t, func(q []byte, _ netip.AddrPort) [][]byte {
+		close(asked)
+		<-release
+		return [][]byte{text(q, "late")}
+	}))
+	if _, err := s.client.Write(pack(t, "example.com", dns.TypeTXT, 0)); err != nil {
+		t.Fatal(err)
+	}
+	<-asked
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		s.Drain(ctx)
+	}()
+	close(release)
+	<-drained
+	s.stop()
+	if c := s.Counts(); c.Forwarded != 1 {
+		t.Errorf("the counts are %+v", c)
+	}
+}
+
 // streamServer is a name server by TCP: it answers each query as often as repeat says, and counts connections.
 func streamServer(t *testing.T, repeat int) (netip.AddrPort, *atomic.Int64) {
 	t.Helper()

@@ -1,10 +1,12 @@
 package workload
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"nodeproxy.io/nodeproxy/dns"
 	"nodeproxy.io/redirect"
@@ -60,8 +62,17 @@ func (m *Manager) steerDNS() {
 	}
 }
 
-// closeDNS ends the serving of name queries; they pass from then on.
+// drainDNS is how long name servers have to answer the last queries: longer than most take, and no stop is noticed.
+const drainDNS = time.Second
+
+// closeDNS ends the serving of name queries, which pass already.
 func (m *Manager) closeDNS() error {
+	if m.cfg.DNS == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), drainDNS)
+	defer cancel()
+	m.cfg.DNS.Drain(ctx)
 	var errs []error
 	for _, s := range m.namespaces {
 		if s.dns.sockets != nil {

@@ -358,3 +358,31 @@ func TestWithoutDNSNothingIsAttachedForIt(t *testing.T) {
 		t.Errorf("names are answered without DNS: %s", out)
 	}
 }
+
+func TestWorkloadsInTheNodesNamespaceFindTheNames(t *testing.T) {
+	m := newMesh(t)
+	db, err := m.Nodes[0].HostWorkload("db")
+	m.must(err)
+	m.Daemons[0].Enroll(db, "db")
+	m.define(0, "db", 5432, db.IPv4)
+	m.serve(db, at(db.IPv4, 5432))
+	api := m.place(1, "api")
+	m.allow("api", "db")
+	m.enableDNS(0)
+	loopback := netip.MustParseAddr("127.0.0.53")
+	m.nameServer(m.Nodes[0].Namespace, loopback)
+	m.start()
+	m.awaitDNS(0, db, "on")
+	glibc := resolver{"glibc", []string{"getent", "ahosts"}}
+	conf := fmt.Sprintf("nameserver %s\n", loopback)
+	m.finds(db, glibc, conf, "api.virtual.consul", m.virtual["api"].String())
+	m.finds(db, glibc, conf, "api.service.consul", api.IPv4.String())
+	m.finds(db, glibc, conf, "other.test", otherIP)
+	m.reaches(db, m.vip("api"))
+	if out := m.dig(m.nodeShell(0), "@"+loopback.String(), "api.virtual.consul"); !strings.Contains(out, "status: NXDOMAIN") {
+		t.Errorf("a process of no workload is answered: %s", out)
+	}
+	if out := m.run(m.nodeShell(0), netlab.Command{Path: programs.nodeproxy, Args: []string{"check", "--workloads", "--config", m.Daemons[0].ConfigPath(), "--socket", m.Daemons[0].Socket()}}); !strings.Contains(out, "dns db (db)") {
+		t.Errorf("check does not say whether there is DNS:\n%s", out)
+	}
+}
