@@ -199,7 +199,7 @@ func (r *run) refreshChains(ctx context.Context) bool {
 	return r.world.note("discovery chains", asked, err) && r.executeQueries(ctx)
 }
 
-// chainsChanged tells those who ask about what the chains name.
+// chainsChanged tells those who ask about what chains and upstreams name.
 func (r *run) chainsChanged() {
 	wake(r.known)
 	wake(r.called.more)
@@ -277,7 +277,7 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 	d := r.world.current()
 	all := make(map[endpoints]bool)
 	add := func(e endpoints) {
-		if len(all) < maxCalled {
+		if _, exists := slices.BinarySearch(d.names, e.service); len(all) < maxCalled && (exists || e.datacenter != "") {
 			all[e] = true
 		}
 	}
