@@ -182,6 +182,7 @@ func (a *AccessLog) write(c *Connection) {
 	text("source_address", c.Source.Address)
 	text("source_workload", c.Source.Workload)
 	text("destination_service", c.Destination.Service)
+	text("destination_target", c.Destination.Target)
 	text("destination_instance", c.Destination.Instance)
 	text("destination_identity", c.Destination.Identity)
 	text("destination_address", c.Destination.Address)

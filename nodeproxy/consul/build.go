@@ -326,9 +326,12 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 		from.def = policy.Allow
 	}
 	seen := make(map[policy.Intention]bool)
-	for _, name := range slices.Sorted(maps.Keys(b.services)) {
-		svc := b.services[name]
-		if isHTTP(svc.Protocol) {
+	names := b.data.resolved() // of which some are in other datacenters only
+	for name := range b.services {
+		names[name] = true
+	}
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		if isHTTP(b.protocol(name)) {
 			from.httpLike[name] = true
 		}
 		all, read := b.data.intentions[name]

@@ -167,6 +167,22 @@ func TestAnotherDatacentersInstancesAreUnderItsIdentity(t *testing.T) {
 	}
 }
 
+func TestTheIntentionsOfAServiceThatIsOnlyElsewhereDecide(t *testing.T) {
+	d := sample()
+	d.chainOf("alias", &chain{targets: []target{{endpoints: endpoints{service: "far", datacenter: "dc2"}}}})
+	if v := build(t, d).Policy.Decide(build(t, d).Identity("web"), "far"); v.Allowed {
+		t.Error("what is not known yet allows")
+	}
+	d.intend(api.Intention{SourceName: "web", DestinationName: "far", Action: "allow"})
+	s := build(t, d)
+	if v := s.Policy.Decide(s.Identity("web"), "far"); !v.Allowed {
+		t.Errorf("web to far: %+v", v)
+	}
+	if v := s.Policy.Decide(s.Identity("batch"), "far"); v.Allowed {
+		t.Errorf("batch to far: %+v", v)
+	}
+}
+
 func TestAServiceWhoseChainIsNotKnownIsCalledByNobody(t *testing.T) {
 	d := sample()
 	d.chainOf("api", nil)

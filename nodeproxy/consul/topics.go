@@ -229,7 +229,7 @@ func (r *run) localTopic() topic {
 			d.local = local
 			return true
 		})
-		wake(r.known)
+		r.chainsChanged() // it may declare other upstreams
 		return nil
 	}}
 }

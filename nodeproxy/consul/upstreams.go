@@ -91,6 +91,9 @@ type bound struct {
 // addUpstreams gives the instances of this node the upstreams that their registrations declare. It comes last, when all
 // services are there.
 func (b *builder) addUpstreams() {
+	if len(b.data.declared()) == 0 {
+		return
+	}
 	taken := make(map[bound]upstream)
 	for _, name := range slices.Sorted(maps.Keys(b.services)) {
 		for _, inst := range b.services[name].Instances {

@@ -92,6 +92,8 @@ type entry struct {
 	noDNS     error    // why they are not
 	misplaced []string // instances of its service whose address is in none of its namespaces
 	instances []string
+
+	unreachable []string // instances of its service that have no mesh address: they only call others
 }
 
 // space is an open namespace. The data path sees it through a view: what it reads is not changed, but replaced.

@@ -50,7 +50,7 @@ func (m *Manager) assign() *view {
 		v.spaces[s.Cookie] = s
 	}
 	for _, e := range m.workloads {
-		e.instances, e.misplaced = nil, nil
+		e.instances, e.unreachable, e.misplaced = nil, nil, nil
 	}
 	if v.snap == nil {
 		return v
@@ -62,7 +62,7 @@ func (m *Manager) assign() *view {
 			case inst.Mesh.IsValid():
 				m.assignTo(v, e, inst)
 			default: // it only calls others
-				e.instances = append(e.instances, inst.ID)
+				e.unreachable = append(e.unreachable, inst.ID)
 			}
 		}
 	}
@@ -107,7 +107,7 @@ func (v *view) index(workloads map[string]*entry) {
 		frozen[&e.Workload] = &w
 		if w.ID != 0 {
 			v.byID[w.ID] = &w
-			v.serves[w.ID] = e.instances
+			v.serves[w.ID] = slices.Sorted(slices.Values(slices.Concat(e.instances, e.unreachable)))
 			v.subtree[w.ID] = e.subtree
 		}
 	}
@@ -159,7 +159,7 @@ func (m *Manager) own(v *view, workloads []*entry) []redirect.Destination {
 	}
 	var all []redirect.Destination
 	for _, e := range workloads {
-		for _, id := range e.instances {
+		for _, id := range v.serves[e.ID] {
 			for _, up := range upstreams[id] {
 				all = append(all, redirect.Destination{Addr: up.At.Addr(), Port: up.At.Port(), Workload: e.ID})
 			}

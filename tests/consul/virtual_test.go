@@ -60,7 +60,8 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 	const loops, calls = 4, 50
 	outs := make([][]string, loops)
 	moved := make(chan struct{})
-	var load sync.WaitGroup
+	var load, begun sync.WaitGroup
+	begun.Add(loops)
 	for i := range outs {
 		load.Go(func() {
 			call := func() {
@@ -77,6 +78,7 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 			for range calls {
 				call()
 			}
+			begun.Done()
 			for ctx := m.ctx(); ctx.Err() == nil; { // until it has moved, and some more
 				call()
 				select {
@@ -90,6 +92,7 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 			}
 		})
 	}
+	begun.Wait()
 	m.must(m.agents[1].Deregister(m.ctx(), "first-1"))
 	m.must(m.agents[1].Register(m.ctx(), Service("second", "second-1", w.IPv4.String(), second)))
 	ip, err := m.Daemons[0].Virtual(m.ctx(), "second")
@@ -106,7 +109,7 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 	for i, all := range outs {
 		past := false
 		for _, out := range all {
-			_, line, _ := strings.Cut(out, "accept=") // the client's address, as the destination sees it
+			_, line, _ := strings.Cut(out, "connected local=")
 			source, _, _ := strings.Cut(line, " ")
 			with := seen[source].Destination
 			switch {
@@ -126,8 +129,8 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 		}
 	}
 	t.Logf("answered or refused: %v", counts)
-	if counts["second"] < loops*calls {
-		t.Errorf("second answered %d of at least %d calls", counts["second"], loops*calls)
+	if counts["first"] < loops*calls || counts["second"] < loops*calls {
+		t.Errorf("each should have answered at least %d calls", loops*calls)
 	}
 }
 
@@ -138,7 +141,7 @@ func TestOnlyTheMeshIsOpenWhereTheMeshEntrySaysSo(t *testing.T) {
 	outside, err := m.Nodes[1].Workload("outside")
 	m.must(err)
 	m.serve(outside, ":7000", ":53")
-	m.serve(web, "127.0.0.1:7001")
+	m.serve(web, ":7001")
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
 	m.start([]string{"web"}, []string{"api"})
 	vip, far := m.vip(0, "api"), netip.AddrPortFrom(outside.IPv4, 7000).String()
@@ -148,7 +151,7 @@ func TestOnlyTheMeshIsOpenWhereTheMeshEntrySaysSo(t *testing.T) {
 		"TLS": map[string]any{"Incoming": map[string]any{"TLSMinVersion": "TLSv1_3"}, "Outgoing": map[string]any{"TLSMaxVersion": "TLSv1_2"}}}
 	m.must(m.agents[0].Write(m.ctx(), entry))
 	m.eventually("what is outside is refused", web, far, func(out string) bool { return strings.Contains(out, "ECONNREFUSED") })
-	for _, open := range []string{"127.0.0.1:7001", netip.AddrPortFrom(web.IPv4, port).String(), netip.AddrPortFrom(outside.IPv4, 53).String()} {
+	for _, open := range []string{"127.0.0.1:7001", netip.AddrPortFrom(web.IPv4, 7001).String(), netip.AddrPortFrom(outside.IPv4, 53).String()} {
 		if out := m.dial(web, open, "peer"); !reached(out) {
 			t.Errorf("%s is refused: %s", open, out)
 		}
