@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"math/big"
 	"net/url"
 	"testing"
@@ -28,6 +29,17 @@ func NewRoot(tb testing.TB) *Authority {
 	key := newKey(tb)
 	template := caTemplate()
 	return &Authority{Cert: sign(tb, template, template, key.Public(), key), key: key}
+}
+
+// PEM is the certificate and the key of a, as a configuration takes them.
+func (a *Authority) PEM(tb testing.TB) (cert, key string) {
+	tb.Helper()
+	der, err := x509.MarshalECPrivateKey(a.key)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cert = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Cert.Raw}))
+	return cert, string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}))
 }
 
 // Intermediate makes an authority signed by a; its leaves carry its certificate.
