@@ -80,8 +80,10 @@ func TestAnUpstreamIsOnlyThatOfTheInstancesTheWorkloadServes(t *testing.T) {
 	a := m.app()
 	api := m.instance("api", "api-1", a.addr())
 	to := netip.MustParseAddrPort("127.0.0.1:9191")
-	web := m.instance("web", "web-1", a.addr())
-	web.Upstreams = []*catalog.Upstream{{At: to, Name: "api", Route: catalog.Route{Targets: []*catalog.Target{{Service: "api", Instances: []*catalog.Instance{api}}}}, Config: catalog.CallConfig{MaxConnections: 1}}}
+	m.instance("web", "web-1", a.addr())
+	m.next.Upstreams = map[string][]*catalog.Upstream{"web-1": {
+		{At: to, Name: "api", Route: catalog.Route{Targets: []*catalog.Target{{Service: "api", Instances: []*catalog.Instance{api}}}}, Config: catalog.CallConfig{MaxConnections: 1}},
+	}}
 	m.publish()
 	stranger, own := m.origin(to), m.origin(to)
 	m.kernel.mu.Lock()

@@ -85,7 +85,11 @@ type Snapshot struct {
 	MeshOnly bool
 	Outside  []netip.AddrPort
 
+	// Upstreams are addresses at which workloads that serve an instance, one of this node, reach services: by its ID.
+	Upstreams map[string][]*Upstream
+
 	TLS TLS
+
 	// Agents are where Consul's agents answer, which hand out identities: to everybody, unless ACLs are on.
 	Agents []netip.AddrPort
 	ACLs   bool
@@ -95,7 +99,6 @@ type Snapshot struct {
 
 	virtual   map[netip.Addr]*Service
 	ports     map[netip.AddrPort]*Service
-	local     map[string][]*Upstream // by the ID of an instance of this node
 	instances map[netip.AddrPort]*Instance
 	mesh      map[netip.AddrPort]*Instance
 }
@@ -139,8 +142,6 @@ type Instance struct {
 	// and it has no Address, for plaintext must never be sent there.
 	Native bool
 
-	// Upstreams are addresses that workloads which serve this instance, one of this node, reach services at.
-	Upstreams []*Upstream
 	// Probed are the ports at which a prober of this node checks the instance: the application's, or the mesh port.
 	Probed []uint16
 
@@ -160,7 +161,6 @@ type Problem struct {
 func New(s Snapshot) (*Snapshot, error) {
 	s.virtual = make(map[netip.Addr]*Service)
 	s.ports = make(map[netip.AddrPort]*Service)
-	s.local = make(map[string][]*Upstream)
 	s.instances = make(map[netip.AddrPort]*Instance)
 	s.mesh = make(map[netip.AddrPort]*Instance)
 	var errs []error
@@ -183,7 +183,12 @@ func New(s Snapshot) (*Snapshot, error) {
 		for _, inst := range svc.Instances {
 			errs = append(errs, s.indexInstance(svc, inst)...)
 		}
-		errs = append(errs, s.checkRoutes(svc)...)
+		errs = append(errs, checkRoute(name, svc.Route())...)
+	}
+	for _, upstreams := range s.Upstreams {
+		for _, up := range upstreams {
+			errs = append(errs, checkRoute(up.Name, &up.Route)...)
+		}
 	}
 	for _, svc := range s.Services {
 		for _, inst := range svc.Instances {
@@ -225,23 +230,16 @@ func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {
 	return errs
 }
 
-// checkRoutes indexes the upstreams of svc, and checks that each target of its routes is under one identity.
-func (s *Snapshot) checkRoutes(svc *Service) []error {
+// checkRoute checks that each target of a route is under one identity.
+func checkRoute(of string, route *Route) []error {
 	var errs []error
-	for _, inst := range svc.Instances {
-		if inst.Local && len(inst.Upstreams) > 0 {
-			s.local[inst.ID] = inst.Upstreams
-		}
+	if len(route.Targets) == 0 {
+		errs = append(errs, fmt.Errorf("a route of %q has no target", of))
 	}
-	for _, route := range svc.routes() {
-		if len(route.Targets) == 0 {
-			errs = append(errs, fmt.Errorf("a route of %q has no target", svc.Name))
-		}
-		for _, t := range route.Targets {
-			for _, inst := range t.Instances {
-				if inst.Service != t.Service || inst.Datacenter != t.Datacenter {
-					errs = append(errs, fmt.Errorf("instance %q of %q is in target %s", inst.ID, inst.Service, t))
-				}
+	for _, t := range route.Targets {
+		for _, inst := range t.Instances {
+			if inst.Service != t.Service || inst.Datacenter != t.Datacenter {
+				errs = append(errs, fmt.Errorf("instance %q of %q is in target %s", inst.ID, inst.Service, t))
 			}
 		}
 	}

@@ -127,7 +127,7 @@ func (s *Snapshot) TargetIdentity(t *Target) policy.Identity {
 func (s *Snapshot) Upstream(instances []string, at netip.AddrPort) (Destination, bool) {
 	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 	for _, id := range instances {
-		for _, up := range s.local[id] {
+		for _, up := range s.Upstreams[id] {
 			if up.At == at {
 				return Destination{Service: s.Services[up.Name], Upstream: up}, true
 			}
@@ -139,12 +139,19 @@ func (s *Snapshot) Upstream(instances []string, at netip.AddrPort) (Destination,
 // AllTargets yields every target of s, and each service with its own instances. One may come several times.
 func (s *Snapshot) AllTargets() iter.Seq[*Target] {
 	return func(yield func(*Target) bool) {
+		var all []*Route
 		for _, svc := range s.Services {
-			for _, route := range append(svc.routes(), svc.to(svc.Instances...)) {
-				for _, t := range route.Targets {
-					if !yield(t) {
-						return
-					}
+			all = append(all, svc.Route(), svc.to(svc.Instances...))
+		}
+		for _, upstreams := range s.Upstreams {
+			for _, up := range upstreams {
+				all = append(all, &up.Route)
+			}
+		}
+		for _, route := range all {
+			for _, t := range route.Targets {
+				if !yield(t) {
+					return
 				}
 			}
 		}
@@ -162,15 +169,4 @@ func (svc *Service) Route() *Route {
 // to is the route to some of the instances of svc itself.
 func (svc *Service) to(instances ...*Instance) *Route {
 	return &Route{Targets: []*Target{{Service: svc.Name, Instances: instances, ConnectTimeout: svc.ConnectTimeout}}}
-}
-
-// routes are that of calls to svc, and those of the upstreams of its local instances.
-func (svc *Service) routes() []*Route {
-	all := []*Route{svc.Route()}
-	for _, inst := range svc.Instances {
-		for _, up := range inst.Upstreams {
-			all = append(all, &up.Route)
-		}
-	}
-	return all
 }

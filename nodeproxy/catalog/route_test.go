@@ -60,13 +60,7 @@ func TestTheUpstreamsOfTheFirstInstanceCount(t *testing.T) {
 	up := func(name string) *catalog.Upstream {
 		return &catalog.Upstream{At: at("127.0.0.1:9191"), Name: name, Route: catalog.Route{Targets: []*catalog.Target{{Service: name}}}}
 	}
-	s, err := snapshot(t, &catalog.Service{Name: "web", Instances: []*catalog.Instance{
-		{ID: "a", Service: "web", Local: true, Upstreams: []*catalog.Upstream{up("one")}},
-		{ID: "b", Service: "web", Local: true, Upstreams: []*catalog.Upstream{up("two")}},
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := &catalog.Snapshot{Upstreams: map[string][]*catalog.Upstream{"a": {up("one")}, "b": {up("two")}}}
 	for _, c := range []struct {
 		serves []string
 		want   string

@@ -29,13 +29,14 @@ type builder struct {
 	compiled *compiled
 	*settings
 	services  map[string]*catalog.Service
+	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
 	contested []netip.AddrPort
 }
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
 	return &builder{
 		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, compiled: &r.compiled,
-		settings: d.entries.settings(), services: make(map[string]*catalog.Service),
+		settings: d.entries.settings(), services: make(map[string]*catalog.Service), upstreams: make(map[string][]*catalog.Upstream),
 	}
 }
 
@@ -70,7 +71,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		Generation: generation, Taken: now, Node: b.cfg.Node,
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
-		VirtualRanges: b.virtualRanges(), Calls: b.calls(), TLS: b.tls(),
+		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(),
 		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
 		Problems: b.sortedProblems(),
 		Agents:   b.data.agents(), ACLs: b.data.agent.acls,

@@ -103,7 +103,7 @@ func (b *builder) addUpstreams() {
 			for _, s := range b.registrations(inst) {
 				for _, up := range upstreamsOf(s) {
 					if made := b.upstream(name, &up); made != nil && b.bind(inst, made, up, taken) {
-						inst.Upstreams = append(inst.Upstreams, made)
+						b.upstreams[inst.ID] = append(b.upstreams[inst.ID], made)
 					}
 				}
 			}

@@ -76,7 +76,7 @@ func TestTheSameUpstreamInMetaThatTheSidecarInheritedIsOne(t *testing.T) {
 		d.local[id].Meta = map[string]string{metaUpstreams: "api:9191"}
 	}
 	s := build(t, d, "web")
-	if n := len(s.Services["web"].Instances[0].Upstreams); n != 1 || len(s.Problems) != 0 {
+	if n := len(s.Upstreams["web-1"]); n != 1 || len(s.Problems) != 0 {
 		t.Errorf("%d upstreams, %v", n, s.Problems)
 	}
 }

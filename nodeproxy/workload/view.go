@@ -153,14 +153,10 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 // own lists what holds for single workloads: the addresses of their upstreams, and, where only the mesh is open, what their
 // network namespaces have.
 func (m *Manager) own(v *view, workloads []*entry) []redirect.Destination {
-	upstreams := make(map[string][]*catalog.Upstream)
-	for _, inst := range v.snap.LocalInstances() {
-		upstreams[inst.ID] = inst.Upstreams
-	}
 	var all []redirect.Destination
 	for _, e := range workloads {
 		for _, id := range v.serves[e.ID] {
-			for _, up := range upstreams[id] {
+			for _, up := range v.snap.Upstreams[id] {
 				all = append(all, redirect.Destination{Addr: up.At.Addr(), Port: up.At.Port(), Workload: e.ID})
 			}
 		}

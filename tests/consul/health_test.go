@@ -93,10 +93,7 @@ func TestTheAgentsChecksPassWhereAStrangerIsRefused(t *testing.T) {
 
 	stranger, err := m.Nodes[0].HostWorkload("stranger")
 	m.must(err)
-	agent := &netlab.Workload{Name: "agent", Node: m.Nodes[0], Namespace: m.Nodes[0].Namespace}
-	if agent.Cgroup, err = m.Nodes[0].Cgroup.Child("consul"); err != nil {
-		t.Fatal(err)
-	}
+	agent := &netlab.Workload{Name: "agent", Node: m.Nodes[0], Namespace: m.Nodes[0].Namespace, Cgroup: m.agents[0].cfg.Cgroup}
 	for _, to := range []string{fmt.Sprintf("%s:%d", pod.IPv4, port), fmt.Sprintf("127.0.0.1:%d", hostPort)} {
 		if ok, out := m.browses(stranger, to); ok || !strings.Contains(out, "onnect") {
 			t.Errorf("a curl of the same host at %s: %s", to, out)
@@ -153,9 +150,7 @@ func TestWhatTheAgentRunsInIsNoWorkload(t *testing.T) {
 	m := newMesh(t)
 	web := m.place(0, "web")
 	m.start([]string{"web"}, nil)
-	consul, err := m.Nodes[0].Cgroup.Child("consul")
-	m.must(err)
-	for _, cgroup := range []*netlab.Cgroup{consul, m.Nodes[0].Cgroup} {
+	for _, cgroup := range []*netlab.Cgroup{m.agents[0].cfg.Cgroup, m.Nodes[0].Cgroup} {
 		m.await("its cgroup is known", func() error {
 			err := m.Daemons[0].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: cgroup.Path(), Service: "evil"})
 			switch {
@@ -170,7 +165,7 @@ func TestWhatTheAgentRunsInIsNoWorkload(t *testing.T) {
 	m.must(m.Daemons[0].Stop(m.ctx()))
 	m.Daemons[0].Extra = fmt.Sprintf("inbound {\n  probers = [%q]\n}\n", m.Nodes[0].Cgroup.Path())
 	m.must(m.Daemons[0].Start(m.ctx()))
-	_, err = m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+	_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
 		for _, p := range s.Problems {
 			if p.Kind == "prober" && strings.Contains(p.Text, m.Nodes[0].Cgroup.Path()) {
 				return nil

@@ -69,6 +69,17 @@ func (a *Authority) Self() *tls.Certificate {
 	return &tls.Certificate{Certificate: [][]byte{a.Cert.Raw}, PrivateKey: a.key, Leaf: a.Cert}
 }
 
+// PEM is the certificate and the key of a, as a configuration takes them.
+func (a *Authority) PEM(tb testing.TB) (cert, key string) {
+	tb.Helper()
+	der, err := x509.MarshalECPrivateKey(a.key)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cert = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Cert.Raw}))
+	return cert, string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}))
+}
+
 // Intermediate makes an authority signed by a; its leaves carry its certificate.
 func (a *Authority) Intermediate(tb testing.TB) *Authority {
 	tb.Helper()
