@@ -29,6 +29,8 @@ type builder struct {
 	compiled *compiled
 	*settings
 	services map[string]*catalog.Service
+
+	agentless map[*catalog.Instance]bool // unhealthy because of their agents
 }
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
@@ -39,6 +41,7 @@ func (r *run) builder(d *data, needed []string, given map[string]uint16) *builde
 }
 
 func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
+	b.agentless = make(map[*catalog.Instance]bool)
 	b.addLocal()
 	for _, name := range slices.Sorted(maps.Keys(b.data.services)) {
 		for _, e := range b.data.services[name].instances {
@@ -47,6 +50,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 			}
 		}
 	}
+	b.callAgentless()
 	b.refuseContested()
 	b.giveVirtual()
 	for _, name := range b.needed {
@@ -104,6 +108,7 @@ func (b *builder) addRemote(name string, e endpoint) {
 		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: e.tags, Meta: e.meta,
 	}
+	b.agentless[inst] = e.agentless
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	isServed := slices.ContainsFunc(b.data.proxies[e.node], func(p Ports) bool { return p.contains(inst.Mesh.Port()) })
 	if e.app.port != 0 && isServed {

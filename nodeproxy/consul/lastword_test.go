@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/hashicorp/consul/api"
@@ -29,6 +30,48 @@ func TestACheckThatHasNotRunSaysNothing(t *testing.T) {
 	} {
 		if got := unheard(c.checks); got != c.want {
 			t.Errorf("%s: unheard is %v", name, got)
+		}
+	}
+}
+
+func TestAnInstanceWithoutItsAgentIsCalledWhereThereIsNoOther(t *testing.T) {
+	d := sample()
+	both := d.services["api"].instances
+	for i := range both {
+		both[i].healthy, both[i].agentless = false, i == 0
+	}
+	healthy := func() (nodes []string) {
+		for _, inst := range build(t, d).Services["api"].Instances {
+			if inst.Healthy {
+				nodes = append(nodes, inst.Node)
+			}
+		}
+		return nodes
+	}
+	if got := healthy(); !slices.Equal(got, []string{"node-2"}) {
+		t.Errorf("called are those on %q", got)
+	}
+	d.write(&api.ServiceResolverConfigEntry{Kind: api.ServiceResolver, Name: "api", Failover: map[string]api.ServiceResolverFailover{"*": {Datacenters: []string{"dc2"}}}})
+	if got := healthy(); got != nil {
+		t.Errorf("it should fail over, and called are those on %q", got)
+	}
+	d.entries.byKind[api.ServiceResolver] = nil
+	both[1].healthy = true
+	if got := healthy(); !slices.Equal(got, []string{"node-3"}) {
+		t.Errorf("called are those on %q", got)
+	}
+}
+
+func TestOnlyTheLossOfItsAgentMakesAnInstanceAgentless(t *testing.T) {
+	lost := &api.HealthCheck{CheckID: "serfHealth", Status: api.HealthCritical, Output: "Agent not live or unreachable"}
+	failed := &api.HealthCheck{CheckID: "tcp", Status: api.HealthCritical, Output: "connection refused"}
+	passing := &api.HealthCheck{CheckID: "tcp", Status: api.HealthPassing}
+	for _, c := range []struct {
+		checks api.HealthChecks
+		want   bool
+	}{{nil, false}, {api.HealthChecks{passing}, false}, {api.HealthChecks{lost, passing}, true}, {api.HealthChecks{lost, failed}, false}, {api.HealthChecks{failed}, false}} {
+		if got := agentless(c.checks); got != c.want {
+			t.Errorf("%+v: agentless is %v", c.checks, got)
 		}
 	}
 }

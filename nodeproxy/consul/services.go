@@ -39,6 +39,7 @@ type endpoint struct {
 	app               place // of the application; nothing for a native service
 	native            bool
 	healthy           bool
+	agentless         bool // critical, but only because its agent is not reachable
 	unheard           bool // its checks have not run since its agent started
 	virtual           netip.Addr
 	tags              []string
@@ -87,9 +88,9 @@ func parseEndpoints(a *answer, name string) ([]endpoint, error) {
 		s := entry.Service
 		e := endpoint{
 			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
-			healthy: entry.Checks.AggregatedStatus() == api.HealthPassing || entry.Checks.AggregatedStatus() == api.HealthWarning,
-			unheard: unheard(entry.Checks),
-			tags:    s.Tags, meta: s.Meta,
+			healthy:   entry.Checks.AggregatedStatus() == api.HealthPassing || entry.Checks.AggregatedStatus() == api.HealthWarning,
+			agentless: agentless(entry.Checks), unheard: unheard(entry.Checks),
+			tags: s.Tags, meta: s.Meta,
 		}
 		switch {
 		case s.Connect != nil && s.Connect.Native && s.Service == name:
