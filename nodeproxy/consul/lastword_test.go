@@ -99,7 +99,7 @@ func TestAnInstanceThatIsUnheardIsAsHealthyAsItWas(t *testing.T) {
 		"it has become bad since that":          {was(false), before(true), false},
 		"another instance, for both of the two": {&service{instances: []endpoint{{node: "node-3", id: "api-1", proxyID: "p", healthy: true}}}, nil, false},
 	} {
-		r := &run{Source: &Source{earlier: c.earlier}}
+		r := &run{earlier: c.earlier}
 		found := []endpoint{{node: "node-2", id: "api-1", proxyID: "p", unheard: true}, {node: "node-2", id: "api-2", proxyID: "q"}}
 		r.keepLastWord("api", c.old, found)
 		if found[0].healthy != c.want || found[1].healthy {
