@@ -87,7 +87,7 @@ func (s *Store) Load() ([]byte, error) {
 		return nil, fmt.Errorf("open the map at %s: %w", s.path, err)
 	}
 	defer m.Close()
-	if m.Type() != ebpf.Array || m.ValueSize() != storeEntry || m.MaxEntries() > MaxStored/storeEntry+1 {
+	if m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() != storeEntry || m.MaxEntries() > MaxStored/storeEntry+1 {
 		return nil, fmt.Errorf("read the map at %s: it is not one of ours", s.path)
 	}
 	var value []byte

@@ -20,7 +20,6 @@ func newCheck(e *env) *cobra.Command {
 		Use:   "check",
 		Short: "Preflight: would it work here? One line each: ok, or what to do",
 		Long: "Asks the kernel, the host, the configuration and the source. Without a configuration it asks the kernel alone.\n" +
-			"A Consul agent is asked for the certificates of the configured services, which has the servers issue them.\n" +
 			"--service adds what of a service's configuration would be ignored or denied. Reading the source gives virtual IPs,\n" +
 			"ports and a CA to a mesh directory that has none.\n\n" +
 			"--workloads asks the running daemon for its workloads, and tries each: a process of this program (some 10 MB, for a\n" +

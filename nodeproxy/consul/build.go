@@ -31,6 +31,7 @@ type builder struct {
 	services  map[string]*catalog.Service
 	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
 	contested []netip.AddrPort
+	agentless map[*catalog.Instance]bool // unhealthy because of their agents
 }
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
@@ -41,6 +42,7 @@ func (r *run) builder(d *data, needed []string, given map[string]uint16) *builde
 }
 
 func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
+	b.agentless = make(map[*catalog.Instance]bool)
 	b.addLocal()
 	for _, name := range slices.Sorted(maps.Keys(b.data.services)) {
 		for _, e := range b.data.services[name].instances {
@@ -49,6 +51,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 			}
 		}
 	}
+	b.callAgentless()
 	b.refuseContested()
 	b.addChains()
 	b.markProbed()
@@ -112,6 +115,7 @@ func (b *builder) addRemote(name string, e endpoint) {
 		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: e.tags, Meta: e.meta,
 	}
+	b.agentless[inst] = e.agentless
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	isServed := slices.ContainsFunc(b.data.proxies[e.node], func(p Ports) bool { return p.contains(inst.Mesh.Port()) })
 	if e.app.port != 0 && isServed {

@@ -49,13 +49,13 @@ func TestConnectionsDoNotGrowWithChains(t *testing.T) {
 		return nil
 	})
 	t.Logf("seen after %s", time.Since(began))
-	w.front.mu.Lock()
-	defer w.front.mu.Unlock()
-	t.Logf("at most %d connections, statuses %v", w.front.most, w.front.statuses)
-	if w.front.most > 16 {
-		t.Errorf("%d connections at once", w.front.most)
+	w.front.Lock()
+	defer w.front.Unlock()
+	t.Logf("at most %d connections, statuses %v", w.front.Most, w.front.Statuses)
+	if w.front.Most > 16 {
+		t.Errorf("%d connections at once", w.front.Most)
 	}
-	if n := w.front.statuses[http.StatusTooManyRequests]; n > 0 {
+	if n := w.front.Statuses[http.StatusTooManyRequests]; n > 0 {
 		t.Errorf("%d answers were 429", n)
 	}
 }
@@ -113,7 +113,7 @@ func TestAnUnreadableChainLeavesTheLastOneInForce(t *testing.T) {
 		return nil
 	}
 	w.await("alias is redirected", redirected)
-	w.front.fail(http.StatusInternalServerError, func(r *http.Request) bool { return r.URL.Path == "/v1/discovery-chain/alias" })
+	w.front.Fail(http.StatusInternalServerError, func(r *http.Request) bool { return r.URL.Path == "/v1/discovery-chain/alias" })
 	w.must(w.agent.Write(w.ctx(), map[string]any{"Kind": "service-resolver", "Name": "other", "Redirect": map[string]any{"Service": "api"}}))
 	w.await("another chain is there", func(s *catalog.Snapshot) error {
 		if s.Services["other"] == nil {
@@ -122,7 +122,7 @@ func TestAnUnreadableChainLeavesTheLastOneInForce(t *testing.T) {
 		return redirected(s)
 	})
 	w.awaitHealth("what is not answered", func(h catalog.Health) bool { return h.Err != nil })
-	w.front.fail(0, nil)
+	w.front.Fail(0, nil)
 	w.awaitHealth("that all is answered", func(h catalog.Health) bool { return h.Err == nil })
 }
 

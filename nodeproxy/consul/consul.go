@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -102,7 +103,7 @@ type Source struct {
 	leaves *leaves
 	called *called
 
-	earlier *earlier // nil: nothing was restored
+	restored atomic.Pointer[earlier] // nil: nothing
 
 	named chan struct{} // gets a value, without blocking, when the names of services may have changed
 	known chan struct{} // the same for the services that are in the mesh, or on this node
@@ -161,8 +162,8 @@ func (s *Source) Health() catalog.Health {
 		err = errors.Join(err, leaves)
 	}
 	h := catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: err}
-	if s.earlier != nil && s.earlier.inForce.Load() {
-		h.Updated, h.Restored = s.earlier.updated, true
+	if e := s.restored.Load(); e != nil && e.inForce.Load() {
+		h.Updated, h.Restored = e.updated, true
 	}
 	return h
 }
@@ -175,9 +176,9 @@ func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error
 	defer s.client.close()
 	defer tasks.Wait()
 	defer cancel()
-	r := &run{Source: s, deliver: deliver, ask: asker{s.client, s.world}, began: time.Now()}
-	if s.earlier != nil {
-		r.generation = s.earlier.snap.Generation
+	r := &run{Source: s, deliver: deliver, ask: asker{s.client, s.world}, began: time.Now(), earlier: s.restored.Load()}
+	if r.earlier != nil {
+		r.generation = r.earlier.snap.Generation
 	}
 	tasks.Go(func() { s.leaves.run(ctx) })
 	tasks.Go(func() { r.askAll(ctx) })

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"github.com/hashicorp/consul/api"
+
+	"nodeproxy.io/nodeproxy/catalog"
 )
 
 // unheard says whether an instance is critical only because of checks that have not run yet. An agent that restarts calls
@@ -21,6 +23,24 @@ func unheard(checks api.HealthChecks) bool {
 		silent = true
 	}
 	return silent
+}
+
+// serfHealth is the check that Consul has of each node's agent.
+const serfHealth = "serfHealth"
+
+// agentless says whether an instance is critical only because its node's agent is not reachable, which is not the
+// application's fault.
+func agentless(checks api.HealthChecks) bool {
+	lost := false
+	for _, c := range checks {
+		if c.Status == api.HealthCritical {
+			if c.CheckID != serfHealth {
+				return false
+			}
+			lost = true
+		}
+	}
+	return lost
 }
 
 func isSilent(c *api.HealthCheck) bool {
@@ -46,7 +66,7 @@ func (r *run) keepLastWord(name string, old *service, found []endpoint) {
 func (r *run) wasHealthy(name string, old *service, e *endpoint) bool {
 	if old != nil {
 		return slices.ContainsFunc(old.instances, func(was endpoint) bool {
-			return was.node == e.node && was.proxyID == e.proxyID && was.healthy
+			return was.node == e.node && was.proxyID == e.proxyID && (was.healthy || was.agentless)
 		})
 	}
 	if r.earlier == nil || r.earlier.snap.Services[name] == nil {
@@ -58,4 +78,28 @@ func (r *run) wasHealthy(name string, old *service, e *endpoint) bool {
 		}
 	}
 	return false
+}
+
+// callAgentless makes the instances of services that have none that is healthy healthy, if all that is wrong with them is
+// that their agents are not reachable. Services that fail over do that instead.
+func (b *builder) callAgentless() {
+	for name, svc := range b.services {
+		if slices.ContainsFunc(svc.Instances, func(i *catalog.Instance) bool { return i.Healthy }) {
+			continue
+		}
+		if res := b.resolvers[name]; res != nil && len(res.Failover) > 0 {
+			continue
+		}
+		var nodes []string
+		for _, inst := range svc.Instances {
+			if b.agentless[inst] {
+				inst.Healthy = true
+				nodes = append(nodes, inst.Node)
+			}
+		}
+		if len(nodes) > 0 {
+			slices.Sort(nodes)
+			b.problem(name, "unreachable", "no instance of %q is healthy: those are called whose checks passed before the Consul agents of their nodes were lost: see the agents of %s", name, strings.Join(slices.Compact(nodes), ", "))
+		}
+	}
 }

@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/hashicorp/consul/api"
@@ -33,6 +34,48 @@ func TestACheckThatHasNotRunSaysNothing(t *testing.T) {
 	}
 }
 
+func TestAnInstanceWithoutItsAgentIsCalledWhereThereIsNoOther(t *testing.T) {
+	d := sample()
+	both := d.services["api"].instances
+	for i := range both {
+		both[i].healthy, both[i].agentless = false, i == 0
+	}
+	healthy := func() (nodes []string) {
+		for _, inst := range build(t, d).Services["api"].Instances {
+			if inst.Healthy {
+				nodes = append(nodes, inst.Node)
+			}
+		}
+		return nodes
+	}
+	if got := healthy(); !slices.Equal(got, []string{"node-2"}) {
+		t.Errorf("called are those on %q", got)
+	}
+	d.write(&api.ServiceResolverConfigEntry{Kind: api.ServiceResolver, Name: "api", Failover: map[string]api.ServiceResolverFailover{"*": {Datacenters: []string{"dc2"}}}})
+	if got := healthy(); got != nil {
+		t.Errorf("it should fail over, and called are those on %q", got)
+	}
+	d.entries.byKind[api.ServiceResolver] = nil
+	both[1].healthy = true
+	if got := healthy(); !slices.Equal(got, []string{"node-3"}) {
+		t.Errorf("called are those on %q", got)
+	}
+}
+
+func TestOnlyTheLossOfItsAgentMakesAnInstanceAgentless(t *testing.T) {
+	lost := &api.HealthCheck{CheckID: "serfHealth", Status: api.HealthCritical, Output: "Agent not live or unreachable"}
+	failed := &api.HealthCheck{CheckID: "tcp", Status: api.HealthCritical, Output: "connection refused"}
+	passing := &api.HealthCheck{CheckID: "tcp", Status: api.HealthPassing}
+	for _, c := range []struct {
+		checks api.HealthChecks
+		want   bool
+	}{{nil, false}, {api.HealthChecks{passing}, false}, {api.HealthChecks{lost, passing}, true}, {api.HealthChecks{lost, failed}, false}, {api.HealthChecks{failed}, false}} {
+		if got := agentless(c.checks); got != c.want {
+			t.Errorf("%+v: agentless is %v", c.checks, got)
+		}
+	}
+}
+
 func TestAnInstanceThatIsUnheardIsAsHealthyAsItWas(t *testing.T) {
 	was := func(healthy bool) *service {
 		return &service{instances: []endpoint{{node: "node-2", id: "api-1", proxyID: "p", healthy: healthy}}}
@@ -56,7 +99,7 @@ func TestAnInstanceThatIsUnheardIsAsHealthyAsItWas(t *testing.T) {
 		"it has become bad since that":          {was(false), before(true), false},
 		"another instance, for both of the two": {&service{instances: []endpoint{{node: "node-3", id: "api-1", proxyID: "p", healthy: true}}}, nil, false},
 	} {
-		r := &run{Source: &Source{earlier: c.earlier}}
+		r := &run{earlier: c.earlier}
 		found := []endpoint{{node: "node-2", id: "api-1", proxyID: "p", unheard: true}, {node: "node-2", id: "api-2", proxyID: "q"}}
 		r.keepLastWord("api", c.old, found)
 		if found[0].healthy != c.want || found[1].healthy {

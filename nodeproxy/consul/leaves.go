@@ -245,11 +245,9 @@ func (l *leaves) settle(res result) {
 	}
 }
 
-func leafPath(service string) string { return "/v1/agent/connect/ca/leaf/" + escape(service) }
-
 // fetch asks the agent for one leaf, with the service's own token if there is one, and checks that it is what it should be.
 func (l *leaves) fetch(ctx context.Context, name string) (*tls.Certificate, error) {
-	got, err := l.client.request(ctx, question{path: leafPath(name), service: name})
+	got, err := l.client.request(ctx, question{path: "/v1/agent/connect/ca/leaf/" + escape(name), service: name})
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -20,22 +21,22 @@ type Finding struct {
 const preflightTimeout = 5 * time.Second
 
 // Preflight asks the agent for what a daemon with cfg would need to serve these services: an agent that is there and new
-// enough, a token that it knows, and a certificate for each service, which has the servers issue it unless the agent has
-// one already. It registers nothing. After a finding that has failed there are no more, but for those of other services.
+// enough, and a token that it knows and that has the rights. It changes nothing. Where the first finding has failed there
+// are no more.
 func Preflight(ctx context.Context, cfg Config, services []string) []Finding {
 	client, err := newClient(&cfg)
 	if err != nil {
 		return []Finding{{Name: "consul", Failed: true, Text: err.Error()}}
 	}
 	defer client.close()
-	ask := func(q question) (*answer, error) {
+	p := preflight{cfg: &cfg, ask: func(q question) (*answer, error) {
 		ctx, cancel := context.WithTimeoutCause(ctx, preflightTimeout, fmt.Errorf("no answer within %s", preflightTimeout))
 		defer cancel()
 		return client.request(ctx, q)
-	}
-	a, err := ask(question{path: selfPath})
+	}}
+	a, err := p.ask(question{path: selfPath})
 	if err != nil {
-		return []Finding{unanswered(&cfg, err)}
+		return []Finding{p.unanswered(err)}
 	}
 	found, err := parseAgent(a, &cfg)
 	if err != nil {
@@ -43,46 +44,67 @@ func Preflight(ctx context.Context, cfg Config, services []string) []Finding {
 	}
 	findings := []Finding{{Name: "consul agent", Text: fmt.Sprintf("Consul %s, node %s, datacenter %s", found.version, found.node, found.datacenter)}}
 	if !found.acls {
-		findings = append(findings, Finding{Name: "consul ACLs", Warning: true,
+		return append(findings, Finding{Name: "consul ACLs", Warning: true,
 			Text: "they are off: whoever reaches an agent gets a certificate of any service, and can change intentions; enable them in the agents' configuration, acl { enabled = true  default_policy = \"deny\" }"})
 	}
+	findings = append(findings, p.rights("consul token", "", right{"agent", "read", found.node}, right{"node", "read", found.node}, right{"service", "write", proxyService}))
 	for _, service := range services {
-		findings = append(findings, certificate(service, &cfg, ask))
+		findings = append(findings, p.rights("consul token for "+service, service, right{"service", "write", service}, right{"service", "write", service + sidecarSuffix}))
 	}
 	return findings
 }
 
+type preflight struct {
+	cfg *Config
+	ask func(question) (*answer, error)
+}
+
 // unanswered says what to do where the agent does not say who it is.
-func unanswered(cfg *Config, err error) Finding {
+func (p *preflight) unanswered(err error) Finding {
 	switch {
 	case !hasStatus(err, http.StatusForbidden):
 		if _, answered := errors.AsType[*statusError](err); answered {
-			return Finding{Name: "consul agent", Failed: true, Text: fmt.Sprintf("ask the agent at %s: %v: is that Consul? see its log", cfg.Address, err)}
+			return Finding{Name: "consul agent", Failed: true, Text: fmt.Sprintf("ask the agent at %s: %v: is that Consul? see its log", p.cfg.Address, err)}
 		}
-		return Finding{Name: "consul agent", Failed: true, Text: fmt.Sprintf("ask the agent at %s: %v: start it, or correct address in the source block", cfg.Address, err)}
-	case cfg.TokenFile == "":
+		return Finding{Name: "consul agent", Failed: true, Text: fmt.Sprintf("ask the agent at %s: %v: start it, or correct address in the source block", p.cfg.Address, err)}
+	case p.cfg.TokenFile == "":
 		return Finding{Name: "consul token", Failed: true, Text: fmt.Sprintf("the agent wants a token (%v): set token_file in the source block", err)}
 	}
 	return Finding{Name: "consul token", Failed: true,
-		Text: fmt.Sprintf("the agent refuses the token in %s (%v): write one into it that exists and has the rules in docs/consul.md", cfg.TokenFile, err)}
+		Text: fmt.Sprintf("the agent refuses the token in %s (%v): write one into it that exists and has the rules in docs/consul.md", p.cfg.TokenFile, err)}
 }
 
-// certificate asks for the certificate of a service.
-func certificate(service string, cfg *Config, ask func(question) (*answer, error)) Finding {
-	f := Finding{Name: "certificate of " + service}
-	_, err := ask(question{path: leafPath(service), service: service})
-	switch {
-	case err == nil:
-		f.Text = "the agent issues it"
-	case hasStatus(err, http.StatusForbidden):
-		f.Failed = true
-		f.Text = fmt.Sprintf("the token may not be %s (%v): add service %q { policy = \"write\" } to its rules, or put a token of that service into token_dir", service, err, service)
-		if cfg.TokenDir != "" {
-			f.Text = fmt.Sprintf("the token may not be %s (%v): add service %q { policy = \"write\" } to the rules of the one in %s", service, err, service, cfg.TokenDir)
-		}
-	default:
-		f.Failed = true
-		f.Text = fmt.Sprintf("ask the agent for it: %v: see the logs of the agent and its servers", err)
+// right is one thing that a token may or may not do.
+type right struct{ Resource, Access, Segment string }
+
+func (r right) rule() string {
+	return fmt.Sprintf("%s %q { policy = %q }", r.Resource, r.Segment, r.Access)
+}
+
+// rights asks whether the token for a service, or the general one, has what is needed. The agent's own question for
+// certificates would not tell: it shows those that it has to everybody.
+func (p *preflight) rights(name, service string, needed ...right) Finding {
+	a, err := p.ask(question{method: http.MethodPost, path: "/v1/internal/acl/authorize", service: service, body: needed})
+	var has []struct{ Allow bool }
+	if err == nil {
+		err = decode(a, &has)
 	}
-	return f
+	if err != nil || len(has) != len(needed) {
+		return Finding{Name: name, Failed: true, Text: fmt.Sprintf("ask the agent what the token may do: %v", explain(err))}
+	}
+	var missing, held []string
+	for i, r := range needed {
+		held = append(held, r.rule())
+		if !has[i].Allow {
+			missing = append(missing, r.rule())
+		}
+	}
+	if len(missing) == 0 {
+		return Finding{Name: name, Text: "has " + strings.Join(held, ", ")}
+	}
+	where := "the one in token_file"
+	if service != "" && p.cfg.TokenDir != "" {
+		where = "that service's in token_dir, or of the one in token_file"
+	}
+	return Finding{Name: name, Failed: true, Text: fmt.Sprintf("it lacks rights: add to the rules of %s: %s", where, strings.Join(missing, "  "))}
 }

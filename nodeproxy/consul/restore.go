@@ -37,7 +37,7 @@ func (s *Source) Restore(snap *catalog.Snapshot, updated time.Time) error {
 	case s.cfg.Datacenter != "" && snap.Datacenter != s.cfg.Datacenter:
 		return fmt.Errorf("it is of datacenter %q, and this is %q", snap.Datacenter, s.cfg.Datacenter)
 	}
-	s.earlier = &earlier{snap: snap, updated: updated}
+	s.restored.Store(&earlier{snap: snap, updated: updated})
 	s.leaves.restore(snap.Leaves)
 	return nil
 }

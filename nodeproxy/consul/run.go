@@ -24,6 +24,7 @@ type run struct {
 	ask     asker
 	deliver func(*catalog.Snapshot)
 	began   time.Time
+	earlier *earlier // nil: nothing is known
 
 	// These belong to the goroutine of loop.
 	revision   uint64 // of the data that the last snapshot was made of, or could not be

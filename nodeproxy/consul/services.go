@@ -40,6 +40,7 @@ type endpoint struct {
 	app               place // of the application; nothing for a native service
 	native            bool
 	healthy           bool
+	agentless         bool // critical, but only because its agent is not reachable
 	unheard           bool // its checks have not run since its agent started
 	virtual           netip.Addr
 	tagged            place // "virtual": a Kubernetes ClusterIP, say
@@ -101,9 +102,9 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 		s, status := entry.Service, entry.Checks.AggregatedStatus()
 		e := endpoint{
 			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
-			healthy: status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
-			unheard: unheard(entry.Checks),
-			tags:    s.Tags, meta: s.Meta,
+			healthy:   status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
+			agentless: agentless(entry.Checks), unheard: unheard(entry.Checks),
+			tags: s.Tags, meta: s.Meta,
 		}
 		if of.datacenter != "" {
 			e.goAbroad(entry)

@@ -1,9 +1,8 @@
 package workload
 
 import (
-	"net/netip"
+	"cmp"
 	"slices"
-	"strings"
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/redirect"
@@ -19,28 +18,33 @@ const (
 	AccessRefuse  Access = "refuse"
 )
 
-// agentRefusals lists the agents' addresses for each workload that must not ask them. An address on loopback is the agent's only for
-// a workload of the node's own network namespace.
+// agentRefusals lists the agents' addresses for each workload that must not ask them, in a stable order. An address on
+// loopback is the agent's only for a workload of the node's own network namespace.
 func (m *Manager) agentRefusals(snap *catalog.Snapshot) []redirect.Destination {
-	var all []redirect.Destination
+	var refused []*entry
 	for _, e := range m.workloads {
-		if e.ID == 0 || !e.refusesConsul(snap) {
-			continue
+		if e.ID != 0 && e.refusesConsul(snap) {
+			refused = append(refused, e)
 		}
-		onNode := len(e.inodes) > 0 && !slices.ContainsFunc(e.inodes, func(inode uint64) bool { return m.namespaces[inode] == nil || !m.namespaces[inode].Host })
+	}
+	slices.SortFunc(refused, func(a, b *entry) int { return cmp.Compare(a.ID, b.ID) })
+	var all []redirect.Destination
+	for _, e := range refused {
+		onNode := m.isOnNode(e)
 		for _, at := range snap.Agents {
 			if onNode || !at.Addr().IsLoopback() {
 				all = append(all, redirect.Destination{Addr: at.Addr(), Port: at.Port(), Workload: e.ID, Refuse: true})
 			}
 		}
 	}
-	slices.SortFunc(all, func(a, b redirect.Destination) int {
-		if a.Workload != b.Workload {
-			return int(a.Workload) - int(b.Workload)
-		}
-		return strings.Compare(netip.AddrPortFrom(a.Addr, a.Port).String(), netip.AddrPortFrom(b.Addr, b.Port).String())
-	})
 	return all
+}
+
+// isOnNode says whether all processes of e are in the node's own network namespace.
+func (m *Manager) isOnNode(e *entry) bool {
+	return len(e.inodes) > 0 && !slices.ContainsFunc(e.inodes, func(inode uint64) bool {
+		return m.namespaces[inode] == nil || !m.namespaces[inode].Host
+	})
 }
 
 func (e *entry) refusesConsul(snap *catalog.Snapshot) bool {

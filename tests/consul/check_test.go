@@ -61,14 +61,18 @@ func TestCheckSaysWhatToDoAboutConsul(t *testing.T) {
 	reader, err := m.agents[0].NewToken(m.ctx(), "reader", rules(t, "node-1"))
 	m.must(err)
 
-	// First, for an agent shows certificates that it has to everybody.
-	m.says(m.checkWith(0, agent, reader), "certificate of web", "failed: the token may not be web", `add service "web" { policy = "write" }`)
 	lines := m.checkWith(0, agent, full)
 	m.says(lines, "consul agent", "ok: Consul 1.", "node node-1")
-	m.says(lines, "certificate of web", "ok: ")
-	if lines["consul ACLs"] != "" || lines["consul token"] != "" {
+	m.says(lines, "consul token", "ok: ")
+	m.says(lines, "consul token for web", "ok: ")
+	m.says(lines, "source", "ok: ")
+	if lines["consul ACLs"] != "" {
 		t.Errorf("check complains of what is well: %q", lines)
 	}
+
+	lines = m.checkWith(0, agent, reader)
+	m.says(lines, "consul token", "ok: ")
+	m.says(lines, "consul token for web", "failed: it lacks rights", `service "web" { policy = "write" }  service "web-sidecar-proxy" { policy = "write" }`)
 
 	m.says(m.checkWith(0, "127.0.0.1:8599", full), "consul agent", "failed: ", "127.0.0.1:8599", "connection refused", "start it, or correct address")
 	lines = m.checkWith(0, agent, unknown)

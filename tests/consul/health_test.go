@@ -18,8 +18,8 @@ const (
 	unchecked  = 7070
 )
 
-// status is what the agent says of each check of a registration, by name.
-func (m *mesh) checks(node int, id string) map[string]string {
+// statuses is what the agent says of each check of a registration, by name.
+func (m *mesh) statuses(node int, id string) map[string]string {
 	m.t.Helper()
 	var all map[string]struct{ ServiceID, Status, Name, Output string }
 	m.must(m.agents[node].Do(m.ctx(), http.MethodGet, "/v1/agent/checks", nil, &all))
@@ -114,7 +114,7 @@ func TestTheAgentsChecksPassWhereAStrangerIsRefused(t *testing.T) {
 func (m *mesh) passing(id string, names ...string) {
 	m.t.Helper()
 	m.await("the checks of "+id+" pass", func() error {
-		found := m.checks(0, id)
+		found := m.statuses(0, id)
 		for _, name := range names {
 			if found[name] != "passing" {
 				return fmt.Errorf("%v", found)
@@ -133,7 +133,7 @@ func (m *mesh) staysPassing(ids ...string) {
 	before := m.counter(0, "probed")
 	m.await("thirty probes are let through", func() error {
 		for _, id := range ids {
-			for name, status := range m.checks(0, id) {
+			for name, status := range m.statuses(0, id) {
 				if status != "passing" {
 					m.t.Fatalf("%s of %s does not stay passing: %s", name, id, status)
 				}

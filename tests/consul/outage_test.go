@@ -125,6 +125,8 @@ func answers(status int) func(http.ResponseWriter, *http.Request) bool {
 	}
 }
 
+func aborts(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }
+
 // revoke deletes the token that a daemon has.
 func (m *mesh) revoke(node int) {
 	m.t.Helper()
@@ -154,12 +156,10 @@ func outages() []outage {
 	behave := func(m *mesh) { m.misbehave(nil) }
 	return []outage{
 		{"a storm of 429", both, func(m *mesh) { m.misbehave(answers(http.StatusTooManyRequests)) }, behave},
-		{"resets", both, func(m *mesh) {
-			m.misbehave(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
-		}, behave},
+		{"resets", both, func(m *mesh) { m.misbehave(aborts) }, behave},
 		{"an agent that hangs", both, func(m *mesh) {
 			m.misbehave(func(_ http.ResponseWriter, req *http.Request) bool { <-req.Context().Done(); return true })
-		}, func(m *mesh) { m.misbehave(nil) }},
+		}, behave},
 		{"a slow agent", nil, func(m *mesh) {
 			m.misbehave(func(_ http.ResponseWriter, req *http.Request) bool {
 				select {

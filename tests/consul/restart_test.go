@@ -67,10 +67,12 @@ func TestADaemonRestartedWhileItsAgentIsDownGoesOn(t *testing.T) {
 	}
 	m.keysAreInKernelMemoryAlone(0)
 
+	// One daemon's agent dies. The other's is only out of reach: it is the server, which at its own restart would remove a
+	// node without an agent from the catalog.
 	killed := time.Now()
-	for _, agent := range m.agents {
-		agent.Process.Kill()
-	}
+	m.agents[1].Process.Kill()
+	m.fronts[0].Misbehave(aborts)
+	m.fronts[0].Drop()
 	for i, d := range m.Daemons {
 		m.awaitSource(i, "failing", fails)
 		d.Process.Kill()
@@ -108,9 +110,8 @@ func TestADaemonRestartedWhileItsAgentIsDownGoesOn(t *testing.T) {
 	}
 	alive := m.streams(calls...)
 	through := m.load(300, calls...)
-	for _, agent := range m.agents {
-		m.must(agent.Restart(m.ctx()))
-	}
+	m.fronts[0].Misbehave(nil)
+	m.must(m.agents[1].Restart(m.ctx()))
 	for i := range m.Daemons {
 		m.awaitSource(i, "well", works)
 		m.awaitKept(i)
@@ -162,7 +163,7 @@ func TestAStoreThatIsDamagedIsRefused(t *testing.T) {
 	m.must(err)
 	m.must(d.Process.WaitOutput(m.ctx(), "what an earlier daemon knew is not used"))
 	m.awaitSource(0, "failing", fails)
-	if out := m.dial(calls[0].from, calls[0].to, "peer"); reached(out) || !strings.Contains(out, "refused") {
+	if out := m.dial(calls[0].from, calls[0].to, "peer"); reached(out) {
 		t.Errorf("web without a mesh: %s", out)
 	}
 	m.must(m.agents[0].Restart(m.ctx()))
