@@ -124,9 +124,8 @@ func (r *Redirect) ListenerCgroup(at netip.AddrPort) (uint64, error) {
 	if err := d.open(); err != nil {
 		return 0, err
 	}
-	defer d.close()
 	found, err := listeners(d, at.Port())
-	if err != nil {
+	if err = errors.Join(err, d.close()); err != nil {
 		return 0, err
 	}
 	var cgroup uint64

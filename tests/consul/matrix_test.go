@@ -288,10 +288,8 @@ func (m *mesh) denied(node int, source, service string) error {
 
 func TestTheMatrixOfPeers(t *testing.T) {
 	m := newMesh(t)
-	var all []string
 	for _, p := range peers {
 		m.server(p)
-		all = append(all, servicesOf(p.kind)...)
 	}
 	clients := make(map[string]map[string]*netlab.Workload)
 	own := make([]string, 0, len(callers))
