@@ -73,7 +73,11 @@ func printExplanation(e *env, x *admin.Explanation) {
 	for _, t := range x.Targets {
 		targets = append(targets, targetLine(&t))
 	}
-	list("Targets, in order", targets, plain)
+	title := "Targets, in order"
+	if x.Balance != "" {
+		title += ", balanced by " + x.Balance
+	}
+	list(title, targets, plain)
 	var instances []string
 	for _, i := range x.Instances {
 		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, i.Address)

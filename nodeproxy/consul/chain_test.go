@@ -167,6 +167,35 @@ func TestAnotherDatacentersInstancesAreUnderItsIdentity(t *testing.T) {
 	}
 }
 
+func TestWANAddressesAreForOtherDatacentersOnly(t *testing.T) {
+	const text = `[{
+	  "Node": {"Node": "n", "Address": "10.0.0.1", "TaggedAddresses": {"lan": "10.0.0.1", "wan": "198.51.100.1"}},
+	  "Service": {"ID": "api-1-sidecar-proxy", "Service": "api-sidecar-proxy", "Kind": "connect-proxy", "Address": "10.0.0.2", "Port": 21000,
+	    "TaggedAddresses": {"wan": {"Address": "198.51.100.2", "Port": 443}}, "Proxy": {"DestinationServiceName": "api", "DestinationServiceID": "api-1"}},
+	  "Checks": [{"Status": "warning"}]
+	}, {
+	  "Node": {"Node": "o", "Address": "10.0.0.3", "TaggedAddresses": {"wan": "198.51.100.3"}},
+	  "Service": {"ID": "api-2-sidecar-proxy", "Service": "api-sidecar-proxy", "Kind": "connect-proxy", "Port": 21001, "Proxy": {"DestinationServiceName": "api"}}
+	}]`
+	for of, want := range map[endpoints]string{
+		{service: "api"}:                                 "10.0.0.2:21000 10.0.0.1 true, :21001 10.0.0.3 true, ",
+		{service: "api", datacenter: "dc2"}:              "198.51.100.2:443 198.51.100.1 true, :21001 198.51.100.3 true, ",
+		{service: "api", filter: "x", onlyPassing: true}: "10.0.0.2:21000 10.0.0.1 false, :21001 10.0.0.3 true, ",
+	} {
+		found, err := parseEndpoints(&answer{body: []byte(text)}, of)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := ""
+		for _, e := range found {
+			got += fmt.Sprintf("%s:%d %s %v, ", e.mesh.host, e.mesh.port, e.nodeAddress, e.healthy)
+		}
+		if got != want {
+			t.Errorf("%+v: %s, want %s", of, got, want)
+		}
+	}
+}
+
 func TestTheIntentionsOfAServiceThatIsOnlyElsewhereDecide(t *testing.T) {
 	d := sample()
 	d.chainOf("alias", &chain{targets: []target{{endpoints: endpoints{service: "far", datacenter: "dc2"}}}})

@@ -105,7 +105,7 @@ func (d *data) targetQuestions() map[endpoints]bool {
 }
 
 // readChains reads chains, a few at once, and the instances of their targets where they are new. It returns those that
-// could be read.
+// could be read, and gives up after a few that could not.
 func (r *run) readChains(ctx context.Context, keys []chainKey) (map[chainKey]*chain, error) {
 	var tasks sync.WaitGroup
 	var mu sync.Mutex
@@ -125,7 +125,15 @@ func (r *run) readChains(ctx context.Context, keys []chainKey) (map[chainKey]*ch
 			}
 		})
 	}
+	hopeless := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(errs) >= readers
+	}
 	for _, k := range keys {
+		if ctx.Err() != nil || hopeless() {
+			break
+		}
 		queue <- k
 	}
 	close(queue)
@@ -209,15 +217,22 @@ func (r *run) chainsChanged() {
 func (r *run) executeQueries(ctx context.Context) bool {
 	d := r.world.current()
 	results, ok := make(map[queryKey]*executed), true
+	failures := 0
 	for _, up := range d.declared() {
 		k := queryKey(up.chain(&d))
 		if up.DestinationType != api.UpstreamDestTypePreparedQuery || results[k] != nil || len(results) == maxQueries {
 			continue
 		}
-		asked := time.Now()
-		got, err := r.executeQuery(ctx, k, d.agent.datacenter)
-		if ok = r.world.note(k.fault(), asked, err) && ok; err != nil {
-			got = d.queries[k] // the last answer stays in force
+		got := d.queries[k] // stays in force if it is not answered now
+		if failures < readers {
+			asked := time.Now()
+			next, err := r.executeQuery(ctx, k, d.agent.datacenter)
+			if !r.world.note(k.fault(), asked, err) {
+				ok = false
+				failures++
+			} else {
+				got = next
+			}
 		}
 		if got != nil {
 			results[k] = got

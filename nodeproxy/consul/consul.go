@@ -6,8 +6,9 @@
 //
 // The number of connections to the agent does not grow with the services of the node or of the mesh: one for the roots,
 // one for this node's registrations, one for the names of all services, one for the node proxies, one for the intentions of
-// this node's services and one for those of all others (more beyond some thousand names), one for service resolvers, at most maxRequests for everything that does not wait, and one for each service
-// that workloads of this node call, at most maxCalled. Consul allows 200 per client address.
+// this node's services and one for those of all others (more beyond some thousand names), one for service resolvers, at most
+// maxRequests for everything that does not wait, and one for each service or target of its chain that workloads of this node
+// call, at most maxCalled. Consul allows 200 per client address.
 //
 // The services of the whole datacenter are in the snapshot, so that any of them can be called by its virtual IP. The
 // instances of one that is being called are watched; those of the others are read when the catalog changes, at a rate that is

@@ -65,7 +65,7 @@ const (
 	spacing     = 50 * time.Millisecond
 	staleAtLast = 5 * time.Minute
 
-	// maxCalled is how many services are watched because workloads call them, forgetAfter how long after the last call.
+	// maxCalled is how many services and targets are watched because workloads call them, forgetAfter how long after the last call.
 	maxCalled   = 64
 	forgetAfter = 10 * time.Minute
 )

@@ -69,6 +69,7 @@ func build(cfg *Config, w *world, leaves map[string]*tls.Certificate, healthy fu
 		Generation: generation, Taken: now, Node: cfg.Node, TrustDomain: w.authority.trustDomain, Datacenter: cfg.Datacenter,
 		Roots: slices.Clone(w.authority.roots), Leaves: maps.Clone(leaves),
 		Services: b.services, Policy: w.policy, VirtualRanges: []netip.Prefix{cfg.VirtualRange}, Problems: b.problems,
+		TLS: w.mesh.entries.tls, MeshOnly: w.mesh.entries.mesh != nil && w.mesh.entries.mesh.TransparentProxy.MeshDestinationsOnly,
 	})
 }
 

@@ -1,6 +1,7 @@
 package file
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"os"
@@ -29,7 +30,7 @@ func TestWhatIsNotHonouredIsAProblem(t *testing.T) {
 		"config/resolver.hcl": "Kind = \"service-resolver\" Name = \"api\"\nRedirect { Service = \"v2\" }\nFailover \"*\" { Datacenters = [\"dc2\"] }\nSubsets \"v1\" { Filter = \"x\" }",
 		"config/defaults.hcl": "Kind = \"service-defaults\" Name = \"api\" Protocol = \"http\" Mode = \"transparent\"\nRateLimits { InstanceLevel { RequestsPerSecond = 1 RequestsMaxBurst = 2 } }\nMeshGateway { Mode = \"local\" }",
 		"config/proxy.hcl":    "Kind = \"proxy-defaults\" Name = \"global\"\nConfig { protocol = \"tcp\"\n envoy_x = 1 }",
-		"config/mesh.hcl":     "Kind = \"mesh\"\nTransparentProxy { MeshDestinationsOnly = true }",
+		"config/mesh.hcl":     "Kind = \"mesh\"\nTransparentProxy { MeshDestinationsOnly = true }\nTLS { Incoming { TLSMinVersion = \"TLSv1_3\" }\n Outgoing { TLSMaxVersion = \"SSLv3\" } }",
 		"config/peer.hcl":     "Kind = \"service-intentions\" Name = \"db\"\nSources = [ { Name = \"web\"\n Peer = \"east\"  Action = \"deny\" } ]",
 		"config/gateway.hcl":  "Kind = \"ingress-gateway\" Name = \"gw\"",
 	})
@@ -46,7 +47,7 @@ func TestWhatIsNotHonouredIsAProblem(t *testing.T) {
 		"Failover of service-resolver", "Subsets of service-resolver",
 		"api l7-ignored RateLimits of service-defaults", "MeshGateway of service-defaults is not honoured (" + d + "/config/defaults.hcl:3)",
 		"Config envoy_x of proxy-defaults is not honoured (" + d + "/config/proxy.hcl:3)",
-		"TransparentProxy of mesh is not honoured",
+		"TLS.Outgoing of mesh: TLSMaxVersion \"SSLv3\" is not known: it limits nothing (" + d + "/config/mesh.hcl:",
 		"no peers are known here",
 		"ingress-gateway \"gw\" is ignored",
 		"web unknown-service intention web => api names \"web\", which no node defines: check the name (" + d + "/config/perm.hcl:2)",
@@ -55,6 +56,9 @@ func TestWhatIsNotHonouredIsAProblem(t *testing.T) {
 		if !strings.Contains(got, want) {
 			t.Errorf("no problem says %q", want)
 		}
+	}
+	if !snap.MeshOnly || snap.TLS.Incoming.Min != tls.VersionTLS13 {
+		t.Errorf("only the mesh is open: %v, TLS %+v", snap.MeshOnly, snap.TLS)
 	}
 	if strings.Contains(got, "Mode of service-defaults") || strings.Contains(got, "protocol of") {
 		t.Error("what is honoured is reported as not honoured")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 
+	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/hclfile"
 	"nodeproxy.io/policy"
 )
@@ -20,6 +21,7 @@ type entries struct {
 	resolvers  map[string]*api.ServiceResolverConfigEntry
 	proxy      *api.ProxyConfigEntry
 	mesh       *meshEntry
+	tls        catalog.TLS
 	ignoredL7  map[string][]string // by service
 	intentions []policy.Intention
 
@@ -117,8 +119,7 @@ func (r *reader) decodeEntry(f *hclfile.File, kind, name string) {
 		}
 	case api.MeshConfig:
 		if entry := (&meshEntry{}); r.decode(f, entry) {
-			r.unhonoured(f, "", entry, "AllowEnablingPermissiveMutualTLS")
-			r.mesh.entries.mesh = entry
+			r.addMesh(f, entry)
 		}
 	case api.ServiceSplitter:
 		if r.decode(f, &api.ServiceSplitterConfigEntry{}) {
@@ -161,6 +162,25 @@ func (r *reader) addProxyDefaults(f *hclfile.File, entry *api.ProxyConfigEntry) 
 		}
 	}
 	r.mesh.entries.proxy = entry
+}
+
+func (r *reader) addMesh(f *hclfile.File, entry *meshEntry) {
+	r.unhonoured(f, "", entry, "AllowEnablingPermissiveMutualTLS", "TransparentProxy", "TLS")
+	r.mesh.entries.mesh = entry
+	if entry.TLS == nil {
+		return
+	}
+	read := func(direction string, d *api.MeshDirectionalTLSConfig) (l catalog.TLSLimits) {
+		if d == nil {
+			return l
+		}
+		l, ignored := catalog.ParseTLSLimits(d.TLSMinVersion, d.TLSMaxVersion, d.CipherSuites)
+		for _, text := range ignored {
+			r.problem("", "unsupported", "TLS.%s of mesh: %s (%s)", direction, text, f.Pos("TLS", direction))
+		}
+		return l
+	}
+	r.mesh.entries.tls = catalog.TLS{Incoming: read("Incoming", entry.TLS.Incoming), Outgoing: read("Outgoing", entry.TLS.Outgoing)}
 }
 
 func (r *reader) ignoreL7(f *hclfile.File, name, kind string) {
