@@ -416,6 +416,9 @@ func TestSteeringSurvivesTheDaemonAndGoesWithItsSetting(t *testing.T) {
 	if _, err := os.Stat(pins); !os.IsNotExist(err) {
 		t.Errorf("a daemon without DNS leaves its hooks: %v", err)
 	}
+	if left, err := filepath.Glob(filepath.Join(n.r.Dir(), "maps", "dns_*")); err != nil || len(left) > 0 {
+		t.Errorf("a daemon without DNS leaves %v %v", left, err)
+	}
 	waitFor(t, p.app(nil, "NP_APP=resolve", "NP_ADDR=127.0.0.53:53"), "listening")
 	if got := p.ask("udp4", "127.0.0.53:53"); !strings.Contains(got, `got "real"`) {
 		t.Errorf("DNS switched off: %s", got)
