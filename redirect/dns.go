@@ -34,13 +34,27 @@ type dnsSide struct {
 	Stats     *ebpf.Map `ebpf:"dns_stats"`
 }
 
+func dnsMapNames() []string {
+	return []string{"dns_spaces", "dns_slots", "dns_resolvers", "dns_listeners", "dns_stats"}
+}
+
+// unpinDNS lets go of the maps that an earlier daemon with DNS left. They end with its hooks.
+func (r *Redirect) unpinDNS() error {
+	for _, name := range dnsMapNames() {
+		if err := os.Remove(filepath.Join(r.dir, "maps", name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove pinned map: %w", err)
+		}
+	}
+	return nil
+}
+
 // loadDNS creates the maps or takes over the pinned ones, and loads the programs.
 func (r *Redirect) loadDNS() (*dnsSide, error) {
 	spec, err := loadDns()
 	if err != nil {
 		return nil, fmt.Errorf("read built-in BPF object: %w", err)
 	}
-	for _, name := range []string{"dns_spaces", "dns_slots", "dns_resolvers", "dns_listeners", "dns_stats"} {
+	for _, name := range dnsMapNames() {
 		spec.Maps[name].Pinning = ebpf.PinByName
 	}
 	var d dnsSide

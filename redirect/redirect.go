@@ -125,6 +125,11 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if err := r.adoptProbers(); err != nil {
 		return nil, err
 	}
+	if !cfg.DNS {
+		if err := r.unpinDNS(); err != nil {
+			return nil, err
+		}
+	}
 	return r, nil
 }
 

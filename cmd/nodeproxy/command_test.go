@@ -195,10 +195,13 @@ func TestStatusShowsWhatAnOperatorLooksFor(t *testing.T) {
 func TestStatusSaysWhatIsUnusual(t *testing.T) {
 	status := exampleStatus()
 	status.Kernel.Counters = map[string]uint64{admin.CounterUnprotectedUDP: 12, admin.CounterEventsLost: 3}
+	status.DNS = &admin.Queries{Answered: 5, Forwarded: 6, Failed: 7}
+	status.Workloads[0].DNS = "off: another process has port 15053"
 	status.Stopping, status.Policy.Intentions, status.Kernel.Heartbeat = true, 1, time.Time{}
 	socket := serve(t, &backend{status: status})
 	r := invoke(t, false, nil, "status", "--socket", socket)
-	wantText(t, r.stdout, "stopping: new connections are refused", "heartbeat stopped", "1 intention,", "12 datagrams", "3 verdicts were lost")
+	wantText(t, r.stdout, "stopping: new connections are refused", "heartbeat stopped", "1 intention,", "12 datagrams", "3 verdicts were lost",
+		"5 queries answered, 6 forwarded, 7 failed", "name queries of workload /sys/fs/cgroup/demo/web (web) are not answered: another process has port 15053")
 }
 
 func TestStatusColumnsAlign(t *testing.T) {

@@ -169,6 +169,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 	status := Status{
 		Source:       SourceStatus{Updated: time.Now().Add(-time.Hour)},
 		Certificates: []Certificate{{Service: "web", NotAfter: time.Now().Add(2 * time.Hour)}, {Service: "none"}},
+		DNS:          &Queries{Answered: 5, Forwarded: 6, Failed: 7},
 		Kernel:       Kernel{Counters: map[string]uint64{CounterUnprotectedUDP: 3, CounterEventsLost: 4}},
 		Workloads:    []Workload{{State: "protected"}, {State: "empty"}, {State: "waiting"}, {State: "unprotected"}},
 	}
@@ -180,6 +181,9 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 	wantSample(t, text, "nodeproxy_unprotected_workloads 2")
 	wantSample(t, text, "nodeproxy_unprotected_udp_total 3")
 	wantSample(t, text, "nodeproxy_kernel_events_lost_total 4")
+	wantSample(t, text, "nodeproxy_dns_answered_total 5")
+	wantSample(t, text, "nodeproxy_dns_forwarded_total 6")
+	wantSample(t, text, "nodeproxy_dns_failed_total 7")
 	wantSample(t, text, `nodeproxy_l7_config_ignored{destination_service="api"} 2`)
 	for _, prefix := range []string{"nodeproxy_source_age_seconds 360", `nodeproxy_certificate_expiry_seconds{source_service="web"} 719`} {
 		if !strings.Contains(text, prefix) {

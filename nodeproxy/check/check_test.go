@@ -131,15 +131,18 @@ func TestServiceListsWhatIsIgnoredAndDenied(t *testing.T) {
 func TestWorkloadsAreReportedAsTheDaemonSeesThem(t *testing.T) {
 	results := Workloads(&admin.Status{
 		Workloads: []admin.Workload{
-			{Cgroup: "/c/web", Service: "web", State: "protected", Mode: "strict"},
+			{Cgroup: "/c/web", Service: "web", State: "protected", Mode: "strict", DNS: "on"},
 			{Cgroup: "/c/api", Service: "api", State: "waiting", Detail: "no certificate"},
 			{Cgroup: "/c/db", Service: "db", State: "empty"},
+			{Cgroup: "/c/cache", Service: "cache", State: "protected", DNS: "off: another process has port 15053"},
 		},
 		Refused: []admin.Refused{{Cgroup: "/c/x", Service: "bank", Why: "not allowed"}},
 	})
 	want(t, results, OK, "workload web (web): protected")
 	want(t, results, Failed, "no certificate")
 	want(t, results, Warning, "workload db (db): empty")
+	want(t, results, OK, "dns web (web): on")
+	want(t, results, Warning, "dns cache (cache): off, name queries pass as they are: another process has port 15053")
 	want(t, results, Failed, "/c/x: may not be bank")
 	want(t, Workloads(&admin.Status{}), Warning, "none is enrolled")
 }

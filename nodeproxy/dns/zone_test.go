@@ -312,3 +312,16 @@ func FuzzAnswer(f *testing.F) {
 		}
 	})
 }
+
+func BenchmarkAnswer(b *testing.B) {
+	z := NewZone(snapshot(b))
+	for _, name := range []string{"api.virtual.consul", "wide.service.consul", "example.com"} {
+		query := pack(b, name, dns.TypeA, 1232)
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				z.Answer(query, false)
+			}
+		})
+	}
+}

@@ -132,8 +132,8 @@ func (m *mesh) awaitDNS(node int, w *netlab.Workload, state string) {
 	m.must(err)
 }
 
-// dnsPair is pair with DNS on node 1, and a name server on each address of both nodes. conf is for web.
-func dnsPair(t *testing.T) (m *mesh, web, api *netlab.Workload, servers [2]*netlab.Process, conf string) {
+// dnsPair is pair with DNS on node 1, a name server on each address of both nodes, and what define adds. conf is for web.
+func dnsPair(t *testing.T, define ...func(m *mesh)) (m *mesh, web, api *netlab.Workload, servers [2]*netlab.Process, conf string) {
 	t.Helper()
 	m = newMesh(t)
 	web, api = m.place(0, "web"), m.place(1, "api")
@@ -141,6 +141,9 @@ func dnsPair(t *testing.T) (m *mesh, web, api *netlab.Workload, servers [2]*netl
 	m.enableDNS(0)
 	for i, n := range m.Nodes {
 		servers[i] = m.nameServer(n.Namespace, n.IPv4, n.IPv6)
+	}
+	for _, f := range define {
+		f(m)
 	}
 	m.start()
 	m.awaitDNS(0, web, "on")
@@ -190,15 +193,13 @@ func TestEveryResolverFindsTheNamesOfTheMesh(t *testing.T) {
 }
 
 func TestMessagesAreThoseOfANameServer(t *testing.T) {
-	m, web, api, _, _ := dnsPair(t)
-	var many []netip.Addr
-	for i := range 60 {
-		many = append(many, netip.AddrFrom4([4]byte{10, 2, 200, byte(i + 1)}))
-	}
-	m.define(1, "many", port, many...)
-	m.must(m.Daemons[0].AwaitInstances(m.ctx(), "many", len(many)))
-	m.settle(0)
-	m.settle(1)
+	m, web, api, _, _ := dnsPair(t, func(m *mesh) {
+		var many []netip.Addr
+		for i := range 60 {
+			many = append(many, netip.AddrFrom4([4]byte{10, 2, 200, byte(i + 1)}))
+		}
+		m.define(1, "many", port, many...)
+	})
 	server := "@" + m.Nodes[0].IPv4.String()
 	vip := m.virtual["api"].String()
 	for _, c := range []struct {
@@ -379,10 +380,11 @@ func TestWorkloadsInTheNodesNamespaceFindTheNames(t *testing.T) {
 	m.finds(db, glibc, conf, "api.service.consul", api.IPv4.String())
 	m.finds(db, glibc, conf, "other.test", otherIP)
 	m.reaches(db, m.vip("api"))
-	if out := m.dig(m.nodeShell(0), "@"+loopback.String(), "api.virtual.consul"); !strings.Contains(out, "status: NXDOMAIN") {
+	shell := m.nodeShell(0)
+	if out := m.dig(shell, "@"+loopback.String(), "api.virtual.consul"); !strings.Contains(out, "status: NXDOMAIN") {
 		t.Errorf("a process of no workload is answered: %s", out)
 	}
-	if out := m.run(m.nodeShell(0), netlab.Command{Path: programs.nodeproxy, Args: []string{"check", "--workloads", "--config", m.Daemons[0].ConfigPath(), "--socket", m.Daemons[0].Socket()}}); !strings.Contains(out, "dns db (db)") {
+	if out := m.run(shell, netlab.Command{Path: programs.nodeproxy, Args: []string{"check", "--workloads", "--config", m.Daemons[0].ConfigPath(), "--socket", m.Daemons[0].Socket()}}); !strings.Contains(out, "dns db (db)") {
 		t.Errorf("check does not say whether there is DNS:\n%s", out)
 	}
 }
