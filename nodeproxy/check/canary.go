@@ -52,7 +52,7 @@ type canary struct {
 	name     string
 	events   <-chan admin.Connection
 	passed   []admin.Connection // of events, that nobody awaited when they came
-	where    string // names the network namespace when there are several
+	where    string             // names the network namespace when there are several
 }
 
 func (c *canary) run(ctx context.Context) []Result {
