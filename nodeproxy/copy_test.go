@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -142,6 +143,7 @@ func TestLargeTransfersArriveWhole(t *testing.T) {
 	rand.Read(data)
 	sent := make(chan error, 2)
 	for _, conn := range []*net.TCPConn{client, server} {
+		conn.SetDeadline(time.Now().Add(2 * time.Minute)) // a busy machine with the race detector needs it
 		go func() {
 			_, err := conn.Write(data)
 			conn.CloseWrite()
@@ -152,7 +154,9 @@ func TestLargeTransfersArriveWhole(t *testing.T) {
 	for _, conn := range []*net.TCPConn{client, server} {
 		go func() {
 			h := sha256.New()
-			io.Copy(h, conn)
+			if _, err := io.Copy(h, conn); err != nil {
+				t.Error(err)
+			}
 			received <- [32]byte(h.Sum(nil))
 		}()
 	}
@@ -336,5 +340,35 @@ func TestLargeWritesOfSmallPiecesKeepTheirOrder(t *testing.T) {
 	got, err := io.ReadAll(server)
 	if err != nil || !bytes.Equal(got, want.Bytes()) {
 		t.Fatalf("%d of %d bytes, %v", len(got), want.Len(), err)
+	}
+}
+
+func TestEveryLegNoticesAPeerThatHasVanished(t *testing.T) {
+	m := newMesh(t)
+	client, server := m.pair()
+	say(t, client, "x")
+	hear(t, server, "x")
+	legs := 0
+	for _, c := range m.proxy.live.all() {
+		c.mu.Lock()
+		for _, conn := range c.sockets {
+			raw, err := conn.(*net.TCPConn).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			on, idle := 0, 0
+			raw.Control(func(fd uintptr) {
+				on, _ = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_KEEPALIVE)
+				idle, _ = syscall.GetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE)
+			})
+			if on == 0 || idle != 30 {
+				t.Errorf("%s %s: keepalive %d after %d s", c.about.Direction, conn.RemoteAddr(), on, idle)
+			}
+			legs++
+		}
+		c.mu.Unlock()
+	}
+	if legs != 4 {
+		t.Errorf("%d legs, want 4", legs)
 	}
 }

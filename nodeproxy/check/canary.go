@@ -51,7 +51,8 @@ type canary struct {
 	workload *admin.Workload
 	name     string
 	events   <-chan admin.Connection
-	where    string // names the network namespace when there are several
+	passed   []admin.Connection // of events, that nobody awaited when they came
+	where    string             // names the network namespace when there are several
 }
 
 func (c *canary) run(ctx context.Context) []Result {
@@ -110,8 +111,12 @@ func (c *canary) concerns(e *admin.Connection) bool {
 // eventTimeout bounds the wait for the trace to tell of a connection that has been made.
 const eventTimeout = 2 * time.Second
 
-// await returns the event that match accepts; those before it are not seen again. It is nil when there is none.
+// await returns the event that match accepts, nil when there is none. Events of two connections may come in another order
+// than the connections were made.
 func (c *canary) await(ctx context.Context, match func(*admin.Connection) bool) *admin.Connection {
+	if i := slices.IndexFunc(c.passed, func(e admin.Connection) bool { return match(&e) }); i >= 0 {
+		return &c.passed[i]
+	}
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
 	for {
@@ -120,6 +125,7 @@ func (c *canary) await(ctx context.Context, match func(*admin.Connection) bool) 
 			if match(&e) {
 				return &e
 			}
+			c.passed = append(c.passed, e)
 		case <-ctx.Done():
 			return nil
 		}

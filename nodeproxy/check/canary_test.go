@@ -100,3 +100,30 @@ func TestCanariesOfAStoppingDaemonAreNotTried(t *testing.T) {
 	status := &admin.Status{Stopping: true, Workloads: []admin.Workload{{State: "protected", Processes: 1}}}
 	want(t, Canaries(t.Context(), status, nil), Failed, "the daemon is stopping")
 }
+
+func TestEventsOfCanariesMayComeInAnyOrder(t *testing.T) {
+	events := make(chan admin.Connection, 2)
+	events <- admin.Connection{ID: 2}
+	events <- admin.Connection{ID: 1}
+	c := sample()
+	c.events = events
+	for _, id := range []uint64{1, 2} {
+		if e := c.await(t.Context(), func(e *admin.Connection) bool { return e.ID == id }); e == nil {
+			t.Errorf("the event of connection %d is lost", id)
+		}
+	}
+}
+
+func TestAnApplicationThatWouldNotBeDeliveredToFailsItsOwnWorkloadAlone(t *testing.T) {
+	all := []admin.Application{
+		{Service: "web", Instance: "web-1", Workload: "/c/web", Target: "127.0.0.1:80"},
+		{Service: "web", Instance: "web-2", Workload: "/c/web", Error: "nothing listens on port 81"},
+		{Service: "api", Instance: "api-1", Workload: "/c/api", Error: "nothing listens on port 82"},
+	}
+	results := sample().applications(all)
+	want(t, results, OK, "listens at 127.0.0.1:80, where instance web-1")
+	want(t, results, Failed, "nothing listens on port 81")
+	if len(results) != 2 {
+		t.Errorf("%v, want web's two", results)
+	}
+}

@@ -111,13 +111,14 @@ func TestABadConfigurationIsRefusedWithFileAndLine(t *testing.T) {
 	d := m.Daemons[0]
 	for name, tc := range map[string]struct {
 		extra string
+		line  int // of extra, at which the error points
 		want  string
 	}{
-		"an unknown key":            {"limits {\n  conections = 5\n}\n", "conections"},
-		"a key that has not landed": {"dns {\n  enabled = true\n}\n", "dns"},
-		"a broken block":            {"limits {\n", ""},
-		"a wrong duration":          {"limits {\n  handshake = \"soon\"\n}\n", "handshake"},
-		"a key set twice":           {"node {\n  name = \"again\"\n}\n", "node"},
+		"an unknown key":            {"limits {\n  conections = 5\n}\n", 2, "conections"},
+		"a key that has not landed": {"dns {\n  enabled = true\n}\n", 2, "dns"},
+		"a broken block":            {"limits {\n", 1, ""},
+		"a wrong duration":          {"limits {\n  handshake = \"soon\"\n}\n", 2, "handshake"},
+		"a key set twice":           {"node {\n  name = \"again\"\n}\n", 1, "node"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := m.in(t)
@@ -125,13 +126,15 @@ func TestABadConfigurationIsRefusedWithFileAndLine(t *testing.T) {
 			m.must(d.WriteConfig())
 			text, err := os.ReadFile(d.ConfigPath())
 			m.must(err)
-			out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"run", "--config", d.ConfigPath()}, Namespace: d.Node.Namespace})
-			if err == nil {
-				t.Fatalf("the daemon ran")
+			p, err := m.Lab.Start(netlab.Command{Path: programs.nodeproxy, Args: []string{"run", "--config", d.ConfigPath()}, Namespace: d.Node.Namespace})
+			m.must(err)
+			if err := p.Wait(m.ctx()); err == nil || p.ExitCode() != 1 {
+				t.Fatalf("the daemon ended with %v", err)
 			}
-			first := strings.Count(string(text[:len(text)-len(tc.extra)]), "\n") + 1
-			if !strings.Contains(out, d.ConfigPath()+":") || !strings.Contains(out, tc.want) {
-				t.Errorf("the error does not name %s, line %d or so, and %q: %s", d.ConfigPath(), first, tc.want, out)
+			out := p.Output()
+			at := fmt.Sprintf("%s:%d", d.ConfigPath(), strings.Count(string(text[:len(text)-len(tc.extra)]), "\n")+tc.line)
+			if !strings.Contains(out, at) || !strings.Contains(out, tc.want) {
+				t.Errorf("the error does not name %s and %q: %s", at, tc.want, out)
 			}
 			if strings.Contains(out, "goroutine") {
 				t.Errorf("a stack trace: %s", out)

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"nodeproxy.io/tests/netlab"
@@ -16,6 +17,28 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 		"after the workloads' cgroups are gone, too": func(m *mesh, node int) {
 			m.kill(node)
 			m.must(m.Nodes[node].Cgroup.Remove())
+		},
+		"of a daemon that hung and was killed": func(m *mesh, node int) {
+			m.must(m.Daemons[node].Process.Signal(syscall.SIGSTOP))
+			out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", m.Daemons[node].Pins, "--node", m.Nodes[node].Name}})
+			if err == nil || !strings.Contains(out, "stop that one first") {
+				m.t.Errorf("it removed what a hung daemon may need again, or does not say what to do: %s", out)
+			}
+			m.kill(node)
+		},
+		"of a daemon that died while it attached": func(m *mesh, node int) {
+			m.kill(node)
+			dir := filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, "v1")
+			for _, pattern := range []string{"maps/pending", "maps/rules", "cgroups/*/sockops", "namespaces/*"} {
+				found, err := filepath.Glob(filepath.Join(dir, pattern))
+				m.must(err)
+				if len(found) == 0 {
+					m.t.Errorf("nothing is pinned at %s", pattern)
+				}
+				for _, path := range found {
+					m.must(os.RemoveAll(path))
+				}
+			}
 		},
 		"after the configuration is gone, too": func(m *mesh, node int) {
 			m.kill(node)
@@ -46,6 +69,10 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 				t.Errorf("pins remain: %v", left)
 			}
 			m.gone(pinned)
+			out, err = m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", pins, "--json"}})
+			if err != nil || strings.Join(strings.Fields(out), "") != `{"removed":[]}` {
+				t.Errorf("a second time it says %s, %v", out, err)
+			}
 			if strings.Contains(name, "cgroups") {
 				return
 			}

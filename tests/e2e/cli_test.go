@@ -69,3 +69,80 @@ func TestTheCommandsShowWhatTheDaemonKnows(t *testing.T) {
 		}
 	})
 }
+
+// TestACommandEndsWithItsStatus runs the commands as an operator would: 0 done, 1 failed, 2 wrong usage.
+func TestACommandEndsWithItsStatus(t *testing.T) {
+	m, web, _ := pair(t)
+	socket, pins := m.Daemons[0].Socket(), m.Daemons[0].Pins
+	for _, tc := range []struct {
+		args   []string
+		status int
+		want   string
+	}{
+		{[]string{"version", "--json"}, 0, `"map_abi"`},
+		{[]string{"status", "--json", "--socket", socket}, 0, `"workloads"`},
+		{[]string{"explain", "web", "api", "--json", "--socket", socket}, 0, `"intention"`},
+		{[]string{"check", "--workloads", "--json", "--socket", socket, "--config", m.Daemons[0].ConfigPath()}, 0, `"results"`},
+		{[]string{"status", "--socket", socket + "-gone"}, 1, "is it running"},
+		{[]string{"explain", "web", "nobody", "--socket", socket}, 1, "nobody"},
+		{[]string{"unenroll", web.Cgroup.Path(), "--socket", socket}, 1, "not enrolled by hand"},
+		{[]string{"enroll", web.Cgroup.Path(), "--service", "web", "--socket", socket}, 1, "has it as service"},
+		{[]string{"cleanup", "--pins", pins}, 1, "stop that one first"},
+		{[]string{"run", "--config", "/nonexistent"}, 1, "/nonexistent"},
+		{[]string{"trace", "--verdict", "maybe", "--socket", socket}, 2, "maybe"},
+		{[]string{"explain", "web"}, 2, ""},
+		{[]string{"enroll", web.Cgroup.Path()}, 2, "service"},
+		{[]string{"status", "--nonsense"}, 2, "nonsense"},
+		{[]string{"nonsense"}, 2, "nonsense"},
+	} {
+		p, err := m.Lab.Start(netlab.Command{Path: programs.nodeproxy, Args: tc.args, Namespace: m.Nodes[0].Namespace})
+		m.must(err)
+		_ = p.Wait(m.ctx()) // its status is looked at
+		if p.ExitCode() != tc.status || !strings.Contains(p.Output(), tc.want) || strings.Contains(p.Output(), "goroutine") {
+			t.Errorf("%v ends with %d, want %d and %q: %s", tc.args, p.ExitCode(), tc.status, tc.want, p.Output())
+		}
+	}
+}
+
+func TestTheTraceShowsWhatItsFiltersLetThrough(t *testing.T) {
+	m := newMesh(t)
+	web, batch := m.place(0, "web"), m.place(0, "batch")
+	m.place(1, "api")
+	m.allow("api", "web")
+	m.start()
+	all := map[string]func(admin.Connection) bool{
+		"--service=batch": func(c admin.Connection) bool { return c.Source.Service == "batch" },
+		"--service=web":   func(c admin.Connection) bool { return c.Source.Service == "web" },
+		"--workload=" + web.Cgroup.Path(): func(c admin.Connection) bool {
+			return c.Source.Workload == web.Cgroup.Path() || c.Destination.Workload == web.Cgroup.Path()
+		},
+		"--verdict=denied":  func(c admin.Connection) bool { return c.Verdict == admin.Denied },
+		"--verdict=allowed": func(c admin.Connection) bool { return c.Verdict == admin.Allowed },
+	}
+	traces := make(map[string]*netlab.Process)
+	for filter := range all {
+		p, err := m.Lab.Start(netlab.Command{Path: programs.nodeproxy, Args: []string{"trace", "--json", filter, "--socket", m.Daemons[0].Socket()}})
+		m.must(err)
+		t.Cleanup(p.Kill)
+		traces[filter] = p
+	}
+	for filter, p := range traces {
+		m.eventually("the trace with "+filter+" shows a connection", func() error { // it may begin after the first
+			m.reaches(web, m.vip("api"))
+			m.getsNothing(batch, m.vip("api"))
+			if strings.Count(p.Output(), "\n") < 2 {
+				return errNotYet
+			}
+			return nil
+		})
+	}
+	for filter, p := range traces {
+		p.Kill()
+		for line := range strings.Lines(p.Output()) {
+			var c admin.Connection
+			if err := json.Unmarshal([]byte(line), &c); err != nil || !all[filter](c) {
+				t.Errorf("%s shows %s: %v", filter, line, err)
+			}
+		}
+	}
+}
