@@ -10,10 +10,12 @@ import (
 )
 
 // unheard says whether an instance is critical only because of checks that have not run yet. An agent that restarts calls
-// every check critical until then, without a word: that says nothing about the instance.
+// every check critical until then, without a word: that says nothing about the instance. Whoever registers without an agent
+// means what it writes.
 func unheard(checks api.HealthChecks) bool {
-	silent := false
+	silent, hasAgent := false, false
 	for _, c := range checks {
+		hasAgent = hasAgent || c.CheckID == serfHealth
 		if c.Status != api.HealthCritical {
 			continue
 		}
@@ -22,7 +24,7 @@ func unheard(checks api.HealthChecks) bool {
 		}
 		silent = true
 	}
-	return silent
+	return silent && hasAgent
 }
 
 // serfHealth is the check that Consul has of each node's agent.

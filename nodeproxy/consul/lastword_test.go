@@ -28,7 +28,11 @@ func TestACheckThatHasNotRunSaysNothing(t *testing.T) {
 		"the node is in maintenance":    {api.HealthChecks{critical("_node_maintenance", "")}, false},
 		"the service is in maintenance": {api.HealthChecks{critical("_service_maintenance:api-1", "")}, false},
 	} {
-		if got := unheard(c.checks); got != c.want {
+		agent := &api.HealthCheck{CheckID: "serfHealth", Status: api.HealthPassing, Output: "Agent alive and reachable"}
+		if unheard(c.checks) {
+			t.Errorf("%s: unheard without an agent", name)
+		}
+		if got := unheard(append(c.checks, agent)); got != c.want {
 			t.Errorf("%s: unheard is %v", name, got)
 		}
 	}

@@ -248,11 +248,9 @@ func TestARotationOfTheBuiltInCAFailsNoConnection(t *testing.T) {
 }
 
 func TestASwitchOfTheCAToVaultFailsNoConnection(t *testing.T) {
-	vault, err := Vault()
-	if err != nil {
-		t.Fatal(err)
-	}
 	m, _, calls := newFrontedMesh(t)
+	vault, err := Vault()
+	m.must(err)
 	server, err := m.Lab.Start(netlab.Command{
 		Path: vault, Namespace: m.Nodes[0].Namespace, Env: []string{"HOME=" + m.Dir()},
 		Args: []string{"server", "-dev", "-dev-no-store-token", "-dev-root-token-id=root", "-dev-listen-address=127.0.0.1:8200"},

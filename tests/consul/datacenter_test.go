@@ -66,7 +66,7 @@ func TestOtherDatacentersAreReachedDirectly(t *testing.T) {
 		_, err := d.AwaitProtected(m.ctx())
 		m.must(err)
 	}
-	events := m.identities(m.ctx(), 0)
+	told := m.identities(0)
 
 	abroad, api := m.virtual(0, "abroad"), m.virtual(0, "api")
 	m.eventually("web is redirected to the other datacenter", web, abroad, at(far))
@@ -77,9 +77,7 @@ func TestOtherDatacentersAreReachedDirectly(t *testing.T) {
 	m.uses(0, "api", "api.dc2")
 	m.eventually("web reaches the other datacenter after failover", web, api, at(far))
 	out := m.dial(web, api, "peer")
-	_, line, _ := strings.Cut(out, "connected local=")
-	source, _, _ := strings.Cut(line, " ")
-	if with := events()[source].Destination; !at(far)(out) || !strings.HasSuffix(with.Identity, "/dc/dc2/svc/api") || with.Target != "api.dc2" {
+	if with := told(from(out)).Destination; !at(far)(out) || !strings.HasSuffix(with.Identity, "/dc/dc2/svc/api") || with.Target != "api.dc2" {
 		t.Errorf("%s was told of as %+v", out, with)
 	}
 

@@ -1,7 +1,6 @@
 package consul
 
 import (
-	"context"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -12,13 +11,13 @@ import (
 	"nodeproxy.io/tests/netlab"
 )
 
-// identities collects who a node's outbound connections were with, by the caller's address. What it returns is called
-// once all events have come.
-func (m *mesh) identities(ctx context.Context, node int) func() map[string]admin.Connection {
+// identities traces a node's outbound connections. What it returns waits for the end of the one of a caller's address.
+func (m *mesh) identities(node int) func(source string) admin.Connection {
 	m.t.Helper()
-	trace, err := m.Daemons[node].Admin().OpenTrace(ctx, admin.Filter{})
+	trace, err := m.Daemons[node].Admin().OpenTrace(m.t.Context(), admin.Filter{})
 	m.must(err)
-	seen := make(map[string]admin.Connection)
+	var mu sync.Mutex
+	seen, more := make(map[string]admin.Connection), make(chan struct{})
 	var reading sync.WaitGroup
 	reading.Go(func() {
 		for {
@@ -26,19 +25,47 @@ func (m *mesh) identities(ctx context.Context, node int) func() map[string]admin
 			if err != nil {
 				return
 			}
-			if e.Direction == admin.Outbound && e.Event == admin.EventClose {
-				seen[e.Source.Address] = e
-			}
 			if e.Dropped > 0 {
 				m.t.Errorf("%d events of the trace are lost", e.Dropped)
 			}
+			if e.Direction != admin.Outbound || e.Event != admin.EventClose {
+				continue
+			}
+			mu.Lock()
+			seen[e.Source.Address] = e
+			close(more)
+			more = make(chan struct{})
+			mu.Unlock()
 		}
 	})
-	return func() map[string]admin.Connection {
+	m.t.Cleanup(func() {
 		trace.Close()
 		reading.Wait()
-		return seen
+	})
+	return func(source string) admin.Connection {
+		for ctx := m.ctx(); ; {
+			mu.Lock()
+			e, known := seen[source]
+			next := more
+			mu.Unlock()
+			if known {
+				return e
+			}
+			select {
+			case <-next:
+			case <-ctx.Done():
+				m.t.Errorf("the connection of %s is not told of", source)
+				return e
+			}
+		}
 	}
+}
+
+// from is the caller's address, by what it says.
+func from(out string) string {
+	_, line, _ := strings.Cut(out, "connected local=")
+	source, _, _ := strings.Cut(line, " ")
+	return source
 }
 
 func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
@@ -55,7 +82,7 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 	m.start([]string{"web"}, []string{"first", "second"})
 	vip := m.vip(0, "first")
 	m.eventually("web reaches first", web, vip, at(first))
-	events := m.identities(m.ctx(), 0)
+	told := m.identities(0)
 
 	const loops, calls = 4, 50
 	outs := make([][]string, loops)
@@ -104,14 +131,14 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 	close(moved)
 	load.Wait()
 
-	seen := events()
 	counts := make(map[string]int)
 	for i, all := range outs {
 		past := false
 		for _, out := range all {
-			_, line, _ := strings.Cut(out, "connected local=")
-			source, _, _ := strings.Cut(line, " ")
-			with := seen[source].Destination
+			var with admin.Endpoint
+			if at(first)(out) || at(second)(out) {
+				with = told(from(out)).Destination
+			}
 			switch {
 			case at(first)(out) && past:
 				t.Errorf("loop %d: first answers after second", i)
