@@ -1,6 +1,7 @@
 package redirect_test
 
 import (
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
@@ -16,11 +17,13 @@ func TestAnAddressIsRefusedToOneWorkloadOnly(t *testing.T) {
 	events := make(chan redirect.Event, 10)
 	go n.r.Events(func(e redirect.Event) { events <- e })
 	agent := netip.MustParseAddrPort("10.9.0.1:8500")
-	err := n.r.SetDestinations([]redirect.Destination{
-		{Addr: agent.Addr(), Port: agent.Port(), Workload: one.id, Refuse: true},
-		{Addr: agent.Addr(), Port: agent.Port()}, // so that the other gets an answer
-		{Addr: netip.MustParseAddr("127.0.0.1"), Port: 8500, Workload: one.id, Refuse: true},
-	}, nil)
+	err := errors.Join(
+		n.r.SetDestinations([]redirect.Destination{{Addr: agent.Addr(), Port: agent.Port()}}, nil), // so that the other gets an answer
+		n.r.SetOwn([]redirect.Destination{
+			{Addr: agent.Addr(), Port: agent.Port(), Workload: one.id, Refuse: true},
+			{Addr: netip.MustParseAddr("127.0.0.1"), Port: 8500, Workload: one.id, Refuse: true},
+		}, false),
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +44,7 @@ func TestAnAddressIsRefusedToOneWorkloadOnly(t *testing.T) {
 	}
 	n.rest(true)
 	refused("tcp4", "10.9.0.1:8500")
-	if err := n.r.SetDestinations(nil, nil); err != nil {
+	if err := n.r.SetOwn(nil, false); err != nil {
 		t.Fatal(err)
 	}
 	if out := one.dial("tcp4", "127.0.0.1:8500"); len(events) > 0 {
