@@ -25,7 +25,7 @@ type Nesting struct {
 
 type enrolment struct {
 	workload uint32
-	flags    uint32
+	flags    uint32 // of its membership
 	dir      string // of its pins
 	links    []link.Link
 }
@@ -92,8 +92,8 @@ func (r *Redirect) Enroll(cgroup string, workload, group uint32, n Nesting) (err
 		return fmt.Errorf("add workload of %s (room for %d): %w", cgroup, r.obj.Workloads.MaxEntries(), err)
 	}
 	old := e.workload
-	if err := r.setMembership(id, e, workload, n.flags()); err != nil {
-		return errors.Join(err, r.obj.Workloads.Delete(workload))
+	if err := r.setMembership(id, e, workload, n.flags()|r.treated[workload]); err != nil {
+		return errors.Join(err, r.forgetWorkload(workload))
 	}
 	r.enrolled[id] = e
 	if old != 0 {
@@ -108,10 +108,14 @@ func (r *Redirect) SetNesting(cgroup uint64, n Nesting) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, ok := r.enrolled[cgroup]
-	if !ok || e.flags == n.flags() {
+	if !ok {
 		return nil
 	}
-	return r.setMembership(cgroup, e, e.workload, n.flags())
+	flags := e.flags&^Nesting{Outer: true, Inner: true}.flags() | n.flags()
+	if flags == e.flags {
+		return nil
+	}
+	return r.setMembership(cgroup, e, e.workload, flags)
 }
 
 func (n Nesting) flags() uint32 {
@@ -296,5 +300,5 @@ func (r *Redirect) forgetWorkload(id uint32) error {
 	if err := r.obj.Workloads.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("remove workload %d: %w", id, err)
 	}
-	return nil
+	return r.forgetTreatment(id)
 }

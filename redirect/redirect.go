@@ -60,6 +60,8 @@ type Redirect struct {
 	ranges     shadow[outboundRangeKey, uint32]
 	plaintext  shadow[outboundRangeKey, uint32]
 	rules      shadow[outboundRuleKey, outboundRule]
+	exclusions shadow[outboundExclusionKey, uint32]
+	treated    map[uint32]uint32 // member flags by workload, from Treat
 }
 
 // Open loads the programs, creates the maps or takes over the pinned ones, and attaches to the daemon's own cgroup. The
@@ -72,6 +74,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
 		inherited:  make(map[uint64]bool),
+		treated:    make(map[uint32]uint32),
 	}
 	if err := checkPins(cfg, r.dir); err != nil {
 		return nil, err

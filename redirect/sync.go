@@ -24,6 +24,7 @@ const (
 	Strict     = Action(outboundRuleActionRULE_STRICT)     // plaintext is refused
 	Permissive = Action(outboundRuleActionRULE_PERMISSIVE) // plaintext is let in and reported
 	Untouched  = Action(outboundRuleActionRULE_OPEN)       // not ours
+	Observe    = Action(outboundRuleActionRULE_OBSERVE)    // plaintext is let in, and reported as what Strict would refuse
 )
 
 // Rule says what inbound connections to a port of one namespace meet. The most exact rule wins: address and port, then
@@ -69,13 +70,17 @@ func (r *Redirect) SetPlaintextFrom(networks []netip.Prefix) error {
 func rangeKeys(ranges []netip.Prefix) map[outboundRangeKey]uint32 {
 	keys := make(map[outboundRangeKey]uint32, len(ranges))
 	for _, p := range ranges {
-		bits := p.Bits()
-		if p.Addr().Is4() {
-			bits += 96 // of the v4-mapped form
-		}
-		keys[outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}] = 1
+		keys[rangeKey(p)] = 1
 	}
 	return keys
+}
+
+func rangeKey(p netip.Prefix) outboundRangeKey {
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96 // of the v4-mapped form
+	}
+	return outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}
 }
 
 // SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
@@ -111,6 +116,9 @@ func (r *Redirect) loadShadows() error {
 		return err
 	}
 	if r.plaintext, err = loadShadow[outboundRangeKey, uint32](r.obj.PlaintextFrom); err != nil {
+		return err
+	}
+	if r.exclusions, err = loadShadow[outboundExclusionKey, uint32](r.obj.Exclusions); err != nil {
 		return err
 	}
 	r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules)
