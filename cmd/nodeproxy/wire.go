@@ -212,7 +212,7 @@ func (d *node) close() {
 
 // Enroll implements admin.Backend.
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
-	if !config.IsServiceName(req.Service) {
+	if !catalog.IsServiceName(req.Service) {
 		return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, req.Service), admin.ErrRefused)
 	}
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}

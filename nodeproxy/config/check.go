@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
 )
 
 // The ports that Consul's agent gives to sidecars by itself.
@@ -214,7 +216,7 @@ func (c *checker) cgroups() []Cgroup {
 			}
 			labels[path] = label
 		}
-		if !IsServiceName(r.Service) {
+		if !catalog.IsServiceName(r.Service) {
 			c.fail(at("service"), "is %q: set it to the name of the service that the workload is", r.Service)
 		}
 		if r.Mode != "" {
@@ -223,11 +225,6 @@ func (c *checker) cgroups() []Cgroup {
 		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode)})
 	}
 	return all
-}
-
-// IsServiceName says whether a workload can be a service of that name. It becomes a segment of a SPIFFE ID.
-func IsServiceName(name string) bool {
-	return name != "" && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == '*' || r == 0x7f })
 }
 
 func (c *checker) inbound() Inbound {

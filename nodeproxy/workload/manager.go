@@ -76,6 +76,7 @@ type Manager struct {
 // entry is a granted claim.
 type entry struct {
 	Workload
+	claim     Claim
 	cgroup    uint64 // id; 0: the directory is not there
 	enrolled  bool
 	processes int
@@ -83,6 +84,7 @@ type entry struct {
 	subtree   map[uint64]bool // ids of its cgroup and those below
 	problem   error
 	misplaced []string // instances of its service whose address is in none of its namespaces
+	contested []string // its ports that another service's workload has in the same namespace
 	instances []string
 }
 
@@ -254,12 +256,20 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	return nil
 }
 
-// needed lists the services that granted claims run as.
+// needed lists the services that granted claims and enrolled workloads run as.
 func (m *Manager) needed() []string {
 	granted, _ := m.grants()
 	var names []string
+	add := func(service string, mesh Mesh) {
+		if mesh == Enabled {
+			names = append(names, service)
+		}
+	}
 	for _, c := range granted {
-		names = append(names, c.Service)
+		add(c.Service, c.Mesh)
+	}
+	for _, e := range m.workloads {
+		add(e.Service, e.Mesh)
 	}
 	slices.Sort(names)
 	return slices.Compact(names)

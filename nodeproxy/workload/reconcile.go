@@ -121,6 +121,9 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 			continue // it ended meanwhile
 		}
 		e.processes++
+		if e.Mesh == Disabled {
+			continue
+		}
 		e.inodes = append(e.inodes, st.Ino)
 		if _, open := m.namespaces[st.Ino]; !open {
 			m.openNamespace(e, pid, len(slices.Compact(slices.Sorted(slices.Values(e.inodes)))))
@@ -206,11 +209,12 @@ func (m *Manager) enrollable(v *view) []*entry {
 		if e.enrolled || e.cgroup == 0 || e.problem != nil {
 			continue
 		}
-		if pinned[e.cgroup] || v.hasLeaf(e.Service) {
+		if pinned[e.cgroup] || v.hasLeaf(e.Service) || e.Mesh != Enabled {
 			ready = append(ready, e)
 		}
 	}
-	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	// The inner ones first: what is taken out of a workload must not be redirected with it for a moment.
+	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(b.Cgroup, a.Cgroup) })
 	return ready
 }
 
@@ -220,13 +224,26 @@ func (m *Manager) enroll(e *entry) {
 	}
 	e.enrolled = true // counts in the nesting of the others already
 	m.settleNesting()
-	if err := m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e)); err != nil {
+	err := m.redirect.Treat(e.ID, e.treatment())
+	if err == nil {
+		err = m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e))
+	}
+	if err != nil {
 		e.enrolled, e.problem, e.ID = false, err, 0
 		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
 		return
 	}
 	m.forgetWarnings(e.Cgroup)
-	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mode", e.Mode.String(), "provider", e.Provider)
+	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
+}
+
+// treatment is what the kernel does differently for e than for others.
+func (e *entry) treatment() redirect.Treatment {
+	if e.Mesh == Disabled {
+		return redirect.Untreated()
+	}
+	x := e.claim.Exclude
+	return redirect.Treatment{Ports: x.OutboundPorts, Networks: x.OutboundNetworks, Observe: e.Mesh == Observe}
 }
 
 // settleNesting tells every enrolled cgroup what is enrolled around it.
@@ -262,6 +279,11 @@ func (m *Manager) prune() {
 	claimed := make(map[uint64]bool)
 	for _, e := range m.workloads {
 		claimed[e.cgroup] = true
+	}
+	for cgroup := range invalidClaims(m.refused) {
+		if id, err := redirect.CgroupID(cgroup); err == nil {
+			claimed[id] = true
+		}
 	}
 	if err := m.redirect.Prune(func(cgroup uint64) bool { return claimed[cgroup] }); err != nil {
 		m.log.Error("removing what an earlier daemon left", "error", err)
@@ -315,14 +337,22 @@ func (e *entry) state(open int) (state, detail string) {
 		return "empty", "the cgroup does not exist yet"
 	case e.problem != nil:
 		return "unprotected", e.problem.Error()
+	case e.enrolled && e.Mesh == Disabled:
+		return "disabled", ""
 	case !e.enrolled:
 		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", e.Service)
 	case open < len(e.inodes):
 		return "unprotected", "no listener in " + strconv.Itoa(len(e.inodes)-open) + " of its network namespaces: see the daemon's log"
 	case e.processes == 0:
 		return "empty", "no process in it"
-	case len(e.misplaced) > 0:
-		return "protected", "not served from here: " + strings.Join(e.misplaced, "; ")
 	}
-	return "protected", ""
+	var remarks []string
+	if len(e.misplaced) > 0 {
+		remarks = append(remarks, "not served from here: "+strings.Join(e.misplaced, "; "))
+	}
+	detail = strings.Join(append(remarks, e.contested...), "; ")
+	if e.Mesh == Observe {
+		return "observed", detail
+	}
+	return "protected", detail
 }

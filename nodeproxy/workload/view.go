@@ -47,7 +47,7 @@ func (m *Manager) assign() *view {
 		v.spaces[s.Cookie] = s
 	}
 	for _, e := range m.workloads {
-		e.instances, e.misplaced = nil, nil
+		e.instances, e.misplaced, e.contested = nil, nil, nil
 	}
 	if v.snap == nil {
 		return v
@@ -57,7 +57,7 @@ func (m *Manager) assign() *view {
 			continue // it only calls others
 		}
 		for _, e := range m.workloads {
-			if e.Service == inst.Service {
+			if e.Service == inst.Service && e.Mesh == Enabled {
 				m.assignTo(v, e, inst)
 			}
 		}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -28,12 +29,43 @@ func (m Mode) String() string {
 	return "strict"
 }
 
+// Mesh says what is done for a workload.
+type Mesh uint8
+
+const (
+	Enabled  Mesh = iota // its connections are redirected, its ports guarded
+	Observe              // nothing is redirected or refused: what would be is reported
+	Disabled             // it is left alone, also inside an enrolled cgroup
+)
+
+func (m Mesh) String() string { return [...]string{"enabled", "observe", "disabled"}[m] }
+
 // Claim is a provider's statement that a cgroup is a workload of a service.
 type Claim struct {
-	Cgroup   string // absolute path of a directory on cgroup2
-	Service  string
-	Provider string // "config", "enroll"; shown in status
-	Mode     *Mode  // nil: the node's inbound.mode
+	Cgroup   string     // absolute path of a directory on cgroup2
+	Service  string     // may be "" where Mesh is Disabled
+	Provider string     // "config", "enroll", "systemd", "xattr"; shown in status
+	Mode     *Mode      // nil: the node's inbound.mode
+	Mesh     Mesh       `json:",omitzero"`
+	Ports    []uint16   `json:",omitempty"` // guarded besides those of the service's instances
+	Exclude  Exclusions `json:",omitzero"`
+	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
+}
+
+// Exclusions is what of a workload's connections is as if it were not enrolled.
+type Exclusions struct {
+	InboundPorts     []uint16       // not guarded
+	OutboundPorts    []uint16       // not redirected, whatever the address
+	OutboundNetworks []netip.Prefix // not redirected, whatever the port
+}
+
+// agrees says whether two claims of one cgroup ask for the same.
+func (c Claim) agrees(o Claim) bool {
+	sameMode := (c.Mode == nil) == (o.Mode == nil) && (c.Mode == nil || *c.Mode == *o.Mode)
+	return c.Service == o.Service && c.Mesh == o.Mesh && sameMode && slices.Equal(c.Ports, o.Ports) &&
+		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
+		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
+		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
 }
 
 // Provider claims workloads.
@@ -51,6 +83,7 @@ type Workload struct {
 	Service  string
 	Provider string
 	Mode     Mode
+	Mesh     Mesh
 }
 
 // Namespace is a network namespace in which the daemon listens for workloads.
