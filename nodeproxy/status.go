@@ -76,6 +76,9 @@ func (p *Proxy) Status() admin.Status {
 	for _, r := range kernel.Refused {
 		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Provider: r.Claim.Provider, Why: r.Why})
 	}
+	for _, p := range kernel.Problems {
+		s.Problems = append(s.Problems, admin.Problem{Kind: p.Provider, Text: fmt.Sprintf("workloads labelled there may not be seen: %v", p.Err)})
+	}
 	for _, m := range kernel.Maps {
 		s.Kernel.Maps = append(s.Kernel.Maps, admin.KernelMap{Name: m.Name, Entries: m.Entries, Max: m.Max})
 	}

@@ -292,6 +292,7 @@ func (r *Redirect) adoptOne(id uint64, dir string) error {
 	}
 	e.workload, e.flags = m.Workload, m.Flags
 	r.enrolled[id] = e
+	r.unclaimed[e.workload] = true
 	return nil
 }
 
@@ -300,5 +301,6 @@ func (r *Redirect) forgetWorkload(id uint32) error {
 	if err := r.obj.Workloads.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("remove workload %d: %w", id, err)
 	}
+	delete(r.unclaimed, id)
 	return r.forgetTreatment(id)
 }

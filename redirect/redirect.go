@@ -56,6 +56,7 @@ type Redirect struct {
 	enrolled   map[uint64]*enrolment // by cgroup id
 	namespaces map[uint64]*Namespace // by cookie
 	inherited  map[uint64]bool       // cookies of the namespaces that an earlier daemon guards and this one has not opened
+	unclaimed  map[uint32]bool       // workloads that an earlier daemon enrolled and this one has not, yet
 	dests      shadow[outboundDestinationKey, outboundDestination]
 	ranges     shadow[outboundRangeKey, uint32]
 	plaintext  shadow[outboundRangeKey, uint32]
@@ -74,6 +75,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
 		inherited:  make(map[uint64]bool),
+		unclaimed:  make(map[uint32]bool),
 		treated:    make(map[uint32]uint32),
 	}
 	if err := checkPins(cfg, r.dir); err != nil {

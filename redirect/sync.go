@@ -84,7 +84,8 @@ func rangeKey(p netip.Prefix) outboundRangeKey {
 }
 
 // SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
-// and this one has not opened: they stay until Prune.
+// and this one has not opened, and of workloads that it enrolled and this one has not: they stay until Prune, or until a
+// given one is in their place.
 func (r *Redirect) SetRules(rules []Rule) error {
 	want := make(map[outboundRuleKey]outboundRule, len(rules))
 	for _, rule := range rules {
@@ -97,7 +98,7 @@ func (r *Redirect) SetRules(rules []Rule) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for key, rule := range r.rules {
-		if r.inherited[key.Netns] {
+		if _, given := want[key]; !given && (r.inherited[key.Netns] || r.unclaimed[rule.Workload]) {
 			want[key] = rule
 		}
 	}

@@ -95,10 +95,32 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 	for _, c := range cfg.Cgroups {
 		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode)})
 	}
+	labelled, err := labelProviders(cfg, log)
+	if err != nil {
+		return nil, err
+	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom,
-		Providers: []workload.Provider{configured, manual}, Log: log,
+		Providers: append([]workload.Provider{configured, manual}, labelled...), Log: log,
 	})
+}
+
+// labelProviders lists the enabled ones, in order of precedence.
+func labelProviders(cfg *config.Config, log *slog.Logger) (providers []workload.Provider, err error) {
+	if !cfg.Systemd && !cfg.Xattr {
+		return nil, nil
+	}
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Systemd {
+		providers = append(providers, workload.NewSystemd(mount, log))
+	}
+	if cfg.Xattr {
+		providers = append(providers, workload.NewXattr(mount, log))
+	}
+	return providers, nil
 }
 
 // modeOf is nil for "".

@@ -49,6 +49,8 @@ func (c *checker) config() *Config {
 		Source:      c.source(),
 		Consul:      c.consul(),
 		Cgroups:     c.cgroups(),
+		Systemd:     r.Workloads.Systemd.Enabled,
+		Xattr:       r.Workloads.Xattr.Enabled,
 		Inbound:     c.inbound(),
 		PreferLocal: r.PreferLocal,
 		FailOpen:    c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
@@ -69,7 +71,7 @@ func (c *checker) notLanded() {
 		c.fail(path, "is not supported by this version yet: %s", instead)
 	}
 	c.consulNotLanded(refuse)
-	for _, provider := range []string{"kubernetes", "systemd", "containers", "consul", "xattr"} {
+	for _, provider := range []string{"kubernetes", "containers", "consul"} {
 		if c.keys.has("workloads", provider) {
 			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
 		}

@@ -57,8 +57,9 @@ type Manager struct {
 	once  sync.Once     // closes ready
 	view  atomic.Pointer[view]
 
-	mu     sync.Mutex // guards claims and snap
+	mu     sync.Mutex // guards claims, ended and snap
 	claims map[string][]Claim
+	ended  map[string]error // providers that gave up
 	snap   *catalog.Snapshot
 
 	// What reconcile, the only user, knows.
@@ -125,6 +126,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		kick:       make(chan struct{}, 1),
 		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),
+		ended:      make(map[string]error),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),
 		warned:     make(map[warning]bool),
@@ -187,8 +189,32 @@ func (m *Manager) provide(ctx context.Context, p Provider) {
 		m.wake()
 	})
 	if err != nil && ctx.Err() == nil {
+		m.mu.Lock()
+		m.ended[p.Name()] = err
+		m.mu.Unlock()
+		m.wake()
 		m.log.Error("workload provider stopped; its workloads stay enrolled", "provider", p.Name(), "error", err)
 	}
+}
+
+// problems lists what providers say is wrong.
+func (m *Manager) problems() []ProviderProblem {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var all []ProviderProblem
+	for _, p := range m.cfg.Providers {
+		err := m.ended[p.Name()]
+		if err != nil {
+			err = fmt.Errorf("%w: restart the daemon once that is corrected; its workloads stay enrolled", err)
+		}
+		if r, ok := p.(Reporter); ok {
+			err = errors.Join(err, r.Problem())
+		}
+		if err != nil {
+			all = append(all, ProviderProblem{p.Name(), err})
+		}
+	}
+	return all
 }
 
 func (m *Manager) beat(ctx context.Context) {

@@ -41,11 +41,29 @@ func (m *Manager) reconcile() {
 	}
 }
 
-// complete reports whether every provider has spoken and a snapshot is there: only then it is known what is not wanted.
+// complete reports whether a snapshot is there and every provider has spoken, or says why it cannot.
 func (m *Manager) complete() bool {
+	silent := m.silent()
+	for _, p := range m.problems() {
+		delete(silent, p.Provider)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.snap != nil && len(m.claims) == len(m.cfg.Providers)
+	return m.snap != nil && len(silent) == 0
+}
+
+// silent names the providers that have claimed nothing yet, not even that there is nothing: what an earlier daemon enrolled
+// may be theirs.
+func (m *Manager) silent() map[string]bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	silent := make(map[string]bool)
+	for _, p := range m.cfg.Providers {
+		if _, spoke := m.claims[p.Name()]; !spoke {
+			silent[p.Name()] = true
+		}
+	}
+	return silent
 }
 
 // protect guards and switches on what is ready to be, and removes what an earlier daemon enrolled and nobody claims.
@@ -270,10 +288,10 @@ func (m *Manager) nesting(e *entry) redirect.Nesting {
 	return n
 }
 
-// prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened the
-// earlier daemon's guards stay: one of them may be its.
+// prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened or a
+// provider is silent the earlier daemon's guards stay: one of them may be theirs.
 func (m *Manager) prune() {
-	if m.pruned || m.missed {
+	if m.pruned || m.missed || len(m.silent()) > 0 {
 		return
 	}
 	claimed := make(map[uint64]bool)

@@ -76,6 +76,13 @@ type Provider interface {
 	Run(ctx context.Context, claim func([]Claim)) error
 }
 
+// Reporter is a Provider that knows when it does not see what it should.
+type Reporter interface {
+	Provider
+	// Problem says what is wrong now and what to do, or nil. The claims made before stay in force meanwhile.
+	Problem() error
+}
+
 // Workload is one granted claim. It is immutable; a claim that changes becomes a new Workload with a new ID.
 type Workload struct {
 	ID       uint32 // the kernel's name for it; never used again while our pins exist
@@ -142,6 +149,7 @@ type KernelVerdict struct {
 type State struct {
 	Workloads []WorkloadState
 	Refused   []RefusedClaim
+	Problems  []ProviderProblem
 	Pins      string // directory
 	Heartbeat time.Time
 	Links     int
@@ -163,6 +171,12 @@ type WorkloadState struct {
 type RefusedClaim struct {
 	Claim Claim
 	Why   string
+}
+
+// ProviderProblem is why a provider's claims may not be what they should be.
+type ProviderProblem struct {
+	Provider string
+	Err      error
 }
 
 // MapFill is how full one map is.
