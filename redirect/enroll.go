@@ -24,7 +24,9 @@ type Nesting struct {
 }
 
 type enrolment struct {
+	cgroup   string // directory; "" for an earlier daemon's
 	workload uint32
+	group    uint32
 	flags    uint32 // of its membership
 	dir      string // of its pins
 	links    []link.Link
@@ -38,17 +40,16 @@ func (e *enrolment) close() error {
 	return errors.Join(errs...)
 }
 
-// hooks are the programs of a workload's cgroup.
-func (r *Redirect) hooks() []struct {
-	name string
+// hook is a program and where it is attached.
+type hook struct {
+	name string // of its pin
 	at   ebpf.AttachType
 	prog *ebpf.Program
-} {
-	return []struct {
-		name string
-		at   ebpf.AttachType
-		prog *ebpf.Program
-	}{
+}
+
+// hooks are the programs of a workload's cgroup.
+func (r *Redirect) hooks() []hook {
+	return []hook{
 		{"connect4", ebpf.AttachCGroupInet4Connect, r.obj.Connect4},
 		{"connect6", ebpf.AttachCGroupInet6Connect, r.obj.Connect6},
 		{"getpeername4", ebpf.AttachCgroupInet4GetPeername, r.obj.Getpeername4},
@@ -95,6 +96,7 @@ func (r *Redirect) Enroll(cgroup string, workload, group uint32, n Nesting) (err
 	if err := r.setMembership(id, e, workload, n.flags()|r.treated[workload]); err != nil {
 		return errors.Join(err, r.forgetWorkload(workload))
 	}
+	e.cgroup, e.group = cgroup, group
 	r.enrolled[id] = e
 	if old != 0 {
 		return r.forgetWorkload(old)

@@ -49,7 +49,8 @@ type Redirect struct {
 	lock   *os.File
 	home   *os.File // the daemon's own network namespace
 	obj    outboundObjects
-	own    link.Link // proxy_sockops on the daemon's cgroup
+	cgroup string    // the daemon's own
+	own    link.Link // proxy_sockops on it
 	events *ringbuf.Reader
 
 	mu         sync.Mutex
@@ -71,6 +72,7 @@ type Redirect struct {
 // Only one process at a time may have a node open.
 func Open(cfg Config) (_ *Redirect, err error) {
 	r := &Redirect{
+		cgroup:     cfg.Cgroup,
 		dir:        filepath.Join(cfg.Pins, cfg.Node, fmt.Sprintf("v%d", MapABI)),
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
