@@ -64,7 +64,7 @@ func (p *Proxy) Status() admin.Status {
 		Version: p.cfg.Version, MapABI: p.cfg.MapABI, Node: p.cfg.Node, Started: p.started,
 		Source:    p.sourceStatus(),
 		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
-		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
+		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Repairs: kernel.Repairs, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
 			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
 		},

@@ -48,6 +48,7 @@ type statusView struct {
 
 func (v *statusView) print() {
 	v.summary()
+	v.unprotected()
 	v.workloads()
 	v.services()
 	v.certificates()
@@ -81,6 +82,9 @@ func (v *statusView) summary() {
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
 	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
+	if n := s.Kernel.Repairs; n > 0 {
+		t.add(cell{"repairs", v.dim}, cell{fmt.Sprintf("%d: somebody else changes what nodeproxy has in the kernel, see the daemon's log", n), v.yellow})
+	}
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
@@ -97,6 +101,19 @@ func (v *statusView) section(title string, t *table) {
 	t.write(v.stdout, "  ")
 }
 
+// unprotected is the first thing to see when something that should be in the mesh is not.
+func (v *statusView) unprotected() {
+	n := 0
+	for _, w := range v.s.Workloads {
+		if w.Unprotected() {
+			n++
+		}
+	}
+	if n > 0 {
+		v.printf("\n%s\n", v.bold(v.red(fmt.Sprintf("%s unprotected: see Problems below.", count(n, "workload")))))
+	}
+}
+
 func (v *statusView) workloads() {
 	var t table
 	t.header(v.style, "SERVICE", "STATE", "MODE", "PROCESSES", "INSTANCES", "BY", "CGROUP")
@@ -105,7 +122,7 @@ func (v *statusView) workloads() {
 		switch {
 		case w.Unprotected():
 			state.paint = v.red
-		case w.State != "protected":
+		case w.State != "protected" && w.State != "disabled":
 			state.paint = v.yellow
 		}
 		t.add(cell{w.Service, nil}, state, cell{w.Mode, nil}, cell{fmt.Sprint(w.Processes), nil},

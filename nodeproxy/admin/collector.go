@@ -13,7 +13,7 @@ type collector struct {
 
 	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
-	unprotectedUDP, eventsLost                           *prometheus.Desc
+	unprotectedUDP, eventsLost, repairs                  *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -38,6 +38,7 @@ func newCollector(m *Metrics) *collector {
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
+		repairs:        desc("repairs_total", "Times that what nodeproxy has in the kernel was changed by somebody else, and repaired."),
 		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
 	}
 }
@@ -45,7 +46,7 @@ func newCollector(m *Metrics) *collector {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs} {
 		ch <- d
 	}
 }
@@ -105,6 +106,7 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
 	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
+	ch <- counter(c.repairs, status.Kernel.Repairs)
 	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])
 }
 

@@ -176,6 +176,7 @@ type Kernel struct {
 	Pins      string      `json:"pins"`
 	Heartbeat time.Time   `json:"heartbeat"`
 	Links     int         `json:"links"`
+	Repairs   uint64      `json:"repairs"` // of what somebody else changed there, since the daemon started
 	Maps      []KernelMap `json:"maps"`
 	// Counters are the programs' own, since the maps were made: also while no daemon ran.
 	Counters map[string]uint64 `json:"counters"`

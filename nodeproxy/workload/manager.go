@@ -57,6 +57,8 @@ type Manager struct {
 	once  sync.Once     // closes ready
 	view  atomic.Pointer[view]
 
+	repairs atomic.Uint64
+
 	mu     sync.Mutex // guards claims, ended and snap
 	claims map[string][]Claim
 	ended  map[string]error // providers that gave up
@@ -71,6 +73,7 @@ type Manager struct {
 	warned     map[warning]bool
 	groups     map[string]uint32 // the kernel's numbers of services
 	missed     bool              // a namespace could not be opened in this reconciliation
+	drifted    drifts
 	watcher    *watcher
 }
 

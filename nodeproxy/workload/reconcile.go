@@ -33,6 +33,7 @@ func (m *Manager) reconcile() {
 		next.index(m.workloads) // an earlier daemon's guards stay as they are until we know better
 	}
 	m.closeNamespaces()
+	m.audit()
 	shown := *next
 	shown.states, shown.refused = m.states(), slices.Clone(m.refused)
 	m.view.Store(&shown)

@@ -171,7 +171,7 @@ func (m *Manager) Served(ns *Namespace, at netip.AddrPort) (*Served, error) {
 // State implements the proxy's Kernel.
 func (m *Manager) State() State {
 	v := m.view.Load()
-	state := State{Workloads: v.states, Refused: v.refused, Problems: m.problems(), Pins: m.redirect.Dir()}
+	state := State{Workloads: v.states, Refused: v.refused, Problems: m.problems(), Pins: m.redirect.Dir(), Repairs: m.repairs.Load()}
 	fills, err := m.redirect.Fills()
 	if err != nil {
 		m.log.Error("cannot read the maps for status", "error", err)

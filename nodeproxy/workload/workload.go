@@ -153,6 +153,7 @@ type State struct {
 	Pins      string // directory
 	Heartbeat time.Time
 	Links     int
+	Repairs   uint64 // of what somebody else changed in the kernel, since the daemon started
 	Maps      []MapFill
 	Counters  map[string]uint64 // the programs' own, since the maps were made
 }
