@@ -61,6 +61,8 @@ func resolve(snap *catalog.Snapshot, destination string) (catalog.Destination, e
 	return catalog.Destination{}, admin.Classify(fmt.Errorf("explain the way to %s: it is neither a virtual IP nor the address and port of an instance, so nodeproxy would not touch it", destination), admin.ErrNotFound)
 }
 
+func usable(inst *catalog.Instance) bool { return inst.Healthy && inst.Mesh.IsValid() }
+
 // missing lists what would make an allowed connection fail now.
 func (p *Proxy) missing(now *state, source string, to catalog.Destination) []string {
 	missing := []string{}
@@ -84,7 +86,6 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	if to.Instance != nil {
 		candidates = []*catalog.Instance{to.Instance}
 	}
-	usable := func(inst *catalog.Instance) bool { return inst.Healthy && inst.Mesh.IsValid() }
 	switch {
 	case len(candidates) == 0:
 		add("%q has no instance: register one", to.Service.Name)

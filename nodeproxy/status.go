@@ -30,17 +30,20 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 	if v.Workload != nil {
 		own.Service, own.Workload = v.Workload.Service, v.Workload.Cgroup
 	}
-	if !v.Allowed {
+	if now := p.gate.current(); now != nil && !v.Inbound {
+		if to, ok := now.snap.Resolve(v.Destination); ok {
+			e.Destination.Service = to.Service.Name
+		}
+	}
+	switch {
+	case v.Observed:
+		p.foresee(v, &e)
+	case !v.Allowed:
 		e.Event, e.Verdict = admin.EventDenied, admin.Denied
 		if !v.Inbound {
 			e.Path = admin.PathNone
 		}
 		p.denied.Add(1)
-	}
-	if now := p.gate.current(); now != nil && !v.Inbound {
-		if to, ok := now.snap.Resolve(v.Destination); ok {
-			e.Destination.Service = to.Service.Name
-		}
 	}
 	p.cfg.Observer.Observe(e)
 }
@@ -68,7 +71,7 @@ func (p *Proxy) Status() admin.Status {
 		Connections: admin.Connections{
 			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
 		},
-		Problems: []admin.Problem{}, Canaries: []string{}, Stopping: p.stopping.Load(),
+		Problems: []admin.Problem{}, Canaries: []string{}, Observed: p.observed.list(), Stopping: p.stopping.Load(),
 	}
 	for _, w := range kernel.Workloads {
 		s.Workloads = append(s.Workloads, workloadStatus(w))

@@ -13,7 +13,7 @@ type collector struct {
 
 	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
-	unprotectedUDP, eventsLost, repairs                  *prometheus.Desc
+	unprotectedUDP, eventsLost, repairs, observed        *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -30,6 +30,7 @@ func newCollector(m *Metrics) *collector {
 		active:    desc("connections_active", "Connections that are open.", pair...),
 		bytes:     desc("bytes_total", "Application bytes carried, both ways.", pair...),
 		denied:    desc("denied_total", "Connections refused or cut, by reason.", append(slices.Clip(pair), "reason")...),
+		observed:  desc("observed_total", "Connections of workloads that are only watched, by the reason for which they would be denied.", append(slices.Clip(pair), "reason")...),
 		handshake: desc("handshake_seconds", "Duration of TLS handshakes.", pair...),
 
 		certificateExpiry: desc("certificate_expiry_seconds", "Seconds until the certificate of a local service expires.", "source_service"),
@@ -46,7 +47,7 @@ func newCollector(m *Metrics) *collector {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed} {
 		ch <- d
 	}
 }
@@ -75,6 +76,9 @@ func (c *collector) collectSeries(ch chan<- prometheus.Metric, key seriesKey, s 
 	}
 	for reason, n := range s.denied {
 		ch <- counter(c.denied, n, append(slices.Clip(labels), string(reason))...)
+	}
+	for reason, n := range s.observed {
+		ch <- counter(c.observed, n, append(slices.Clip(labels), string(reason))...)
 	}
 	if h := &s.handshake; h.count > 0 {
 		buckets := make(map[float64]uint64, len(handshakeBuckets))

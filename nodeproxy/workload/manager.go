@@ -310,7 +310,7 @@ func (m *Manager) event(e redirect.Event, h Handler) {
 		m.wake()
 	}
 	h.Verdict(KernelVerdict{
-		Inbound: e.Inbound, Allowed: e.Allowed, Reason: reasons[e.Verdict], Workload: m.view.Load().byID[e.Workload],
+		Inbound: e.Inbound, Allowed: e.Allowed, Observed: e.Observed, Reason: reasons[e.Verdict], Workload: m.view.Load().byID[e.Workload],
 		Source: e.Source, Destination: e.Destination, PID: e.PID, Comm: e.Comm,
 	})
 }

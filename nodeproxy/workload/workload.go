@@ -137,6 +137,7 @@ type Handler interface {
 type KernelVerdict struct {
 	Inbound     bool
 	Allowed     bool // plaintext let in by permissive mode
+	Observed    bool // nothing was done: Reason is why it would have been refused, or "" where it would have been redirected
 	Reason      catalog.Reason
 	Workload    *Workload // whose connection or port; nil when it is gone
 	Source      netip.AddrPort
