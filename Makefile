@@ -23,7 +23,7 @@ FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
 VM_PACKAGES := qemu-system-x86 xz-utils
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant $(VM_PACKAGES)
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 tcpdump iproute2 vagrant systemd dbus $(VM_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
