@@ -26,9 +26,10 @@ type labelled struct {
 	top    string
 	claims chan []Claim
 	last   []Claim
+	first  func() // while the provider tells its first claims, and does not read changes
 }
 
-func runXattr(t *testing.T, prepare func(top string), options ...func(*Xattr)) *labelled {
+func runXattr(t *testing.T, prepare func(l *labelled), options ...func(*Xattr)) *labelled {
 	t.Helper()
 	netlab.Require(t)
 	lab, err := netlab.New()
@@ -45,14 +46,22 @@ func runXattr(t *testing.T, prepare func(top string), options ...func(*Xattr)) *
 		t.Fatal(err)
 	}
 	l := &labelled{t: t, top: lab.Cgroup().Path(), claims: make(chan []Claim, 1<<12)}
-	prepare(l.top)
+	prepare(l)
 	x := NewXattr(mount, slog.New(slog.DiscardHandler))
 	for _, o := range options {
 		o(x)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- x.Run(ctx, func(c []Claim) { l.claims <- c }) }()
+	go func() {
+		done <- x.Run(ctx, func(c []Claim) {
+			if l.first != nil {
+				l.first()
+				l.first = nil
+			}
+			l.claims <- c
+		})
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -131,8 +140,8 @@ func TestLabelledCgroupsAreClaimed(t *testing.T) {
 		"looking":  func(x *Xattr) { x.watch = refused },
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := runXattr(t, func(top string) {
-				label(t, mkdir(t, filepath.Join(top, "before")), xattrPrefix+"service", "before")
+			l := runXattr(t, func(l *labelled) {
+				label(t, mkdir(t, filepath.Join(l.top, "before")), xattrPrefix+"service", "before")
 			}, option)
 			l.await("before=before")
 			web := l.mkdir("web")
@@ -161,7 +170,7 @@ func TestLabelledCgroupsAreClaimed(t *testing.T) {
 }
 
 func TestTheOwnerOfADelegatedCgroupClaimsNothing(t *testing.T) {
-	l := runXattr(t, func(string) {})
+	l := runXattr(t, func(*labelled) {})
 	stolen := l.mkdir("delegated")
 	if err := os.Chown(stolen, 65534, 65534); err != nil {
 		t.Fatal(err)
@@ -200,18 +209,14 @@ func asNobody(t *testing.T, f func()) {
 }
 
 func TestLostChangesAreFoundByLooking(t *testing.T) {
-	var top string
-	l := runXattr(t, func(t string) { top = t }, func(x *Xattr) {
-		watch := x.watch
-		x.watch = func(mount string) (*cgroupWatch, error) {
-			w, err := watch(mount)
-			if err == nil {
-				overflow(t, filepath.Join(top, "overflow"))
-			}
-			return w, err
+	l := runXattr(t, func(l *labelled) {
+		web := mkdir(t, filepath.Join(l.top, "web"))
+		l.first = func() {
+			overflow(t, filepath.Join(l.top, "overflow"))
+			label(t, web, xattrPrefix+"service", "web") // for which there is no room
 		}
 	})
-	label(t, l.mkdir("web"), xattrPrefix+"service", "web")
+	l.await()
 	l.await("web=web")
 }
 
@@ -233,7 +238,7 @@ func overflow(t *testing.T, dir string) {
 }
 
 func TestChurnOfCgroupsIsFollowedToTheEnd(t *testing.T) {
-	l := runXattr(t, func(string) {})
+	l := runXattr(t, func(*labelled) {})
 	const rounds, width = 20, 50
 	for round := range rounds {
 		var dirs []string

@@ -308,3 +308,34 @@ func TestChurnOfLabelledCgroupsLeavesNothingBehind(t *testing.T) {
 	m.must(err)
 	m.reaches(web, m.vip("api"))
 }
+
+func TestWhatASilentProviderMayHaveEnrolledStaysGuarded(t *testing.T) {
+	m, web, api := labelled(t)
+	m.label(web.Cgroup, "service", "web")
+	m.awaitWorkload(web.Cgroup, "web", "protected")
+	stranger := m.stranger(0)
+	m.stop(0)
+	d := m.Daemons[0]
+	d.Labels = "  systemd {\n    enabled = true\n  }\n"
+	d.Env = append(d.Env, "DBUS_SYSTEM_BUS_ADDRESS=unix:path="+filepath.Join(m.Dir(), "absent"))
+	other, err := m.Nodes[0].Workload("other")
+	m.must(err)
+	d.Enroll(other, "other")
+	m.serve(other, ":8080")
+	m.must(d.Start(m.ctx()))
+	status, err := d.AwaitProtected(m.ctx()) // the other provider's workload does not wait for systemd
+	m.must(err)
+	if !slices.ContainsFunc(status.Problems, func(p admin.Problem) bool {
+		return p.Kind == "systemd" && strings.Contains(p.Text, "systemctl status dbus.socket")
+	}) {
+		t.Errorf("the problems are %+v", status.Problems)
+	}
+	m.getsNothing(stranger, "-timeout", "2s", at(web.IPv4, port))
+	m.getsNothing(web, "-timeout", "2s", at(api.IPv4, port)) // api would take it in plaintext
+	m.stop(0)
+	d.Labels = ""
+	m.must(d.Start(m.ctx()))
+	m.comesToReach(stranger, at(web.IPv4, port)) // now nobody claims it
+	m.reaches(web, at(api.IPv4, port))
+	m.settle(0)
+}
