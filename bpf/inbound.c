@@ -156,6 +156,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 		count(kind == DIRECT_PROBE ? STAT_PROBED : STAT_DELIVERED);
 		return SK_PASS;
 	}
+	if (r->action == RULE_OBSERVE) {
+		if (!may_be_plaintext(&f, r))
+			report(&f, r, REASON_PLAINTEXT, EVENT_OBSERVED);
+		return SK_PASS; /* its workload is only watched */
+	}
 	if (may_be_plaintext(&f, r)) {
 		count(STAT_PLAINTEXT_ALLOWED);
 		report(&f, r, REASON_PLAINTEXT, EVENT_ALLOWED);

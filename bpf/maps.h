@@ -28,6 +28,8 @@ enum constant {
 enum member_flag {
 	MEMBER_HAS_OUTER = 1,	/* an ancestor is enrolled too: leave a mark for it */
 	MEMBER_HAS_INNER = 2,	/* a descendant is enrolled too: heed its mark */
+	MEMBER_EXCLUDES = 4,	/* it has entries in exclusions (exclude.h) */
+	MEMBER_OBSERVES = 8,	/* nothing is redirected or refused: what would be is reported */
 };
 struct membership {
 	__u32 workload;
@@ -205,6 +207,7 @@ enum rule_action {
 	RULE_STRICT = 2,	/* plaintext is refused */
 	RULE_PERMISSIVE = 3,	/* plaintext is let in, counted */
 	RULE_OPEN = 4,	/* not ours */
+	RULE_OBSERVE = 5,	/* plaintext is let in; reported as what strict would refuse */
 };
 struct rule {
 	__u32 action;
@@ -294,6 +297,7 @@ enum reason {
 enum event_flag {
 	EVENT_INBOUND = 1,
 	EVENT_ALLOWED = 2,
+	EVENT_OBSERVED = 4, /* nothing was done: reason says what would have been refused, none what would have been redirected */
 };
 struct event {
 	struct addr src;

@@ -3,6 +3,7 @@
  * The cgroup hooks. connect, peername and workload_sockops are attached to each workload's cgroup, proxy_sockops to the
  * daemon's own. Loaded once for the node: which workload a hook runs for is in the storage of the cgroup it is attached to.
  */
+#include "exclude.h"
 #include "maps.h"
 
 #define IPPROTO_TCP 6
@@ -37,26 +38,31 @@ static __always_inline int mark(struct bpf_sock *sk, const struct membership *m)
 	return 1;
 }
 
-static __always_inline int refuse(struct bpf_sock *sk, const struct membership *m, const struct dial *d, __u16 reason)
+static __always_inline void report(const struct membership *m, const struct dial *d, __u16 reason, __u16 flags)
 {
-	struct event *e;
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 
-	mark(sk, m); /* else the outer workload would refuse it again, in its own name */
-	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
-	count(STAT_REFUSED);
-	bpf_set_retval(-ECONNREFUSED);
 	if (!e) {
 		count(STAT_EVENTS_LOST);
-		return REFUSE;
+		return;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
 	e->dst = d->dst;
 	e->dport = d->port;
 	e->reason = reason;
+	e->flags = flags;
 	e->workload = m->workload;
 	e->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline int refuse(struct bpf_sock *sk, const struct membership *m, const struct dial *d, __u16 reason)
+{
+	mark(sk, m); /* else the outer workload would refuse it again, in its own name */
+	count(STAT_REFUSED);
+	bpf_set_retval(-ECONNREFUSED);
+	report(m, d, reason, 0);
 	return REFUSE;
 }
 
@@ -127,8 +133,18 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 	id = m->workload;
 	if (!id || decided_by_inner(sk, m))
 		return 0;
+	if ((m->flags & MEMBER_EXCLUDES) && excluded(&d->dst, d->port, id)) {
+		*verdict = pass(sk, m);
+		return 0; /* its label says so */
+	}
 	dest = find_destination(d, id);
 	reason = dest ? REASON_NONE : refused_range(d, id);
+	if (m->flags & MEMBER_OBSERVES) {
+		if (reason || (dest && !(dest->flags & DEST_PASS)))
+			report(m, d, dest && (dest->flags & DEST_REFUSE) ? REASON_CONSUL_ACCESS : reason, EVENT_OBSERVED);
+		*verdict = pass(sk, m);
+		return 0; /* it is only watched */
+	}
 	if (reason) {
 		*verdict = refuse(sk, m, d, reason);
 		return 0; /* nothing of the mesh's, and not to leave the node */

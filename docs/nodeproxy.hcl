@@ -50,11 +50,15 @@ workloads {
     mode    = "strict"                                    # default: inbound.mode
     consul_access = "refuse"                              # default: allow where ACLs are on, and for native services
   }
+  systemd {
+    enabled = false # services with a section [X-NodeProxy] in their unit file or a drop-in: see docs/labels.md
+  }
+  xattr {
+    enabled = false # cgroups with extended attributes trusted.nodeproxy.*: see docs/labels.md
+  }
   # not yet: kubernetes { enabled = true  namespace "shop" { services = ["web", "cart"] } }
-  # not yet: systemd { enabled = true }
   # not yet: containers { enabled = true  allow = ["web"] }
   # not yet: consul { enabled = true }
-  # not yet: xattr { enabled = true }
 }
 
 # What connections to workloads meet.

@@ -76,6 +76,8 @@ func resolve(snap *catalog.Snapshot, source, destination string) (catalog.Destin
 	return catalog.Destination{}, admin.Classify(fmt.Errorf("explain the way to %s: it is neither a virtual IP, nor an upstream of %q, nor the address and port of an instance, so nodeproxy would not touch it", destination, source), admin.ErrNotFound)
 }
 
+func usable(inst *catalog.Instance) bool { return inst.Healthy && inst.Mesh.IsValid() }
+
 // missing lists what would make an allowed connection fail now.
 func (p *Proxy) missing(now *state, source string, to catalog.Destination) []string {
 	missing := []string{}

@@ -59,6 +59,7 @@ type Proxy struct {
 	balancer   *balancer
 	buffers    *buffers
 	live       table
+	observed   observations
 
 	connections sync.WaitGroup // one for each connection in live
 	lastID      atomic.Uint64

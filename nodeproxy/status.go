@@ -30,17 +30,20 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 	if v.Workload != nil {
 		own.Service, own.Workload = v.Workload.Service, v.Workload.Cgroup
 	}
-	if !v.Allowed {
+	if now := p.gate.current(); now != nil && !v.Inbound {
+		if to, ok := now.snap.Resolve(v.Destination); ok {
+			e.Destination.Service = to.Service.Name
+		}
+	}
+	switch {
+	case v.Observed:
+		p.foresee(v, &e)
+	case !v.Allowed:
 		e.Event, e.Verdict = admin.EventDenied, admin.Denied
 		if !v.Inbound {
 			e.Path = admin.PathNone
 		}
 		p.denied.Add(1)
-	}
-	if now := p.gate.current(); now != nil && !v.Inbound {
-		if to, ok := now.snap.Resolve(v.Destination); ok {
-			e.Destination.Service = to.Service.Name
-		}
 	}
 	p.cfg.Observer.Observe(e)
 }
@@ -77,17 +80,20 @@ func (p *Proxy) Status() admin.Status {
 		Version: p.cfg.Version, MapABI: p.cfg.MapABI, Node: p.cfg.Node, Started: p.started,
 		Source:    p.sourceStatus(),
 		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
-		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
+		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Repairs: kernel.Repairs, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
 			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
 		},
-		Problems: []admin.Problem{}, Canaries: []string{}, Stopping: p.stopping.Load(),
+		Problems: []admin.Problem{}, Canaries: []string{}, Observed: p.observed.list(), Stopping: p.stopping.Load(),
 	}
 	for _, w := range kernel.Workloads {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}
 	for _, r := range kernel.Refused {
 		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Provider: r.Claim.Provider, Why: r.Why})
+	}
+	for _, p := range kernel.Providers {
+		s.Problems = append(s.Problems, admin.Problem{Kind: p.Provider, Text: fmt.Sprintf("workloads labelled there may not be seen: %v", p.Err)})
 	}
 	for _, m := range kernel.Maps {
 		s.Kernel.Maps = append(s.Kernel.Maps, admin.KernelMap{Name: m.Name, Entries: m.Entries, Max: m.Max})

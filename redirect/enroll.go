@@ -24,8 +24,10 @@ type Nesting struct {
 }
 
 type enrolment struct {
+	cgroup   string // directory; "" for an earlier daemon's
 	workload uint32
-	flags    uint32
+	group    uint32
+	flags    uint32 // of its membership
 	dir      string // of its pins
 	links    []link.Link
 	dns      []link.Link // of SteerDNS
@@ -39,9 +41,9 @@ func (e *enrolment) close() error {
 	return errors.Join(errs...)
 }
 
-// hook is a program of a cgroup and the name of its link's pin.
+// hook is a program and where it is attached.
 type hook struct {
-	name string
+	name string // of its pin
 	at   ebpf.AttachType
 	prog *ebpf.Program
 }
@@ -92,9 +94,10 @@ func (r *Redirect) Enroll(cgroup string, workload, group uint32, n Nesting) (err
 		return fmt.Errorf("add workload of %s (room for %d): %w", cgroup, r.obj.Workloads.MaxEntries(), err)
 	}
 	old := e.workload
-	if err := r.setMembership(id, e, workload, n.flags()); err != nil {
-		return errors.Join(err, r.obj.Workloads.Delete(workload))
+	if err := r.setMembership(id, e, workload, n.flags()|r.treated[workload]); err != nil {
+		return errors.Join(err, r.forgetWorkload(workload))
 	}
+	e.cgroup, e.group = cgroup, group
 	r.enrolled[id] = e
 	if old != 0 {
 		return r.forgetWorkload(old)
@@ -108,10 +111,14 @@ func (r *Redirect) SetNesting(cgroup uint64, n Nesting) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, ok := r.enrolled[cgroup]
-	if !ok || e.flags == n.flags() {
+	if !ok {
 		return nil
 	}
-	return r.setMembership(cgroup, e, e.workload, n.flags())
+	flags := e.flags&^Nesting{Outer: true, Inner: true}.flags() | n.flags()
+	if flags == e.flags {
+		return nil
+	}
+	return r.setMembership(cgroup, e, e.workload, flags)
 }
 
 func (n Nesting) flags() uint32 {
@@ -291,6 +298,7 @@ func (r *Redirect) adoptOne(id uint64, dir string) error {
 	}
 	e.workload, e.flags = m.Workload, m.Flags
 	r.enrolled[id] = e
+	r.unclaimed[e.workload] = true
 	return nil
 }
 
@@ -299,5 +307,6 @@ func (r *Redirect) forgetWorkload(id uint32) error {
 	if err := r.obj.Workloads.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("remove workload %d: %w", id, err)
 	}
-	return nil
+	delete(r.unclaimed, id)
+	return r.forgetTreatment(id)
 }

@@ -72,6 +72,7 @@ type Event struct {
 	Verdict     Verdict
 	Inbound     bool
 	Allowed     bool
+	Observed    bool // nothing was done: Verdict is why it would have been refused, or 0 where it would have been redirected
 	Workload    uint32
 	Source      netip.AddrPort
 	Destination netip.AddrPort
@@ -96,9 +97,10 @@ func (r *Redirect) Events(f func(Event)) error {
 		}
 		f(Event{
 			Verdict: Verdict(e.Reason), Workload: e.Workload, PID: e.Pid, Comm: comm(e.Comm),
-			Inbound: e.Flags&uint16(outboundEventFlagEVENT_INBOUND) != 0,
-			Allowed: e.Flags&uint16(outboundEventFlagEVENT_ALLOWED) != 0,
-			Source:  fromEndpoint(e.Src, e.Sport), Destination: fromEndpoint(e.Dst, e.Dport),
+			Inbound:  e.Flags&uint16(outboundEventFlagEVENT_INBOUND) != 0,
+			Allowed:  e.Flags&uint16(outboundEventFlagEVENT_ALLOWED) != 0,
+			Observed: e.Flags&uint16(outboundEventFlagEVENT_OBSERVED) != 0,
+			Source:   fromEndpoint(e.Src, e.Sport), Destination: fromEndpoint(e.Dst, e.Dport),
 		})
 	}
 }
@@ -143,6 +145,7 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		{"virtual_ranges", len(r.ranges), int(r.obj.VirtualRanges.MaxEntries())},
 		{"probes", len(r.probes), int(r.obj.Probes.MaxEntries())},
 		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},
+		{"exclusions", len(r.exclusions), int(r.obj.Exclusions.MaxEntries())},
 	}
 	r.mu.Unlock()
 	counted := []countedMap{

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"net/netip"
 	"os"
@@ -30,8 +31,9 @@ type Namespace struct {
 	file   *os.File
 	diag   *diag
 	lookup link.Link
-	dns    *DNS   // nil until OpenDNS
-	dir    string // of its pins
+	dns    *DNS          // nil until OpenDNS
+	prog   *ebpf.Program // what it runs
+	dir    string        // of its pins
 	r      *Redirect
 }
 
@@ -109,6 +111,9 @@ func (ns *Namespace) closeSockets() error {
 	}
 	if ns.diag != nil {
 		errs = append(errs, ns.diag.close())
+	}
+	if ns.prog != nil {
+		errs = append(errs, ns.prog.Close())
 	}
 	return errors.Join(append(errs, ns.file.Close())...)
 }
@@ -235,6 +240,25 @@ func limitBacklog(ln *net.TCPListener) error {
 	return errors.Join(err, errListen)
 }
 
+// listenersOf lists the open listeners of a kind with the keys by which sk_lookup finds them.
+func (ns *Namespace) listenersOf(kind outboundListenerKind) iter.Seq2[*net.TCPListener, outboundListenerKey] {
+	lns := ns.Outbound
+	if kind == outboundListenerKindLISTENER_INBOUND {
+		lns = ns.Inbound
+	}
+	return func(yield func(*net.TCPListener, outboundListenerKey) bool) {
+		for _, ln := range lns {
+			key := outboundListenerKey{Netns: ns.Cookie, Kind: uint32(kind), Family: unix.AF_INET6}
+			if ln.Addr().(*net.TCPAddr).AddrPort().Addr().Is4() {
+				key.Family = unix.AF_INET
+			}
+			if !yield(ln, key) {
+				return
+			}
+		}
+	}
+}
+
 func (ns *Namespace) showListener(ln *net.TCPListener, key outboundListenerKey) error {
 	raw, err := ln.SyscallConn()
 	if err != nil {
@@ -256,7 +280,7 @@ func (ns *Namespace) attachLookup() error {
 	if err != nil {
 		return err
 	}
-	defer prog.Close()
+	ns.prog = prog
 	ns.dir = filepath.Join(ns.r.dir, "namespaces", strconv.FormatUint(ns.Cookie, 10))
 	pin := filepath.Join(ns.dir, "sk_lookup")
 	if l, err := link.LoadPinnedLink(pin, nil); err == nil {

@@ -82,9 +82,25 @@ type outboundEvent struct {
 type outboundEventFlag uint32
 
 const (
-	outboundEventFlagEVENT_INBOUND outboundEventFlag = 1
-	outboundEventFlagEVENT_ALLOWED outboundEventFlag = 2
+	outboundEventFlagEVENT_INBOUND  outboundEventFlag = 1
+	outboundEventFlagEVENT_ALLOWED  outboundEventFlag = 2
+	outboundEventFlagEVENT_OBSERVED outboundEventFlag = 4
 )
+
+type outboundExclusionBits uint32
+
+const (
+	outboundExclusionBitsEXCLUDED_PORT outboundExclusionBits = 64
+)
+
+type outboundExclusionKey struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Workload  uint32
+	Port      uint16
+	Pad       uint16
+	Ip        outboundAddr
+}
 
 type outboundHeartbeat struct {
 	_            structs.HostLayout
@@ -112,6 +128,8 @@ type outboundMemberFlag uint32
 const (
 	outboundMemberFlagMEMBER_HAS_OUTER outboundMemberFlag = 1
 	outboundMemberFlagMEMBER_HAS_INNER outboundMemberFlag = 2
+	outboundMemberFlagMEMBER_EXCLUDES  outboundMemberFlag = 4
+	outboundMemberFlagMEMBER_OBSERVES  outboundMemberFlag = 8
 )
 
 type outboundMembership struct {
@@ -213,6 +231,7 @@ const (
 	outboundRuleActionRULE_STRICT     outboundRuleAction = 2
 	outboundRuleActionRULE_PERMISSIVE outboundRuleAction = 3
 	outboundRuleActionRULE_OPEN       outboundRuleAction = 4
+	outboundRuleActionRULE_OBSERVE    outboundRuleAction = 5
 )
 
 type outboundRuleKey struct {
@@ -263,6 +282,7 @@ const (
 	outboundMapDestinations     = "destinations"
 	outboundMapDirect           = "direct"
 	outboundMapEvents           = "events"
+	outboundMapExclusions       = "exclusions"
 	outboundMapHeartbeat        = "heartbeat"
 	outboundMapListeners        = "listeners"
 	outboundMapMemberships      = "memberships"
@@ -289,6 +309,7 @@ const (
 	outboundVarBtfDirectKind    = "btf_direct_kind"
 	outboundVarBtfEvent         = "btf_event"
 	outboundVarBtfEventFlag     = "btf_event_flag"
+	outboundVarBtfExclusionBits = "btf_exclusion_bits"
 	outboundVarBtfListenerKind  = "btf_listener_kind"
 	outboundVarBtfMemberFlag    = "btf_member_flag"
 	outboundVarBtfOriginFlag    = "btf_origin_flag"
@@ -356,6 +377,7 @@ type outboundMapSpecs struct {
 	Destinations  *ebpf.MapSpec `ebpf:"destinations"`
 	Direct        *ebpf.MapSpec `ebpf:"direct"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
+	Exclusions    *ebpf.MapSpec `ebpf:"exclusions"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
@@ -376,18 +398,19 @@ type outboundMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type outboundVariableSpecs struct {
-	BtfConstant     *ebpf.VariableSpec `ebpf:"btf_constant"`
-	BtfDestFlag     *ebpf.VariableSpec `ebpf:"btf_dest_flag"`
-	BtfDirectKind   *ebpf.VariableSpec `ebpf:"btf_direct_kind"`
-	BtfEvent        *ebpf.VariableSpec `ebpf:"btf_event"`
-	BtfEventFlag    *ebpf.VariableSpec `ebpf:"btf_event_flag"`
-	BtfListenerKind *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
-	BtfMemberFlag   *ebpf.VariableSpec `ebpf:"btf_member_flag"`
-	BtfOriginFlag   *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
-	BtfRangeKind    *ebpf.VariableSpec `ebpf:"btf_range_kind"`
-	BtfReason       *ebpf.VariableSpec `ebpf:"btf_reason"`
-	BtfRuleAction   *ebpf.VariableSpec `ebpf:"btf_rule_action"`
-	BtfStat         *ebpf.VariableSpec `ebpf:"btf_stat"`
+	BtfConstant      *ebpf.VariableSpec `ebpf:"btf_constant"`
+	BtfDestFlag      *ebpf.VariableSpec `ebpf:"btf_dest_flag"`
+	BtfDirectKind    *ebpf.VariableSpec `ebpf:"btf_direct_kind"`
+	BtfEvent         *ebpf.VariableSpec `ebpf:"btf_event"`
+	BtfEventFlag     *ebpf.VariableSpec `ebpf:"btf_event_flag"`
+	BtfExclusionBits *ebpf.VariableSpec `ebpf:"btf_exclusion_bits"`
+	BtfListenerKind  *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
+	BtfMemberFlag    *ebpf.VariableSpec `ebpf:"btf_member_flag"`
+	BtfOriginFlag    *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
+	BtfRangeKind     *ebpf.VariableSpec `ebpf:"btf_range_kind"`
+	BtfReason        *ebpf.VariableSpec `ebpf:"btf_reason"`
+	BtfRuleAction    *ebpf.VariableSpec `ebpf:"btf_rule_action"`
+	BtfStat          *ebpf.VariableSpec `ebpf:"btf_stat"`
 }
 
 // outboundObjects contains all objects after they have been loaded into the kernel.
@@ -413,6 +436,7 @@ type outboundMaps struct {
 	Destinations  *ebpf.Map `ebpf:"destinations"`
 	Direct        *ebpf.Map `ebpf:"direct"`
 	Events        *ebpf.Map `ebpf:"events"`
+	Exclusions    *ebpf.Map `ebpf:"exclusions"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
@@ -434,6 +458,7 @@ func (m *outboundMaps) Close() error {
 		m.Destinations,
 		m.Direct,
 		m.Events,
+		m.Exclusions,
 		m.Heartbeat,
 		m.Listeners,
 		m.Memberships,
@@ -455,18 +480,19 @@ func (m *outboundMaps) Close() error {
 //
 // It can be passed to loadOutboundObjects or ebpf.CollectionSpec.LoadAndAssign.
 type outboundVariables struct {
-	BtfConstant     *ebpf.Variable `ebpf:"btf_constant"`
-	BtfDestFlag     *ebpf.Variable `ebpf:"btf_dest_flag"`
-	BtfDirectKind   *ebpf.Variable `ebpf:"btf_direct_kind"`
-	BtfEvent        *ebpf.Variable `ebpf:"btf_event"`
-	BtfEventFlag    *ebpf.Variable `ebpf:"btf_event_flag"`
-	BtfListenerKind *ebpf.Variable `ebpf:"btf_listener_kind"`
-	BtfMemberFlag   *ebpf.Variable `ebpf:"btf_member_flag"`
-	BtfOriginFlag   *ebpf.Variable `ebpf:"btf_origin_flag"`
-	BtfRangeKind    *ebpf.Variable `ebpf:"btf_range_kind"`
-	BtfReason       *ebpf.Variable `ebpf:"btf_reason"`
-	BtfRuleAction   *ebpf.Variable `ebpf:"btf_rule_action"`
-	BtfStat         *ebpf.Variable `ebpf:"btf_stat"`
+	BtfConstant      *ebpf.Variable `ebpf:"btf_constant"`
+	BtfDestFlag      *ebpf.Variable `ebpf:"btf_dest_flag"`
+	BtfDirectKind    *ebpf.Variable `ebpf:"btf_direct_kind"`
+	BtfEvent         *ebpf.Variable `ebpf:"btf_event"`
+	BtfEventFlag     *ebpf.Variable `ebpf:"btf_event_flag"`
+	BtfExclusionBits *ebpf.Variable `ebpf:"btf_exclusion_bits"`
+	BtfListenerKind  *ebpf.Variable `ebpf:"btf_listener_kind"`
+	BtfMemberFlag    *ebpf.Variable `ebpf:"btf_member_flag"`
+	BtfOriginFlag    *ebpf.Variable `ebpf:"btf_origin_flag"`
+	BtfRangeKind     *ebpf.Variable `ebpf:"btf_range_kind"`
+	BtfReason        *ebpf.Variable `ebpf:"btf_reason"`
+	BtfRuleAction    *ebpf.Variable `ebpf:"btf_rule_action"`
+	BtfStat          *ebpf.Variable `ebpf:"btf_stat"`
 }
 
 // outboundPrograms contains all programs after they have been loaded into the kernel.

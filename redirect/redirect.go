@@ -52,19 +52,23 @@ type Redirect struct {
 	obj    outboundObjects
 	dns    *dnsSide // nil: noDNS says why
 	noDNS  error
-	own    link.Link // proxy_sockops on the daemon's cgroup
+	cgroup string    // the daemon's own
+	own    link.Link // proxy_sockops on it
 	events *ringbuf.Reader
 
 	mu         sync.Mutex
 	enrolled   map[uint64]*enrolment                               // by cgroup id
 	namespaces map[uint64]*Namespace                               // by cookie
 	inherited  map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
+	unclaimed  map[uint32]bool                                     // workloads that an earlier daemon enrolled and this one has not, yet
 	dests      shadow[outboundDestinationKey, outboundDestination] // those for all workloads
 	single     shadow[outboundDestinationKey, outboundDestination] // those for one
 	ranges     shadow[outboundRangeKey, uint32]                    // of virtual IPs
 	outside    shadow[outboundRangeKey, uint32]                    // the others
 	plaintext  shadow[outboundRangeKey, uint32]
 	rules      shadow[outboundRuleKey, outboundRule]
+	exclusions shadow[outboundExclusionKey, uint32]
+	treated    map[uint32]uint32 // member flags by workload, from Treat
 	probes     shadow[outboundProbeKey, outboundProbe]
 	probers    map[uint64]link.Link // by cgroup id
 }
@@ -75,10 +79,13 @@ type Redirect struct {
 // Only one process at a time may have a node open.
 func Open(cfg Config) (_ *Redirect, err error) {
 	r := &Redirect{
+		cgroup:     cfg.Cgroup,
 		dir:        filepath.Join(cfg.Pins, cfg.Node, fmt.Sprintf("v%d", MapABI)),
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
 		inherited:  make(map[uint64]bool),
+		unclaimed:  make(map[uint32]bool),
+		treated:    make(map[uint32]uint32),
 		probers:    make(map[uint64]link.Link),
 	}
 	if err := checkPins(cfg, r.dir); err != nil {

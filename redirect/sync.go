@@ -42,6 +42,7 @@ const (
 	Strict     = Action(outboundRuleActionRULE_STRICT)     // plaintext is refused
 	Permissive = Action(outboundRuleActionRULE_PERMISSIVE) // plaintext is let in and reported
 	Untouched  = Action(outboundRuleActionRULE_OPEN)       // not ours
+	Observe    = Action(outboundRuleActionRULE_OBSERVE)    // plaintext is let in, and reported as what Strict would refuse
 )
 
 // Rule says what inbound connections to a port of one namespace meet. The most exact rule wins: address and port, then
@@ -77,7 +78,8 @@ func (r *Redirect) SetDestinations(dests []Destination, ranges []netip.Prefix) e
 	)
 }
 
-// SetOwn makes what is redirected for single workloads exactly the addresses given, by diff; they may be loopback. With
+// SetOwn makes what is redirected for single workloads exactly the addresses given, by diff, but for those of workloads that
+// an earlier daemon enrolled and this one has not yet; they may be loopback. With
 // meshOnly, what is redirected for nobody is refused, but for loopback, port 53, and destinations that pass.
 func (r *Redirect) SetOwn(dests []Destination, meshOnly bool) error {
 	want := make(map[outboundDestinationKey]outboundDestination, len(dests))
@@ -95,6 +97,11 @@ func (r *Redirect) SetOwn(dests []Destination, meshOnly bool) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for key, d := range r.single {
+		if _, given := want[key]; !given && r.unclaimed[key.Workload] {
+			want[key] = d
+		}
+	}
 	return errors.Join(
 		r.single.sync("destinations of single workloads", r.obj.Destinations, want),
 		r.outside.sync("ranges outside the mesh", r.obj.VirtualRanges, outside),
@@ -119,17 +126,22 @@ func (r *Redirect) SetPlaintextFrom(networks []netip.Prefix) error {
 func rangeKeys(ranges []netip.Prefix, value outboundRangeKind) map[outboundRangeKey]uint32 {
 	keys := make(map[outboundRangeKey]uint32, len(ranges))
 	for _, p := range ranges {
-		bits := p.Bits()
-		if p.Addr().Is4() {
-			bits += 96 // of the v4-mapped form
-		}
-		keys[outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}] = uint32(value)
+		keys[rangeKey(p)] = uint32(value)
 	}
 	return keys
 }
 
+func rangeKey(p netip.Prefix) outboundRangeKey {
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96 // of the v4-mapped form
+	}
+	return outboundRangeKey{Prefixlen: uint32(bits), Ip: toAddr(p.Masked().Addr())}
+}
+
 // SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
-// and this one has not opened: they stay until Prune.
+// and this one has not opened, and of workloads that it enrolled and this one has not: they stay until Prune, or until a
+// given one is in their place.
 func (r *Redirect) SetRules(rules []Rule) error {
 	want := make(map[outboundRuleKey]outboundRule, len(rules))
 	for _, rule := range rules {
@@ -142,7 +154,7 @@ func (r *Redirect) SetRules(rules []Rule) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for key, rule := range r.rules {
-		if r.inherited[key.Netns] {
+		if _, given := want[key]; !given && (r.inherited[key.Netns] || r.unclaimed[rule.Workload]) {
 			want[key] = rule
 		}
 	}
@@ -163,6 +175,9 @@ func (r *Redirect) loadShadows() error {
 	r.single = r.dests.split(func(k outboundDestinationKey, _ outboundDestination) bool { return k.Workload != 0 })
 	r.outside = r.ranges.split(func(_ outboundRangeKey, kind uint32) bool { return kind != uint32(outboundRangeKindRANGE_VIRTUAL) })
 	if r.plaintext, err = loadShadow[outboundRangeKey, uint32](r.obj.PlaintextFrom); err != nil {
+		return err
+	}
+	if r.exclusions, err = loadShadow[outboundExclusionKey, uint32](r.obj.Exclusions); err != nil {
 		return err
 	}
 	if r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules); err != nil {

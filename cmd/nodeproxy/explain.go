@@ -1,7 +1,10 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -10,15 +13,25 @@ import (
 
 func newExplain(e *env) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "explain SOURCE DESTINATION",
+		Use:   "explain SOURCE DESTINATION | --observed",
 		Short: "Say which intention decides a connection, why, and what is missing if it would fail",
 		Long: "Says which intention decides a connection, why, which way the bytes would take, and what is missing if it would fail.\n" +
-			"Nothing is connected to. SOURCE is a service, DESTINATION a service or an address as an application would dial it.",
-		Example: "  nodeproxy explain web api\n  nodeproxy explain web 240.0.0.2\n  nodeproxy explain web 10.0.0.6:8080",
-		Args:    exactly("SOURCE", "DESTINATION"),
+			"Nothing is connected to. SOURCE is a service, DESTINATION a service or an address as an application would dial it.\n\n" +
+			"With --observed, what the connections of workloads labelled mesh=observe would have met in the mesh, for each pair.",
+		Example: "  nodeproxy explain web api\n  nodeproxy explain web 240.0.0.2\n  nodeproxy explain web 10.0.0.6:8080\n  nodeproxy explain --observed",
 	}
 	client, asJSON := socketFlag(cmd), jsonFlag(cmd)
+	observed := cmd.Flags().Bool("observed", false, "show what was observed of workloads that are only watched")
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if *observed {
+			return exactly()(cmd, args)
+		}
+		return exactly("SOURCE", "DESTINATION")(cmd, args)
+	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if *observed {
+			return explainObserved(cmd.Context(), e, client(), *asJSON)
+		}
 		x, err := client().Explain(cmd.Context(), args[0], args[1])
 		if err != nil {
 			return err
@@ -48,6 +61,33 @@ func targetLine(t *admin.Target) string {
 		line += ", in use"
 	}
 	return line
+}
+
+func explainObserved(ctx context.Context, e *env, client *admin.Client, asJSON bool) error {
+	status, err := client.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return e.json(status.Observed)
+	}
+	if len(status.Observed) == 0 {
+		e.printf("nothing was observed since the daemon started: label a workload with mesh=observe\n")
+		return nil
+	}
+	s := e.style()
+	var t table
+	t.header(s, "SOURCE", "DESTINATION", "DIRECTION", "IN THE MESH", "CONNECTIONS", "LAST", "EXAMPLE")
+	for _, o := range status.Observed {
+		would := cell{"carried", s.green}
+		if o.Verdict == admin.Denied {
+			would = cell{"denied: " + string(o.Reason), s.red}
+		}
+		t.add(cell{cmp.Or(o.Source, "?"), nil}, cell{cmp.Or(o.Destination, "?"), nil}, cell{string(o.Direction), nil}, would,
+			cell{fmt.Sprint(o.Connections), nil}, cell{o.Last.Local().Format(time.DateTime), nil}, cell{o.Example, nil})
+	}
+	t.write(e.stdout, "")
+	return nil
 }
 
 func printExplanation(e *env, x *admin.Explanation) {

@@ -48,6 +48,7 @@ type statusView struct {
 
 func (v *statusView) print() {
 	v.summary()
+	v.unprotected()
 	v.workloads()
 	v.services()
 	v.certificates()
@@ -88,6 +89,9 @@ func (v *statusView) summary() {
 	if q := s.DNS; q != nil {
 		t.add(cell{"dns", v.dim}, cell{fmt.Sprintf("%d queries answered, %d forwarded, %d failed", q.Answered, q.Forwarded, q.Failed), nil})
 	}
+	if n := s.Kernel.Repairs; n > 0 {
+		t.add(cell{"repairs", v.dim}, cell{fmt.Sprintf("%d: somebody else changes what nodeproxy has in the kernel, see the daemon's log", n), v.yellow})
+	}
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
@@ -118,6 +122,19 @@ func (v *statusView) section(title string, t *table) {
 	t.write(v.stdout, "  ")
 }
 
+// unprotected is the first thing to see when something that should be in the mesh is not.
+func (v *statusView) unprotected() {
+	n := 0
+	for _, w := range v.s.Workloads {
+		if w.Unprotected() {
+			n++
+		}
+	}
+	if n > 0 {
+		v.printf("\n%s\n", v.bold(v.red(fmt.Sprintf("%s unprotected: see Problems below.", count(n, "workload")))))
+	}
+}
+
 func (v *statusView) workloads() {
 	var t table
 	t.header(v.style, "SERVICE", "STATE", "MODE", "DNS", "PROCESSES", "INSTANCES", "BY", "CGROUP")
@@ -126,7 +143,7 @@ func (v *statusView) workloads() {
 		switch {
 		case w.Unprotected():
 			state.paint = v.red
-		case w.State != "protected":
+		case w.State != "protected" && w.State != "disabled":
 			state.paint = v.yellow
 		}
 		dns := cell{cmp.Or(w.DNS, "-"), nil}

@@ -132,10 +132,32 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 	if cfg.DNS {
 		names = dns.NewServer(log)
 	}
+	labelled, err := labelProviders(cfg, log)
+	if err != nil {
+		return nil, err
+	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
-		Providers: []workload.Provider{configured, manual}, DNS: names, Log: log,
+		Providers: append([]workload.Provider{configured, manual}, labelled...), DNS: names, Log: log,
 	})
+}
+
+// labelProviders lists the enabled ones, in order of precedence.
+func labelProviders(cfg *config.Config, log *slog.Logger) (providers []workload.Provider, err error) {
+	if !cfg.Systemd && !cfg.Xattr {
+		return nil, nil
+	}
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Systemd {
+		providers = append(providers, workload.NewSystemd(mount, log))
+	}
+	if cfg.Xattr {
+		providers = append(providers, workload.NewXattr(mount, log))
+	}
+	return providers, nil
 }
 
 // modeOf is nil for "".
@@ -249,7 +271,7 @@ func (d *node) close() {
 
 // Enroll implements admin.Backend.
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
-	if !config.IsServiceName(req.Service) {
+	if !catalog.IsServiceName(req.Service) {
 		return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, req.Service), admin.ErrRefused)
 	}
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}

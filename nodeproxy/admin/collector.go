@@ -13,8 +13,8 @@ type collector struct {
 
 	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
-	unprotectedUDP, eventsLost                           *prometheus.Desc
 	dnsAnswered, dnsForwarded, dnsFailed                 *prometheus.Desc
+	unprotectedUDP, eventsLost, repairs, observed        *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -31,6 +31,7 @@ func newCollector(m *Metrics) *collector {
 		active:    desc("connections_active", "Connections that are open.", pair...),
 		bytes:     desc("bytes_total", "Application bytes carried, both ways.", pair...),
 		denied:    desc("denied_total", "Connections refused or cut, by reason.", append(slices.Clip(pair), "reason")...),
+		observed:  desc("observed_total", "Connections of workloads that are only watched, by the reason for which they would be denied.", append(slices.Clip(pair), "reason")...),
 		handshake: desc("handshake_seconds", "Duration of TLS handshakes.", pair...),
 
 		certificateExpiry: desc("certificate_expiry_seconds", "Seconds until the certificate of a local service expires.", "source_service"),
@@ -39,6 +40,7 @@ func newCollector(m *Metrics) *collector {
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
+		repairs:        desc("repairs_total", "Times that what nodeproxy has in the kernel was changed by somebody else, and repaired."),
 		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
 
 		dnsAnswered:  desc("dns_answered_total", "Name queries of workloads that were answered from the mesh's definitions."),
@@ -50,7 +52,7 @@ func newCollector(m *Metrics) *collector {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.dnsAnswered, c.dnsForwarded, c.dnsFailed} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed} {
 		ch <- d
 	}
 }
@@ -79,6 +81,9 @@ func (c *collector) collectSeries(ch chan<- prometheus.Metric, key seriesKey, s 
 	}
 	for reason, n := range s.denied {
 		ch <- counter(c.denied, n, append(slices.Clip(labels), string(reason))...)
+	}
+	for reason, n := range s.observed {
+		ch <- counter(c.observed, n, append(slices.Clip(labels), string(reason))...)
 	}
 	if h := &s.handshake; h.count > 0 {
 		buckets := make(map[float64]uint64, len(handshakeBuckets))
@@ -110,6 +115,7 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
 	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
+	ch <- counter(c.repairs, status.Kernel.Repairs)
 	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])
 	if q := status.DNS; q != nil {
 		ch <- counter(c.dnsAnswered, q.Answered)

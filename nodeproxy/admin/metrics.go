@@ -39,6 +39,7 @@ type series struct {
 	opened, closed, bytes uint64
 	active                int
 	denied                map[catalog.Reason]uint64
+	observed              map[catalog.Reason]uint64 // "": it would have been carried
 	handshake             histogram
 }
 
@@ -93,6 +94,12 @@ func (m *Metrics) Observe(c Connection) {
 		_, s := m.seriesOf(&c)
 		s.observe(&c)
 		s.deny(c.Reason)
+	case EventObserved:
+		_, s := m.seriesOf(&c)
+		if s.observed == nil {
+			s.observed = make(map[catalog.Reason]uint64)
+		}
+		s.observed[c.Reason]++
 	case EventClose:
 		m.close(&c)
 	}

@@ -22,10 +22,11 @@ const (
 // The events of a connection. One that was opened is closed once; one that was denied was never open. A connection
 // that is cut by a policy change closes with Verdict Denied.
 const (
-	EventOpen    = "open"
-	EventClose   = "close"
-	EventDenied  = "denied"
-	EventDropped = "dropped" // trace only: no connection, only Time and Dropped are set
+	EventOpen     = "open"
+	EventClose    = "close"
+	EventDenied   = "denied"
+	EventObserved = "observed" // of a workload that is only watched: Verdict and Reason are what it would have met in the mesh
+	EventDropped  = "dropped"  // trace only: no connection, only Time and Dropped are set
 )
 
 // Direction is seen from the workload.
@@ -102,6 +103,8 @@ type Status struct {
 	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
 	Canaries []string `json:"canaries"`
 	Store    Store    `json:"store"`
+	// Observed is what the connections of workloads with mesh = observe would have met, since the daemon started.
+	Observed []Observation `json:"observed"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
 	// DNS counts the name queries of workloads; absent where dns.enabled is false.
@@ -222,6 +225,7 @@ type Kernel struct {
 	Pins      string      `json:"pins"`
 	Heartbeat time.Time   `json:"heartbeat"`
 	Links     int         `json:"links"`
+	Repairs   uint64      `json:"repairs"` // of what somebody else changed there, since the daemon started
 	Maps      []KernelMap `json:"maps"`
 	// Counters are the programs' own, since the maps were made: also while no daemon ran.
 	Counters map[string]uint64 `json:"counters"`
@@ -253,6 +257,18 @@ type Problem struct {
 	Service string `json:"service,omitempty"`
 	Kind    string `json:"kind"`
 	Text    string `json:"text"`
+}
+
+// Observation counts the connections of a pair, of which one side is only watched, that would have met the same in the mesh.
+type Observation struct {
+	Source      string         `json:"source"`      // "": no workload of this node
+	Destination string         `json:"destination"` // "": no service
+	Direction   Direction      `json:"direction"`
+	Verdict     Verdict        `json:"verdict"`
+	Reason      catalog.Reason `json:"reason,omitempty"` // why it would have been denied
+	Connections uint64         `json:"connections"`
+	Last        time.Time      `json:"last"`
+	Example     string         `json:"example"` // addresses of the last one
 }
 
 // Explanation answers GET /v1/explain?source=S&destination=D.

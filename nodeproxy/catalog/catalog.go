@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"nodeproxy.io/policy"
@@ -341,4 +342,9 @@ func (s *Snapshot) LocalInstances() []*Instance {
 // Identity is the SPIFFE ID of service in this mesh.
 func (s *Snapshot) Identity(service string) policy.Identity {
 	return policy.Identity{TrustDomain: s.TrustDomain, Namespace: "default", Datacenter: s.Datacenter, Service: service}
+}
+
+// IsServiceName says whether a workload can be a service of that name. It becomes a segment of a SPIFFE ID.
+func IsServiceName(name string) bool {
+	return name != "" && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == '*' || r == 0x7f })
 }

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
 )
 
 // The ports that Consul's agent gives to sidecars by itself.
@@ -47,6 +49,8 @@ func (c *checker) config() *Config {
 		Source:       c.source(),
 		Consul:       c.consul(),
 		Cgroups:      c.cgroups(),
+		Systemd:      r.Workloads.Systemd.Enabled,
+		Xattr:        r.Workloads.Xattr.Enabled,
 		Inbound:      c.inbound(),
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
 		PreferLocal:  r.PreferLocal,
@@ -69,7 +73,7 @@ func (c *checker) notLanded() {
 		c.fail(path, "is not supported by this version yet: %s", instead)
 	}
 	c.consulNotLanded(refuse)
-	for _, provider := range []string{"kubernetes", "systemd", "containers", "consul", "xattr"} {
+	for _, provider := range []string{"kubernetes", "containers", "consul"} {
 		if c.keys.has("workloads", provider) {
 			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
 		}
@@ -210,7 +214,7 @@ func (c *checker) cgroups() []Cgroup {
 			}
 			labels[path] = label
 		}
-		if !IsServiceName(r.Service) {
+		if !catalog.IsServiceName(r.Service) {
 			c.fail(at("service"), "is %q: set it to the name of the service that the workload is", r.Service)
 		}
 		if r.Mode != "" {
@@ -222,11 +226,6 @@ func (c *checker) cgroups() []Cgroup {
 		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode), Consul: r.Consul})
 	}
 	return all
-}
-
-// IsServiceName says whether a workload can be a service of that name. It becomes a segment of a SPIFFE ID.
-func IsServiceName(name string) bool {
-	return name != "" && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == '*' || r == 0x7f })
 }
 
 func (c *checker) inbound() Inbound {

@@ -23,6 +23,8 @@ type Config struct {
 	Source  FileSource
 	Consul  *ConsulSource // nil: Source is the source
 	Cgroups []Cgroup      // the workloads.cgroup blocks, by label
+	Systemd bool          // units with a section [X-NodeProxy] are workloads
+	Xattr   bool          // cgroups with attributes trusted.nodeproxy.* are workloads
 	Inbound Inbound
 
 	VirtualCIDRs []netip.Prefix // where addresses tagged "virtual" are believed, with Consul

@@ -149,6 +149,23 @@ admin  { socket = "/run/nodeproxy/admin.sock"  metrics = "127.0.0.1:20210" }
 state  { dir = "/var/lib/nodeproxy"  pins = "/sys/fs/bpf/nodeproxy" }
 `
 
+func TestLabelsAreOffUnlessTheyAreEnabled(t *testing.T) {
+	for text, want := range map[string][2]bool{
+		"": {false, false}, "xattr {} systemd {}": {false, false}, "xattr { enabled = false }": {false, false},
+		"xattr { enabled = true }": {true, false}, "systemd { enabled = true }": {false, true},
+	} {
+		c, err := load(t, minimal+"\nworkloads { "+text+" }")
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+		} else if got := [2]bool{c.Xattr, c.Systemd}; got != want {
+			t.Errorf("%s: xattr, systemd = %v, want %v", text, got, want)
+		}
+	}
+	if _, err := load(t, minimal+"\nworkloads { xattr { enable = true } }"); err == nil || !strings.Contains(err.Error(), "enable") {
+		t.Errorf("an unknown key: %v", err)
+	}
+}
+
 func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	_, err := load(t, documented)
 	if err == nil {
@@ -158,10 +175,8 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	for _, want := range []string{
 		"c.hcl:8: there is another source at ",
 		"c.hcl:11: workloads.kubernetes " + notYet,
-		"c.hcl:12: workloads.systemd " + notYet,
 		"c.hcl:13: workloads.containers " + notYet,
 		"c.hcl:14: workloads.consul " + notYet,
-		"c.hcl:15: workloads.xattr " + notYet,
 		"c.hcl:20: same_node " + notYet,
 		"c.hcl:21: tunnels " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",

@@ -55,11 +55,15 @@ type rawFile struct {
 
 type rawWorkloads struct {
 	Kubernetes any                  `hcl:"kubernetes"`
-	Systemd    any                  `hcl:"systemd"`
+	Systemd    rawLabelled          `hcl:"systemd"`
 	Containers any                  `hcl:"containers"`
 	Consul     any                  `hcl:"consul"`
-	Xattr      any                  `hcl:"xattr"`
+	Xattr      rawLabelled          `hcl:"xattr"`
 	Cgroup     map[string]rawCgroup `hcl:"cgroup"`
+}
+
+type rawLabelled struct {
+	Enabled bool `hcl:"enabled"`
 }
 
 type rawCgroup struct {

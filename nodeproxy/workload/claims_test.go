@@ -123,3 +123,71 @@ func TestGrants(t *testing.T) {
 		t.Errorf("refused %v", refused)
 	}
 }
+
+func TestProvidersInConflict(t *testing.T) {
+	permissive := Permissive
+	m := &Manager{
+		mount: "/cg", cgroup: "/cg/nodeproxy",
+		cfg: Config{Providers: []Provider{Configured(nil), &Manual{}}},
+		claims: map[string][]Claim{
+			"config": {
+				{Cgroup: "/cg/equal", Service: "equal", Ports: []uint16{80}, Provider: "config"},
+				{Cgroup: "/cg/mode", Service: "mode", Provider: "config"},
+				{Cgroup: "/cg/out", Service: "out", Provider: "config"},
+				{Cgroup: "/cg/ports", Service: "ports", Exclude: Exclusions{InboundPorts: []uint16{1}}, Provider: "config"},
+				{Cgroup: "/cg/invalid", Service: "first", Invalid: "label mode is bad", Provider: "config"},
+			},
+			"enroll": {
+				{Cgroup: "/cg/equal", Service: "equal", Ports: []uint16{80}, Provider: "enroll"},
+				{Cgroup: "/cg/mode", Service: "mode", Mode: &permissive, Provider: "enroll"},
+				{Cgroup: "/cg/out", Mesh: Disabled, Provider: "enroll"},
+				{Cgroup: "/cg/ports", Service: "ports", Exclude: Exclusions{InboundPorts: []uint16{2}}, Provider: "enroll"},
+				{Cgroup: "/cg/invalid", Service: "second", Provider: "enroll"},
+				{Cgroup: "/cg/nothing", Provider: "enroll"},
+			},
+		},
+	}
+	granted, refused := m.grants()
+	got := make(map[string]string)
+	for _, c := range granted {
+		got[c.Cgroup] = c.Service + " by " + c.Provider
+	}
+	for cgroup, want := range map[string]string{
+		"/cg/equal": "equal by config", "/cg/mode": "mode by config", "/cg/out": "out by config", "/cg/ports": "ports by config",
+		"/cg/invalid": "second by enroll", "/cg/nothing": "",
+	} {
+		if got[cgroup] != want {
+			t.Errorf("%s is granted as %q, want %q", cgroup, got[cgroup], want)
+		}
+	}
+	why := make(map[string]string)
+	for _, r := range refused {
+		why[r.Claim.Cgroup] += r.Claim.Provider + ": " + r.Why
+	}
+	for cgroup, part := range map[string]string{
+		"/cg/mode": "enroll: config claims this cgroup for the same service with other settings", "/cg/out": `enroll: config claims this cgroup for service "out"`,
+		"/cg/ports": "enroll: config claims", "/cg/invalid": "config: label mode is bad", "/cg/nothing": "enroll: it names no service",
+	} {
+		if !strings.HasPrefix(why[cgroup], part) {
+			t.Errorf("%s: refused with %q, want %q", cgroup, why[cgroup], part)
+		}
+	}
+	if len(refused) != 5 {
+		t.Errorf("refused %v", refused)
+	}
+}
+
+func TestACgroupIsTakenOutOnlyOfAnEnrolledOne(t *testing.T) {
+	got := enrolments([]Claim{
+		{Cgroup: "/cg/web", Service: "web"}, {Cgroup: "/cg/web/out", Mesh: Disabled}, {Cgroup: "/cg/web/out/deeper", Mesh: Disabled},
+		{Cgroup: "/cg/webber", Mesh: Disabled}, {Cgroup: "/cg/alone", Mesh: Disabled},
+		{Cgroup: "/cg/seen", Service: "seen", Mesh: Observe}, {Cgroup: "/cg/seen/out", Mesh: Disabled},
+	})
+	for cgroup, want := range map[string]bool{
+		"/cg/web": true, "/cg/web/out": true, "/cg/web/out/deeper": true, "/cg/webber": false, "/cg/alone": false, "/cg/seen": true, "/cg/seen/out": true,
+	} {
+		if _, ok := got[cgroup]; ok != want {
+			t.Errorf("%s is attached: %t, want %t", cgroup, ok, want)
+		}
+	}
+}

@@ -12,7 +12,8 @@ import (
 	"nodeproxy.io/redirect"
 )
 
-// grants decides on the claims as they stand. Providers are asked in order; the first to claim a cgroup has it.
+// grants decides on the claims as they stand. Providers are asked in order; the first to claim a cgroup has it, and one
+// that asks for something else is refused.
 func (m *Manager) grants() (granted []Claim, refused []RefusedClaim) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -25,8 +26,8 @@ func (m *Manager) grants() (granted []Claim, refused []RefusedClaim) {
 				continue
 			}
 			if first, taken := owner[c.Cgroup]; taken {
-				if first.Service != c.Service {
-					refused = append(refused, RefusedClaim{Claim: c, Why: fmt.Sprintf("%s claims this cgroup for service %q: remove one of the two", first.Provider, first.Service)})
+				if !first.agrees(c) {
+					refused = append(refused, RefusedClaim{Claim: c, Why: conflict(first, c)})
 				}
 				continue
 			}
@@ -37,16 +38,25 @@ func (m *Manager) grants() (granted []Claim, refused []RefusedClaim) {
 	return granted, refused
 }
 
+func conflict(first, c Claim) string {
+	if first.Service != c.Service {
+		return fmt.Sprintf("%s claims this cgroup for service %q: remove one of the two", first.Provider, first.Service)
+	}
+	return fmt.Sprintf("%s claims this cgroup for the same service with other settings, which hold: remove one of the two, or make them equal", first.Provider)
+}
+
 // refuses says why a claim can never be granted, or "".
 func (m *Manager) refuses(c Claim) string {
 	switch {
+	case c.Invalid != "":
+		return c.Invalid
 	case !within(c.Cgroup, m.mount):
 		return fmt.Sprintf("it is not on cgroup2, which is mounted at %s", m.mount)
 	case c.Cgroup == m.mount:
 		return "the root cgroup cannot be a workload: it holds every process of the node"
 	case within(m.cgroup, c.Cgroup):
 		return fmt.Sprintf("the daemon itself runs in it, in %s: start nodeproxy in another cgroup", m.cgroup)
-	case c.Service == "":
+	case c.Service == "" && c.Mesh != Disabled:
 		return "it names no service"
 	}
 	if prober := m.isProbers(c.Cgroup); prober != "" {
@@ -79,15 +89,16 @@ func (m *Manager) follow() {
 	for _, r := range refused {
 		m.warn(r.Claim.Cgroup, "workload claim refused", errors.New(r.Why), "service", r.Claim.Service, "provider", r.Claim.Provider)
 	}
-	wanted := make(map[string]Claim, len(granted))
-	for _, c := range granted {
-		wanted[c.Cgroup] = c
-	}
+	wanted := enrolments(granted)
+	invalid := invalidClaims(refused)
 	for path, e := range m.workloads {
 		c, ok := wanted[path]
 		id, err := redirect.CgroupID(path)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			continue // cannot be told: leave it protected
+		}
+		if !ok && id == e.cgroup && invalid[path] {
+			continue // a label that cannot be understood changes nothing
 		}
 		if !ok || id != e.cgroup || m.changed(e, c) {
 			m.release(e, ok && id == e.cgroup)
@@ -97,11 +108,34 @@ func (m *Manager) follow() {
 		if _, known := m.workloads[path]; known {
 			continue
 		}
-		e := &entry{Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c)}, access: c.Access}
+		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh}}
 		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
 		m.workloads[path] = e
 	}
 	m.watcher.follow(slices.Collect(maps.Keys(m.workloads)))
+}
+
+// enrolments lists, by cgroup, the claims for which something is attached: a cgroup that is to be left alone needs that only
+// inside an enrolled one.
+func enrolments(granted []Claim) map[string]Claim {
+	wanted := make(map[string]Claim, len(granted))
+	for _, c := range granted {
+		inside := func(o Claim) bool { return o.Mesh != Disabled && within(c.Cgroup, o.Cgroup) }
+		if c.Mesh != Disabled || slices.ContainsFunc(granted, inside) {
+			wanted[c.Cgroup] = c
+		}
+	}
+	return wanted
+}
+
+func invalidClaims(refused []RefusedClaim) map[string]bool {
+	invalid := make(map[string]bool)
+	for _, r := range refused {
+		if r.Claim.Invalid != "" {
+			invalid[r.Claim.Cgroup] = true
+		}
+	}
+	return invalid
 }
 
 func (m *Manager) mode(c Claim) Mode {
@@ -112,7 +146,7 @@ func (m *Manager) mode(c Claim) Mode {
 }
 
 func (m *Manager) changed(e *entry, c Claim) bool {
-	return e.Service != c.Service || e.Mode != m.mode(c) || e.Provider != c.Provider || e.access != c.Access
+	return !e.claim.agrees(c) || e.Provider != c.Provider
 }
 
 // release forgets an entry. keep leaves the kernel's enrolment in place, for the entry of the same cgroup that follows.

@@ -60,8 +60,11 @@ type Manager struct {
 	once  sync.Once     // closes ready
 	view  atomic.Pointer[view]
 
-	mu     sync.Mutex // guards claims and snap
+	repairs atomic.Uint64
+
+	mu     sync.Mutex // guards claims, ended and snap
 	claims map[string][]Claim
+	ended  map[string]error // providers that gave up
 	snap   *catalog.Snapshot
 
 	// What reconcile, the only user, knows.
@@ -74,6 +77,7 @@ type Manager struct {
 	groups     map[string]uint32 // the kernel's numbers of services
 	serving    sync.WaitGroup    // of name queries, one for each namespace
 	missed     bool              // a namespace could not be opened in this reconciliation
+	drifted    drifts
 	watcher    *watcher
 	probers    probers
 }
@@ -81,6 +85,7 @@ type Manager struct {
 // entry is a granted claim.
 type entry struct {
 	Workload
+	claim     Claim
 	cgroup    uint64 // id; 0: the directory is not there
 	enrolled  bool
 	processes int
@@ -91,6 +96,7 @@ type entry struct {
 	steered   uint64   // the cgroup whose name queries are
 	noDNS     error    // why they are not
 	misplaced []string // instances of its service whose address is in none of its namespaces
+	contested []string // its ports that another service's workload has in the same namespace
 	instances []string
 
 	unreachable []string // instances of its service that have no mesh address: they only call others
@@ -134,6 +140,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		kick:       make(chan struct{}, 1),
 		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),
+		ended:      make(map[string]error),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),
 		warned:     make(map[warning]bool),
@@ -200,8 +207,32 @@ func (m *Manager) provide(ctx context.Context, p Provider) {
 		m.wake()
 	})
 	if err != nil && ctx.Err() == nil {
+		m.mu.Lock()
+		m.ended[p.Name()] = err
+		m.mu.Unlock()
+		m.wake()
 		m.log.Error("workload provider stopped; its workloads stay enrolled", "provider", p.Name(), "error", err)
 	}
+}
+
+// problems lists what providers say is wrong.
+func (m *Manager) problems() []ProviderProblem {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var all []ProviderProblem
+	for _, p := range m.cfg.Providers {
+		err := m.ended[p.Name()]
+		if err != nil {
+			err = fmt.Errorf("%w: restart the daemon once that is corrected; its workloads stay enrolled", err)
+		}
+		if r, ok := p.(Reporter); ok {
+			err = errors.Join(err, r.Problem())
+		}
+		if err != nil {
+			all = append(all, ProviderProblem{p.Name(), err})
+		}
+	}
+	return all
 }
 
 func (m *Manager) beat(ctx context.Context) {
@@ -272,12 +303,20 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	return nil
 }
 
-// needed lists the services that granted claims run as.
+// needed lists the services that granted claims and enrolled workloads run as.
 func (m *Manager) needed() []string {
 	granted, _ := m.grants()
 	var names []string
+	add := func(service string, mesh Mesh) {
+		if mesh == Enabled {
+			names = append(names, service)
+		}
+	}
 	for _, c := range granted {
-		names = append(names, c.Service)
+		add(c.Service, c.Mesh)
+	}
+	for _, e := range m.workloads {
+		add(e.Service, e.Mesh)
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
@@ -289,7 +328,7 @@ func (m *Manager) event(e redirect.Event, h Handler) {
 		m.wake()
 	}
 	h.Verdict(KernelVerdict{
-		Inbound: e.Inbound, Allowed: e.Allowed, Reason: reasons[e.Verdict], Workload: m.view.Load().byID[e.Workload],
+		Inbound: e.Inbound, Allowed: e.Allowed, Observed: e.Observed, Reason: reasons[e.Verdict], Workload: m.view.Load().byID[e.Workload],
 		Source: e.Source, Destination: e.Destination, PID: e.PID, Comm: e.Comm,
 	})
 }

@@ -35,6 +35,7 @@ func (m *Manager) reconcile() {
 		next.index(m.workloads) // an earlier daemon's guards stay as they are until we know better
 	}
 	m.closeNamespaces()
+	m.audit()
 	shown := *next
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
@@ -43,11 +44,29 @@ func (m *Manager) reconcile() {
 	}
 }
 
-// complete reports whether every provider has spoken and a snapshot is there: only then it is known what is not wanted.
+// complete reports whether a snapshot is there and every provider has spoken, or says why it cannot.
 func (m *Manager) complete() bool {
+	silent := m.silent()
+	for _, p := range m.problems() {
+		delete(silent, p.Provider)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.snap != nil && len(m.claims) == len(m.cfg.Providers)
+	return m.snap != nil && len(silent) == 0
+}
+
+// silent names the providers that have claimed nothing yet, not even that there is nothing: what an earlier daemon enrolled
+// may be theirs.
+func (m *Manager) silent() map[string]bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	silent := make(map[string]bool)
+	for _, p := range m.cfg.Providers {
+		if _, spoke := m.claims[p.Name()]; !spoke {
+			silent[p.Name()] = true
+		}
+	}
+	return silent
 }
 
 // protect guards and switches on what is ready to be, and removes what an earlier daemon enrolled and nobody claims.
@@ -128,6 +147,9 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 			continue // it ended meanwhile
 		}
 		e.processes++
+		if e.Mesh == Disabled {
+			continue
+		}
 		e.inodes = append(e.inodes, st.Ino)
 		if _, open := m.namespaces[st.Ino]; !open {
 			m.openNamespace(e, pid, len(slices.Compact(slices.Sorted(slices.Values(e.inodes)))))
@@ -213,11 +235,12 @@ func (m *Manager) enrollable(v *view) []*entry {
 		if e.enrolled || e.cgroup == 0 || e.problem != nil {
 			continue
 		}
-		if pinned[e.cgroup] || v.hasLeaf(e.Service) {
+		if pinned[e.cgroup] || v.hasLeaf(e.Service) || e.Mesh != Enabled {
 			ready = append(ready, e)
 		}
 	}
-	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	// The inner ones first: what is taken out of a workload must not be redirected with it for a moment.
+	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(b.Cgroup, a.Cgroup) })
 	return ready
 }
 
@@ -227,13 +250,26 @@ func (m *Manager) enroll(e *entry) {
 	}
 	e.enrolled = true // counts in the nesting of the others already
 	m.settleNesting()
-	if err := m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e)); err != nil {
+	err := m.redirect.Treat(e.ID, e.treatment())
+	if err == nil {
+		err = m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e))
+	}
+	if err != nil {
 		e.enrolled, e.problem, e.ID = false, err, 0
 		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
 		return
 	}
 	m.forgetWarnings(e.Cgroup)
-	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mode", e.Mode.String(), "provider", e.Provider)
+	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
+}
+
+// treatment is what the kernel does differently for e than for others.
+func (e *entry) treatment() redirect.Treatment {
+	if e.Mesh == Disabled {
+		return redirect.Untreated()
+	}
+	x := e.claim.Exclude
+	return redirect.Treatment{Ports: x.OutboundPorts, Networks: x.OutboundNetworks, Observe: e.Mesh == Observe}
 }
 
 // settleNesting tells every enrolled cgroup what is enrolled around it.
@@ -260,15 +296,20 @@ func (m *Manager) nesting(e *entry) redirect.Nesting {
 	return n
 }
 
-// prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened the
-// earlier daemon's guards stay: one of them may be its.
+// prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened or a
+// provider is silent the earlier daemon's guards stay: one of them may be theirs.
 func (m *Manager) prune() {
-	if m.pruned || m.missed {
+	if m.pruned || m.missed || len(m.silent()) > 0 {
 		return
 	}
 	claimed := make(map[uint64]bool)
 	for _, e := range m.workloads {
 		claimed[e.cgroup] = true
+	}
+	for cgroup := range invalidClaims(m.refused) {
+		if id, err := redirect.CgroupID(cgroup); err == nil {
+			claimed[id] = true
+		}
 	}
 	if err := m.redirect.Prune(func(cgroup uint64) bool { return claimed[cgroup] }); err != nil {
 		m.log.Error("removing what an earlier daemon left", "error", err)
@@ -323,14 +364,22 @@ func (e *entry) state(open int) (state, detail string) {
 		return "empty", "the cgroup does not exist yet"
 	case e.problem != nil:
 		return "unprotected", e.problem.Error()
+	case e.enrolled && e.Mesh == Disabled:
+		return "disabled", ""
 	case !e.enrolled:
 		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", e.Service)
 	case open < len(e.inodes):
 		return "unprotected", "no listener in " + strconv.Itoa(len(e.inodes)-open) + " of its network namespaces: see the daemon's log"
 	case e.processes == 0:
 		return "empty", "no process in it"
-	case len(e.misplaced) > 0:
-		return "protected", "not served from here: " + strings.Join(e.misplaced, "; ")
 	}
-	return "protected", ""
+	var remarks []string
+	if len(e.misplaced) > 0 {
+		remarks = append(remarks, "not served from here: "+strings.Join(e.misplaced, "; "))
+	}
+	detail = strings.Join(append(remarks, e.contested...), "; ")
+	if e.Mesh == Observe {
+		return "observed", detail
+	}
+	return "protected", detail
 }

@@ -1,6 +1,8 @@
 package workload
 
 import (
+	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -37,33 +39,57 @@ func (m *Manager) rules(v *view, ready []*entry) []redirect.Rule {
 	return all
 }
 
-// protected lists the workloads that are enrolled or about to be, in a stable order.
+// protected lists the workloads that are enrolled or about to be, in the order in which contested ports are theirs: by
+// provider, then by cgroup.
 func (m *Manager) protected(ready []*entry) []*entry {
 	var all []*entry
 	for _, e := range m.workloads {
-		if e.ID != 0 && (e.enrolled || slices.Contains(ready, e)) {
+		if e.ID != 0 && e.Mesh != Disabled && (e.enrolled || slices.Contains(ready, e)) {
 			all = append(all, e)
 		}
 	}
-	slices.SortFunc(all, func(a, b *entry) int { return strings.Compare(a.Cgroup, b.Cgroup) })
+	slices.SortFunc(all, func(a, b *entry) int {
+		return cmp.Or(cmp.Compare(m.precedence(a.Provider), m.precedence(b.Provider)), strings.Compare(a.Cgroup, b.Cgroup))
+	})
 	return all
 }
 
-// guardWorkload guards what e has in s: every port of a private namespace, and the ports of its service's local instances.
+func (m *Manager) precedence(provider string) int {
+	return slices.IndexFunc(m.cfg.Providers, func(p Provider) bool { return p.Name() == provider })
+}
+
+// guardWorkload guards what e has in s: every port of a private namespace, the ports of its service's local instances and
+// those that its labels name, less those that its labels exclude.
 func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Snapshot, e *entry, s *space) {
 	add := func(port uint16, action redirect.Action) {
-		at := guard{s.Cookie, port}
-		if old, taken := guards[at]; taken && old.Action <= action {
-			return // the stricter one holds
+		if port != 0 && slices.Contains(e.claim.Exclude.InboundPorts, port) {
+			action = redirect.Untouched
 		}
-		guards[at] = redirect.Rule{Namespace: s.Cookie, Port: port, Action: action, Workload: e.ID, Group: m.group(e.Service)}
+		rule := redirect.Rule{Namespace: s.Cookie, Port: port, Action: action, Workload: e.ID, Group: m.group(e.Service)}
+		if first, taken := guards[guard{s.Cookie, port}]; taken {
+			if s.Host && first.Group != rule.Group {
+				e.contests(port, m.serviceOf(first.Group))
+			}
+			rule = first
+			rule.Action = min(rule.Action, action) // the stricter one holds
+		}
+		guards[guard{s.Cookie, port}] = rule
 	}
 	mode := redirect.Strict
-	if e.Mode == Permissive {
+	switch {
+	case e.Mesh == Observe:
+		mode = redirect.Observe
+	case e.Mode == Permissive:
 		mode = redirect.Permissive
 	}
 	if !s.Host {
 		add(0, mode)
+	}
+	for _, port := range e.claim.Ports {
+		add(port, mode)
+	}
+	for _, port := range e.claim.Exclude.InboundPorts {
+		add(port, redirect.Untouched)
 	}
 	svc := snap.Services[e.Service]
 	if svc == nil {
@@ -76,7 +102,7 @@ func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Sn
 			add(inst.Mesh.Port(), redirect.Untouched)
 		default:
 			action := mode
-			if inst.Permissive {
+			if inst.Permissive && e.Mesh == Enabled {
 				action = redirect.Permissive
 			}
 			for _, port := range []uint16{inst.Address.Port(), inst.Delivery.Port()} {
@@ -86,4 +112,20 @@ func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Sn
 			}
 		}
 	}
+}
+
+func (e *entry) contests(port uint16, holder string) {
+	text := fmt.Sprintf("port %d of the node is guarded for service %q, whose own calls alone pass: give one of the two another port or a network namespace", port, holder)
+	if !slices.Contains(e.contested, text) {
+		e.contested = append(e.contested, text)
+	}
+}
+
+func (m *Manager) serviceOf(group uint32) string {
+	for service, g := range m.groups {
+		if g == group {
+			return service
+		}
+	}
+	return ""
 }

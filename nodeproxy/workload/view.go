@@ -50,7 +50,7 @@ func (m *Manager) assign() *view {
 		v.spaces[s.Cookie] = s
 	}
 	for _, e := range m.workloads {
-		e.instances, e.unreachable, e.misplaced = nil, nil, nil
+		e.instances, e.unreachable, e.misplaced, e.contested = nil, nil, nil, nil
 	}
 	if v.snap == nil {
 		return v
@@ -58,7 +58,7 @@ func (m *Manager) assign() *view {
 	for _, inst := range v.snap.LocalInstances() {
 		for _, e := range m.workloads {
 			switch {
-			case e.Service != inst.Service:
+			case e.Service != inst.Service || e.Mesh != Enabled:
 			case inst.Mesh.IsValid():
 				m.assignTo(v, e, inst)
 			default: // it only calls others
@@ -207,7 +207,7 @@ func (m *Manager) Served(ns *Namespace, at netip.AddrPort) (*Served, error) {
 // State implements the proxy's Kernel.
 func (m *Manager) State() State {
 	v := m.view.Load()
-	state := State{Workloads: v.states, Refused: v.refused, Problems: v.problems, Pins: m.redirect.Dir()}
+	state := State{Workloads: v.states, Refused: v.refused, Problems: v.problems, Providers: m.problems(), Pins: m.redirect.Dir(), Repairs: m.repairs.Load()}
 	fills, err := m.redirect.Fills()
 	if err != nil {
 		m.log.Error("cannot read the maps for status", "error", err)

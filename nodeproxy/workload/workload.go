@@ -8,6 +8,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -29,13 +30,44 @@ func (m Mode) String() string {
 	return "strict"
 }
 
+// Mesh says what is done for a workload.
+type Mesh uint8
+
+const (
+	Enabled  Mesh = iota // its connections are redirected, its ports guarded
+	Observe              // nothing is redirected or refused: what would be is reported
+	Disabled             // it is left alone, also inside an enrolled cgroup
+)
+
+func (m Mesh) String() string { return [...]string{"enabled", "observe", "disabled"}[m] }
+
 // Claim is a provider's statement that a cgroup is a workload of a service.
 type Claim struct {
-	Cgroup   string // absolute path of a directory on cgroup2
-	Service  string
-	Provider string // "config", "enroll"; shown in status
-	Mode     *Mode  // nil: the node's inbound.mode
-	Access   Access // to Consul's agents
+	Cgroup   string     // absolute path of a directory on cgroup2
+	Service  string     // may be "" where Mesh is Disabled
+	Provider string     // "config", "enroll", "systemd", "xattr"; shown in status
+	Mode     *Mode      // nil: the node's inbound.mode
+	Access   Access     `json:",omitempty"` // to Consul's agents
+	Mesh     Mesh       `json:",omitzero"`
+	Ports    []uint16   `json:",omitempty"` // guarded besides those of the service's instances
+	Exclude  Exclusions `json:",omitzero"`
+	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
+}
+
+// Exclusions is what of a workload's connections is as if it were not enrolled.
+type Exclusions struct {
+	InboundPorts     []uint16       // not guarded
+	OutboundPorts    []uint16       // not redirected, whatever the address
+	OutboundNetworks []netip.Prefix // not redirected, whatever the port
+}
+
+// agrees says whether two claims of one cgroup ask for the same.
+func (c Claim) agrees(o Claim) bool {
+	sameMode := (c.Mode == nil) == (o.Mode == nil) && (c.Mode == nil || *c.Mode == *o.Mode)
+	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && sameMode && slices.Equal(c.Ports, o.Ports) &&
+		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
+		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
+		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
 }
 
 // Provider claims workloads.
@@ -46,6 +78,13 @@ type Provider interface {
 	Run(ctx context.Context, claim func([]Claim)) error
 }
 
+// Reporter is a Provider that knows when it does not see what it should.
+type Reporter interface {
+	Provider
+	// Problem says what is wrong now and what to do, or nil. The claims made before stay in force meanwhile.
+	Problem() error
+}
+
 // Workload is one granted claim. It is immutable; a claim that changes becomes a new Workload with a new ID.
 type Workload struct {
 	ID       uint32 // the kernel's name for it; never used again while our pins exist
@@ -53,6 +92,7 @@ type Workload struct {
 	Service  string
 	Provider string
 	Mode     Mode
+	Mesh     Mesh
 }
 
 // Application is where the connections of a local instance are delivered to, and whether that would succeed now.
@@ -109,6 +149,7 @@ type Handler interface {
 type KernelVerdict struct {
 	Inbound     bool
 	Allowed     bool // plaintext let in by permissive mode
+	Observed    bool // nothing was done: Reason is why it would have been refused, or "" where it would have been redirected
 	Reason      catalog.Reason
 	Workload    *Workload // whose connection or port; nil when it is gone
 	Source      netip.AddrPort
@@ -122,9 +163,11 @@ type State struct {
 	Workloads []WorkloadState
 	Refused   []RefusedClaim
 	Problems  []catalog.Problem // of the node's, not of one workload
-	Pins      string            // directory
+	Providers []ProviderProblem
+	Pins      string // directory
 	Heartbeat time.Time
 	Links     int
+	Repairs   uint64 // of what somebody else changed in the kernel, since the daemon started
 	Maps      []MapFill
 	Counters  map[string]uint64 // the programs' own, since the maps were made
 	Queries   *dns.Counts       // nil: DNS is not enabled
@@ -145,6 +188,12 @@ type WorkloadState struct {
 type RefusedClaim struct {
 	Claim Claim
 	Why   string
+}
+
+// ProviderProblem is why a provider's claims may not be what they should be.
+type ProviderProblem struct {
+	Provider string
+	Err      error
 }
 
 // MapFill is how full one map is.

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,7 +11,9 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/tests/netlab"
@@ -133,24 +136,62 @@ func TestACanaryOfEachMissingHookFailsAndSaysWhatToDo(t *testing.T) {
 	id, err := web.Cgroup.ID()
 	m.must(err)
 	cgroup := fmt.Sprintf("cgroups/%d/", id)
-	for hook, complaint := range map[string]string{
-		cgroup + "connect4":      "a connect hook is not attached",
-		cgroup + "connect6":      "a connect hook is not attached",
-		cgroup + "getpeername4":  "a getpeername hook is not attached",
-		cgroup + "sockops":       "a sockops hook is not attached",
-		"namespaces/*/sk_lookup": "nothing guards its network namespace",
+	below := func(kind ebpf.ProgramType, at ebpf.AttachType) func() func() {
+		return func() func() { return m.forbidAttaching(m.Nodes[0].Cgroup, kind, at) }
+	}
+	for hook, c := range map[string]struct {
+		complaint string
+		forbid    func() (allow func()) // else the daemon repairs it
+	}{
+		cgroup + "connect4":      {"a connect hook is not attached", below(ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect)},
+		cgroup + "connect6":      {"a connect hook is not attached", below(ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect)},
+		cgroup + "getpeername4":  {"a getpeername hook is not attached", below(ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetPeername)},
+		cgroup + "sockops":       {"a sockops hook is not attached", below(ebpf.SockOps, ebpf.AttachCGroupSockOps)},
+		"namespaces/*/sk_lookup": {"nothing guards its network namespace", func() func() { return m.crowdOut(web) }},
 	} {
+		complaint, allow := c.complaint, c.forbid()
 		m.detach(0, hook)
 		if results := m.canaries(0); check.Worst(results) != check.Failed {
 			t.Errorf("without %s: %s", hook, list(results))
 		} else {
 			says(t, results, check.Failed, "canary", complaint, "restart the daemon")
 		}
+		allow()
 		m.stop(0)
 		m.restart(0)
 		if results := m.canaries(0); check.Worst(results) != check.OK {
 			t.Errorf("without %s, and after the restart that was advised: %s", hook, list(results))
 		}
+	}
+}
+
+// crowdOut leaves no room in a workload's network namespace for one more guard, once there is one less.
+func (m *mesh) crowdOut(w *netlab.Workload) (allow func()) {
+	m.t.Helper()
+	const most = 64 // MAX_BPF_PROG of a namespace and attach type, kernel/bpf/net_namespace.c
+	prog := m.passing(ebpf.SkLookup, ebpf.AttachSkLookup)
+	ns, err := os.Open(w.Namespace.Path())
+	m.must(err)
+	var links []link.Link
+	crowd := func() error {
+		l, err := link.AttachNetNs(int(ns.Fd()), prog)
+		if err == nil {
+			links = append(links, l)
+		}
+		return err
+	}
+	for range most - 1 {
+		m.must(crowd())
+	}
+	for m.detach(0, "namespaces/*/sk_lookup"); crowd() != nil; {
+		m.detach(0, "namespaces/*/sk_lookup") // the daemon was faster
+	}
+	return func() {
+		for _, l := range links {
+			m.must(l.Close())
+		}
+		ns.Close()
+		prog.Close()
 	}
 }
 
@@ -164,7 +205,9 @@ func (m *mesh) detach(node int, pattern string) {
 	for _, pin := range pins {
 		l, err := link.LoadPinnedLink(pin, nil)
 		m.must(err)
-		m.must(l.(interface{ Detach() error }).Detach())
+		if err := l.(interface{ Detach() error }).Detach(); !errors.Is(err, unix.EINVAL) { // EINVAL: it is detached
+			m.must(err)
+		}
 		m.must(l.Close())
 	}
 }
