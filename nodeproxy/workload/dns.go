@@ -51,7 +51,7 @@ func (m *Manager) steerDNS() {
 		return
 	}
 	for _, e := range m.workloads {
-		if !e.enrolled || e.steered == e.cgroup {
+		if !e.enrolled || e.Mesh != Enabled || e.steered == e.cgroup {
 			continue
 		}
 		if e.noDNS = m.redirect.SteerDNS(e.Cgroup); e.noDNS != nil {
@@ -84,7 +84,7 @@ func (m *Manager) closeDNS() error {
 
 // dnsState says whether e's name queries are answered: "on", "off" with the reason, or "" where DNS is not enabled.
 func (m *Manager) dnsState(e *entry) string {
-	if m.cfg.DNS == nil {
+	if m.cfg.DNS == nil || e.Mesh != Enabled {
 		return ""
 	}
 	var why []string
