@@ -36,7 +36,7 @@ type Lab struct {
 	mu      sync.Mutex
 	closed  bool
 	undo    []func() error // run last to first by Close
-	inodes  []uint64       // of every network namespace made here
+	cookies []uint64       // of every network namespace made here
 	process []*Process
 	bpffs   string
 }
@@ -141,24 +141,43 @@ func (l *Lab) Leaks() []string {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for pid, inode := range processNamespaces() {
-		if slices.Contains(l.inodes, inode) {
-			leaks = append(leaks, fmt.Sprintf("process %s in network namespace %d", pid, inode))
+	for thread, inode := range elsewhere() {
+		if cookie, err := cookieOf(thread); err == nil && slices.Contains(l.cookies, cookie) {
+			leaks = append(leaks, fmt.Sprintf("process %s in network namespace %d", thread, inode))
 		}
 	}
 	return leaks
 }
 
-func processNamespaces() map[string]uint64 {
+// elsewhere lists the threads that are in another network namespace than this process, as PID/TID, with its inode.
+func elsewhere() map[string]uint64 {
 	found := make(map[string]uint64)
+	var home, st unix.Stat_t
+	if unix.Stat("/proc/self/ns/net", &home) != nil {
+		return found
+	}
 	links, _ := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")
 	for _, link := range links {
-		var st unix.Stat_t
-		if unix.Stat(link, &st) == nil {
+		if unix.Stat(link, &st) == nil && st.Ino != home.Ino {
 			found[strings.Split(link, "/")[2]+"/"+strings.Split(link, "/")[4]] = st.Ino
 		}
 	}
 	return found
+}
+
+// cookieOf identifies the network namespace of a thread, given as PID/TID.
+func cookieOf(thread string) (cookie uint64, err error) {
+	pid, tid, _ := strings.Cut(thread, "/")
+	file, err := os.Open(filepath.Join("/proc", pid, "task", tid, "ns/net"))
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	err = (&Namespace{file: file}).Do(func() (err error) {
+		cookie, err = currentCookie()
+		return err
+	})
+	return cookie, err
 }
 
 // sweep removes the cgroups, mounts and directories of owners that do not live any more. Whatever is in use stays: rmdir

@@ -17,7 +17,8 @@ import (
 // Namespace is a network namespace without a name, with its loopback up. It lives as long as the Lab holds it or a
 // process is in it.
 type Namespace struct {
-	inode uint64
+	inode  uint64
+	cookie uint64 // like inode, but never given to another namespace
 
 	mu     sync.RWMutex // held for reading while the descriptor is in use
 	file   *os.File
@@ -37,7 +38,7 @@ func (l *Lab) Namespace() (*Namespace, error) {
 		return nil, fmt.Errorf("set up a network namespace: %w", err)
 	}
 	l.mu.Lock()
-	l.inodes = append(l.inodes, n.inode)
+	l.cookies = append(l.cookies, n.cookie)
 	l.mu.Unlock()
 	return n, nil
 }
@@ -71,6 +72,9 @@ func (n *Namespace) setUp() error {
 	}
 	n.inode = st.Ino
 	if err := n.Do(func() (err error) {
+		if n.cookie, err = currentCookie(); err != nil {
+			return err
+		}
 		n.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE) // every other family may be missing from the kernel
 		return err
 	}); err != nil {
@@ -89,6 +93,16 @@ func (n *Namespace) setUp() error {
 		return err
 	}
 	return n.handle.LinkSetUp(lo)
+}
+
+// currentCookie identifies the namespace that the calling thread is in.
+func currentCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	return unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 }
 
 func (n *Namespace) close() error {
