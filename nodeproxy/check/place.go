@@ -75,8 +75,9 @@ const processTimeout = 20 * time.Second
 
 // run runs the errands in a process of its own, which has left when run returns, or when this process ends.
 //
-// The process is moved to the cgroup once it runs, and not born there: nothing could end the birth of a process in a cgroup
-// that is frozen.
+// The process is born in the network namespace: in the cgroup and another namespace it would look like the workload's, which
+// then would be protected there too. It is moved to the cgroup once it runs, and not born there: nothing could end the
+// birth of a process in a cgroup that is frozen.
 func (p place) run(ctx context.Context, errands []errand) (pid int, outcomes []outcome, err error) {
 	ctx, cancel := context.WithTimeout(ctx, processTimeout)
 	defer cancel()
@@ -84,7 +85,6 @@ func (p place) run(ctx context.Context, errands []errand) (pid int, outcomes []o
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", CanaryCommand)
 	cmd.Stdout, cmd.Stderr = &out, &complaint
 	cmd.Env = []string{"GOMAXPROCS=1"}
-	cmd.ExtraFiles = []*os.File{p.netns}
 	cmd.WaitDelay = time.Second
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // Ctrl-C is for us to pass on
 	in, err := cmd.StdinPipe()
@@ -93,7 +93,7 @@ func (p place) run(ctx context.Context, errands []errand) (pid int, outcomes []o
 	}
 	runtime.LockOSThread() // Pdeathsig comes when the thread that has forked ends
 	defer runtime.UnlockOSThread()
-	if err := cmd.Start(); err != nil {
+	if err := p.start(cmd); err != nil {
 		return 0, nil, fmt.Errorf("start a process: %w", err)
 	}
 	err = p.brief(cmd.Process.Pid, in, errands)
@@ -112,6 +112,24 @@ func (p place) run(ctx context.Context, errands []errand) (pid int, outcomes []o
 		return 0, nil, fmt.Errorf("read what the process in cgroup %s says: %w", p.cgroup, err)
 	}
 	return cmd.Process.Pid, outcomes, nil
+}
+
+// start starts cmd in the network namespace. The caller has locked its thread, which stays so if it cannot come back.
+func (p place) start(cmd *exec.Cmd) error {
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return err
+	}
+	defer home.Close()
+	if err := unix.Setns(int(p.netns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter the network namespace: %w", err)
+	}
+	err = cmd.Start()
+	if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+		runtime.LockOSThread() // once more than it is unlocked
+		return errors.Join(err, fmt.Errorf("leave the network namespace: %w", back))
+	}
+	return err
 }
 
 // brief moves a canary process to the place and tells it what to do.
