@@ -355,10 +355,12 @@ func TestSlotsOfNameServersAreBounded(t *testing.T) {
 	for i := range 256 {
 		addrs = append(addrs, fmt.Sprintf("198.51.100.%d:53", i))
 	}
-	got := p.ask("udp4", strings.Join(addrs, ","))
-	for _, a := range addrs {
-		if !strings.Contains(got, fmt.Sprintf("from %s got %q", a, "asked "+a+" from 127.0.0.1")) {
-			t.Fatalf("%s is not answered: %s", a, got)
+	for some := range slices.Chunk(addrs, 64) { // all at once could overflow the client's receive buffer
+		got := p.ask("udp4", strings.Join(some, ","))
+		for _, a := range some {
+			if !strings.Contains(got, fmt.Sprintf("from %s got %q", a, "asked "+a+" from 127.0.0.1")) {
+				t.Fatalf("%s is not answered: %s", a, got)
+			}
 		}
 	}
 	if full := counter("dns_full"); full != 0 {
