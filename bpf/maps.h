@@ -11,7 +11,7 @@
 
 /* What userspace must know too. */
 enum constant {
-	MAP_ABI = 1,	    /* raise it when a key, a value or a meaning changes: the pin directory carries it */
+	MAP_ABI = 2,	    /* raise it when a key, a value or a meaning changes: the pin directory carries it */
 	STALE_SECONDS = 5,  /* heartbeat older than this: the daemon is gone or hung */
 	HANDSHAKE_SECONDS = 130, /* the SYN-retry horizon: older entries of pending and direct are nobody's */
 };

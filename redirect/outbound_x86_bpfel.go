@@ -21,7 +21,7 @@ type outboundAddr struct {
 type outboundConstant uint32
 
 const (
-	outboundConstantMAP_ABI           outboundConstant = 1
+	outboundConstantMAP_ABI           outboundConstant = 2
 	outboundConstantSTALE_SECONDS     outboundConstant = 5
 	outboundConstantHANDSHAKE_SECONDS outboundConstant = 130
 )
