@@ -10,6 +10,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/tunnel"
 	"nodeproxy.io/nodeproxy/workload"
 )
 
@@ -20,46 +21,63 @@ func (p *Proxy) ServeInbound(ns *workload.Namespace, ln *net.TCPListener) {
 		in, err := p.admitInbound(c, ns, conn)
 		p.run(c, err, in.serve)
 	})
+	p.tunnels.retireNamespace(ns.Cookie)
 }
 
 // inbound is one connection of a Connect peer.
 type inbound struct {
 	*Proxy
-	c             *connection
-	conn          *net.TCPConn
-	client        netip.AddrPort
-	served        *workload.Served
-	handshakeDone func()
+	c      *connection
+	conn   *net.TCPConn
+	ns     *workload.Namespace
+	client netip.AddrPort // what the application sees as its peer
+	at     netip.AddrPort // what the peer dialled
+	served *workload.Served
+
+	handshakeDone, connectionDone func() // give places back
 }
 
 // admitInbound finds out which instance conn is for, by its local address, and takes a place among the handshakes in
 // progress. It does not block.
 func (p *Proxy) admitInbound(c *connection, ns *workload.Namespace, conn *net.TCPConn) (*inbound, error) {
-	client, at := addrPort(conn.RemoteAddr()), addrPort(conn.LocalAddr())
-	c.describe(func(about *admin.Connection) {
-		about.Source.Address, about.Destination.Address = client.String(), at.String()
-	})
-	served, err := p.cfg.Kernel.Served(ns, at)
+	in := &inbound{Proxy: p, c: c, conn: conn, ns: ns, client: addrPort(conn.RemoteAddr()), at: addrPort(conn.LocalAddr())}
+	in.describe(nil)
+	served, err := p.cfg.Kernel.Served(ns, in.at)
 	if err != nil {
 		return nil, withReason(err, catalog.ReasonUnknownService)
 	}
-	c.describe(func(about *admin.Connection) {
+	in.served = served
+	in.describe(served)
+	if err := in.takePlace(); err != nil {
+		return nil, err
+	}
+	if in.handshakeDone, err = p.slots.take(p.cfg.Limits.handshakeSlots(served.Instance, in.client.Addr())...); err != nil {
+		return nil, err
+	}
+	c.onEnd(in.handshakeDone)
+	return in, nil
+}
+
+// describe notes both ends of in's connection; served is nil while it is not known.
+func (in *inbound) describe(served *workload.Served) {
+	in.c.describe(func(about *admin.Connection) {
+		about.Source.Address, about.Destination.Address = in.client.String(), in.at.String()
+		if served == nil {
+			return
+		}
 		about.Destination.Service, about.Destination.Instance = served.Service, served.Instance
 		if len(served.Workloads) == 1 {
 			about.Destination.Workload = served.Workloads[0].Cgroup
 		}
 	})
-	whole, err := p.slots.take(slot{everyConnection, p.cfg.Limits.Connections})
-	if err != nil {
-		return nil, err
+}
+
+// takePlace takes a place among all connections of the node.
+func (in *inbound) takePlace() (err error) {
+	if in.connectionDone, err = in.slots.take(slot{everyConnection, in.cfg.Limits.Connections}); err == nil {
+		in.c.onEnd(in.connectionDone)
 	}
-	c.onEnd(whole)
-	handshake, err := p.slots.take(p.cfg.Limits.handshakeSlots(served.Instance, client.Addr())...)
-	if err != nil {
-		return nil, err
-	}
-	c.onEnd(handshake)
-	return &inbound{Proxy: p, c: c, conn: conn, client: client, served: served, handshakeDone: handshake}, nil
+	return err
 }
 
 func addrPort(addr net.Addr) netip.AddrPort {
@@ -81,6 +99,9 @@ func (in *inbound) serve() error {
 	if err != nil {
 		return err
 	}
+	if l, ok := peer.(*link); ok {
+		return in.serveTunnel(l, now.trust)
+	}
 	in.handshakeDone()
 	if err := in.authorize(in.c); err != nil {
 		return err
@@ -100,7 +121,7 @@ func (in *inbound) serve() error {
 
 // handshake authenticates the peer and notes who it is. When it fails the connection is closed in order and not reset, so
 // that the TLS alert, which says why, arrives.
-func (in *inbound) handshake(now *state) (*secureLeg, error) {
+func (in *inbound) handshake(now *state) (leg, error) {
 	begin := time.Now()
 	w, err := newWire(in.conn, in.buffers)
 	if err != nil {
@@ -109,15 +130,25 @@ func (in *inbound) handshake(now *state) (*secureLeg, error) {
 	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(begin.Add(in.cfg.Limits.Handshake))); err != nil {
 		return nil, fmt.Errorf("set the options of the peer's socket: %w", err)
 	}
-	secure, source, err := now.credentials.Accept(w, in.served.Service)
-	in.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
+	protocol := ""
+	if in.cfg.Tunnels {
+		protocol = tunnel.ALPN
+	}
+	secure, source, err := now.credentials.Accept(w, in.served.Service, protocol)
+	took := time.Since(begin)
+	in.c.describe(func(about *admin.Connection) { about.Handshake = took })
 	if err != nil {
 		if catalog.ReasonOf(err, "") != catalog.ReasonNoCertificate {
 			_ = in.conn.Close()
 		}
 		return nil, err
 	}
-	in.c.identify(source, in.served.Service)
+	if protocol != "" && secure.ConnectionState().NegotiatedProtocol == protocol {
+		l := newLink(secure, w, source, true)
+		l.handshake = took
+		return l, nil
+	}
+	in.c.identify(source.Identity, in.served.Service)
 	return newSecureLeg(secure, w), in.conn.SetDeadline(time.Time{})
 }
 

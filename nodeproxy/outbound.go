@@ -22,6 +22,7 @@ func (p *Proxy) ServeOutbound(ns *workload.Namespace, ln *net.TCPListener) {
 		origin, err := p.admitOutbound(c, ns, app)
 		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
 	})
+	p.tunnels.retireNamespace(ns.Cookie)
 }
 
 // admitOutbound finds out whose connection app is, and takes its places. It does not block.
@@ -66,15 +67,19 @@ func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app *net.T
 	if err != nil {
 		return err
 	}
-	d := dialer{Proxy: p, c: c, state: now, origin: origin, to: to}
+	d := dialer{Proxy: p, c: c, state: now, origin: origin, to: to, application: application}
 	peer, err := d.connect()
 	if err != nil {
+		application.release()
 		return err
 	}
 	if err := p.open(c); err != nil {
+		application.release()
 		return err
 	}
-	return p.relay(c, application, peer)
+	err = p.relay(c, application, peer)
+	d.ended(peer, err)
+	return err
 }
 
 // applicationLeg makes a leg of a connection to an application of this node.
@@ -90,16 +95,18 @@ func (p *Proxy) applicationLeg(conn net.Conn) (*plainLeg, error) {
 // dialer finds a peer for one outbound connection.
 type dialer struct {
 	*Proxy
-	c      *connection
-	state  *state
-	origin *workload.Origin
-	to     catalog.Destination
+	c           *connection
+	state       *state
+	origin      *workload.Origin
+	to          catalog.Destination
+	application *plainLeg
+	inst        *catalog.Instance // the last that was tried
 }
 
 // connect tries one instance after the other until a handshake succeeds: nothing of the application has been passed on
 // yet. An instance that the application dialled by its own address is the only one tried. After two connect timeouts no
 // further attempt is begun.
-func (d *dialer) connect() (*secureLeg, error) {
+func (d *dialer) connect() (leg, error) {
 	if _, err := d.state.credentials.Leaf(d.origin.Workload.Service); err != nil {
 		return nil, err
 	}
@@ -112,7 +119,7 @@ func (d *dialer) connect() (*secureLeg, error) {
 		if inst == nil {
 			break
 		}
-		tried = append(tried, inst)
+		tried, d.inst = append(tried, inst), inst
 		peer, err := d.dial(inst, timeout)
 		if err == nil {
 			d.balancer.succeeded(inst)
@@ -120,7 +127,7 @@ func (d *dialer) connect() (*secureLeg, error) {
 			return peer, nil
 		}
 		done()
-		if d.c.ctx.Err() != nil || isOurs(err) {
+		if d.c.ctx.Err() != nil || isOurs(err) || isFinal(err) {
 			return nil, err
 		}
 		if backoff := d.balancer.failed(inst, err); backoff > 0 {
@@ -144,48 +151,87 @@ func (d *dialer) choose(tried []*catalog.Instance) (inst *catalog.Instance, done
 	return d.to.Instance, d.balancer.only(d.to.Instance)
 }
 
-// dial connects to inst from the caller's namespace and does the handshake.
-func (d *dialer) dial(inst *catalog.Instance, timeout time.Duration) (*secureLeg, error) {
+// dial makes a leg to inst: a stream of a tunnel, or a connection of its own.
+func (d *dialer) dial(inst *catalog.Instance, timeout time.Duration) (leg, error) {
+	if d.cfg.Tunnels && d.tunnels.speaks(inst) {
+		return d.openStream(inst, timeout)
+	}
+	return d.dialMesh(meshDial{Proxy: d.Proxy, state: d.state, origin: d.origin, inst: inst}, timeout)
+}
+
+// dialMesh is m.dial for d's connection.
+func (d *dialer) dialMesh(m meshDial, timeout time.Duration) (leg, error) {
 	ctx, cancel := context.WithTimeout(d.c.ctx, timeout)
 	defer cancel()
-	conn, err := d.cfg.Kernel.Dial(ctx, d.origin.Namespace, inst.Mesh)
-	if err != nil {
-		return nil, withReason(fmt.Errorf("dial instance %q at %s: %w", inst.ID, inst.Mesh, err), catalog.ReasonConnectFailed)
+	peer, handshake, err := m.dial(ctx, d.c.hold)
+	d.c.describe(func(about *admin.Connection) { about.Handshake = handshake })
+	if err == nil {
+		d.leadsTo(m.inst)
 	}
-	if err := d.c.hold(conn); err != nil {
-		return nil, err
-	}
-	peer, err := d.secure(conn)
-	if err != nil {
-		_ = conn.Close()
-		return nil, err
-	}
+	return peer, err
+}
+
+// leadsTo notes whom d's connection goes to.
+func (d *dialer) leadsTo(inst *catalog.Instance) {
 	d.c.describe(func(about *admin.Connection) {
 		about.Destination.Instance, about.Destination.Peer = inst.ID, inst.Mesh.String()
 		about.Destination.Identity = d.state.snap.Identity(inst.Service).String()
 	})
-	return peer, nil
 }
 
-func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
+// meshDial is a connection to inst that is to be made from the caller's namespace, with an ALPN or "".
+type meshDial struct {
+	*Proxy
+	state    *state
+	origin   *workload.Origin
+	inst     *catalog.Instance
+	protocol string
+}
+
+// dial connects, until ctx ends, and does the handshake. hold gets the connection before it; the leg is a *link if the
+// other side took the protocol, else a *secureLeg. How long the handshake took is returned with an error too.
+func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, time.Duration, error) {
+	conn, err := m.cfg.Kernel.Dial(ctx, m.origin.Namespace, m.inst.Mesh)
+	if err != nil {
+		return nil, 0, withReason(fmt.Errorf("dial instance %q at %s: %w", m.inst.ID, m.inst.Mesh, err), catalog.ReasonConnectFailed)
+	}
+	if err := hold(conn); err != nil {
+		return nil, 0, err
+	}
 	begin := time.Now()
-	w, err := newWire(conn, d.buffers)
+	peer, err := m.secure(conn, begin)
+	if err != nil {
+		_ = conn.Close()
+	}
+	return peer, time.Since(begin), err
+}
+
+func (m *meshDial) secure(conn *net.TCPConn, begin time.Time) (leg, error) {
+	w, err := newWire(conn, m.buffers)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(tune(conn), conn.SetDeadline(begin.Add(d.cfg.Limits.Handshake))); err != nil {
+	if err := errors.Join(tune(conn), conn.SetDeadline(begin.Add(m.cfg.Limits.Handshake))); err != nil {
 		return nil, err
 	}
-	secure, err := d.state.credentials.Connect(w, d.origin.Workload.Service, d.to.Service.Name)
-	d.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
+	secure, peer, err := m.state.credentials.Connect(w, m.origin.Workload.Service, m.inst.Service, m.protocol)
 	if err != nil {
 		return nil, err
 	}
-	return newSecureLeg(secure, w), conn.SetDeadline(time.Time{})
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	if m.protocol != "" && secure.ConnectionState().NegotiatedProtocol == m.protocol {
+		return newLink(secure, w, peer, false), nil
+	}
+	return newSecureLeg(secure, w), nil
 }
 
 // isOurs says whether a dial failed because of this node and not because of the instance: another would fail as well.
 func isOurs(err error) bool {
+	if isFarRefusal(err) {
+		return false
+	}
 	switch catalog.ReasonOf(err, catalog.ReasonConnectFailed) {
 	case catalog.ReasonConnectFailed, catalog.ReasonHandshakeFailed, catalog.ReasonPeerIdentity:
 	default:

@@ -41,6 +41,7 @@ type Path string
 
 const (
 	PathMTLS      Path = "mtls"      // plain Connect mTLS
+	PathTunnel    Path = "tunnel"    // a stream of a warm tunnel between two nodeproxies
 	PathPlaintext Path = "plaintext" // let in by permissive mode, or refused by strict mode
 	PathNone      Path = "none"      // refused before a path was chosen
 )
@@ -200,6 +201,16 @@ type Connections struct {
 	Max    int    `json:"max"`
 	Opened uint64 `json:"opened"`
 	Denied uint64 `json:"denied"`
+	// Tunnels are those without a stream: they are not among Active.
+	Tunnels Tunnels `json:"idle_tunnels"`
+	// SourceAddressRejected counts the streams whose source address was claimed and not shown to the application.
+	SourceAddressRejected uint64 `json:"source_address_rejected,omitempty"`
+}
+
+// Tunnels counts tunnels; each has one socket, and an inbound one a goroutine.
+type Tunnels struct {
+	Outbound int `json:"outbound"`
+	Inbound  int `json:"inbound"`
 }
 
 // Problem is something the operator should know.

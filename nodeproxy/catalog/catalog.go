@@ -109,6 +109,9 @@ type Instance struct {
 	// and it has no Address, for plaintext must never be sent there.
 	Native bool
 
+	// Tunnels is an instance that another nodeproxy serves: tunnels to it may be tried.
+	Tunnels bool
+
 	Permissive bool // plaintext is let in on the application's own port
 	Tags       []string
 	Meta       map[string]string
