@@ -212,6 +212,9 @@ func (l *link) Born() time.Time { return l.born }
 
 // Alive implements tunnel.Conn.
 func (l *link) Alive() bool {
+	if !l.drained && l.more() != nil { // which does not wait then
+		return false
+	}
 	return l.drained && l.held == nil && len(l.wire.unread) == 0 && l.wire.socket.quiet() && time.Now().Before(l.peer.Until())
 }
 
