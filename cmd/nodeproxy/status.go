@@ -81,6 +81,9 @@ func (v *statusView) summary() {
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
 	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
+	if n := s.Connections.Tunnels; n.Outbound+n.Inbound > 0 {
+		t.add(cell{"tunnels", v.dim}, cell{fmt.Sprintf("%d outbound and %d inbound ready, without a connection", n.Outbound, n.Inbound), nil})
+	}
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}

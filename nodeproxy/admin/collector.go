@@ -14,6 +14,7 @@ type collector struct {
 	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
 	unprotectedUDP, eventsLost                           *prometheus.Desc
+	idleTunnels, sourceAddressRejected                   *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -37,15 +38,18 @@ func newCollector(m *Metrics) *collector {
 		unprotected:       desc("unprotected_workloads", "Claimed workloads that are not protected now."),
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
-		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
-		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
+		unprotectedUDP:        desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
+		idleTunnels:           desc("idle_tunnels", "Tunnels to other nodeproxies that carry no connection.", "direction"),
+		sourceAddressRejected: desc("source_address_rejected_total", "Streams of tunnels whose client address was claimed, and not shown to the application."),
+
+		eventsLost: desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.idleTunnels, c.sourceAddressRejected} {
 		ch <- d
 	}
 }
@@ -104,6 +108,9 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 		}
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
+	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Outbound), string(Outbound))
+	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Inbound), string(Inbound))
+	ch <- counter(c.sourceAddressRejected, status.Connections.SourceAddressRejected)
 	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
 	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])
 }

@@ -48,6 +48,7 @@ func (c *checker) config() *Config {
 		Consul:      c.consul(),
 		Cgroups:     c.cgroups(),
 		Inbound:     c.inbound(),
+		Tunnels:     r.Tunnels,
 		PreferLocal: r.PreferLocal,
 		FailOpen:    c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
 		Limits:      c.limits(),
@@ -74,9 +75,6 @@ func (c *checker) notLanded() {
 	}
 	if c.oneOf(key("same_node"), r.SameNode, "mtls", "direct") == "direct" {
 		refuse(key("same_node"), `remove it, or set it to "mtls"`)
-	}
-	if r.Tunnels {
-		refuse(key("tunnels"), "remove it, or set it to false")
 	}
 	if len(r.Inbound.Probers) > 0 {
 		refuse(key("inbound", "probers"), "remove it, and name the probers' networks in inbound.plaintext_from")

@@ -8,8 +8,9 @@ import (
 	"nodeproxy.io/nodeproxy/catalog"
 )
 
-func TestTCPBehavesAsWithoutAProxy(t *testing.T) {
-	m := newMesh(t)
+func TestTCPBehavesAsWithoutAProxy(t *testing.T) { onEveryPath(t, testTCPBehavesAsWithoutAProxy) }
+
+func testTCPBehavesAsWithoutAProxy(t *testing.T, m *mesh, _ admin.Path) {
 	web, err := m.Place(0, "web", 0)
 	m.must(err)
 	m.serve(web, ":8080")
