@@ -81,7 +81,7 @@ existing_connections = "keep" # those that a workload has when it is enrolled: t
 
 # What is above a limit is refused with the reason "capacity". Durations have a unit: "500ms", "5s", "1h".
 limits {
-  connections  = 100000 # on the node. Each takes two file descriptors: see RLIMIT_NOFILE in "nodeproxy check"
+  connections  = 100000 # on the node. Each takes two file descriptors and a bit: see RLIMIT_NOFILE in "nodeproxy check"
   per_workload = 20000
   handshake    = "5s"
   connect      = "5s"   # of one attempt to reach an instance or the application

@@ -25,7 +25,7 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	e := admin.Explanation{
 		Source: source, Destination: to.Service.Name,
 		Allowed: why.Allowed, Why: why.Sentence, Considered: []string{}, Generation: why.Generation,
-		Path: admin.PathMTLS, Virtual: texts(to.Service.Virtual), Instances: p.instances(to.Service.Instances),
+		Path: p.pathTo(to), Virtual: texts(to.Service.Virtual), Instances: p.instances(to.Service.Instances),
 		Missing: p.missing(now, source, to), Ignored: append([]string{}, to.Service.IgnoredL7...),
 	}
 	if to.Instance != nil {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -614,19 +615,25 @@ func TestARefusalOfOneInstanceLeadsToAnother(t *testing.T) {
 // TestAnApplicationSeesEachRequestAtMostOnce cuts the tunnel at each point of the opening. The records are counted from
 // the beginning of TLS: the handshake has three of the client's that are encrypted, and five of the server's.
 func TestAnApplicationSeesEachRequestAtMostOnce(t *testing.T) {
+	type cut = func(fromClient bool, record int) bool
+	beforeOpen := func(c bool, n int) bool { return c && n == 4 }
+	beforeAnswer := func(c bool, n int) bool { return !c && n == 6 }
 	for name, tc := range map[string]struct {
-		early    bool // the request comes with OPEN
-		cut      func(fromClient bool, record int) bool
-		answered bool // or else the client is reset
-		requests int
+		early     bool // the request comes with OPEN
+		instances int
+		cut       cut
+		answered  bool // or else the client is reset
+		requests  int
 	}{
-		"before OPEN":                            {true, func(c bool, n int) bool { return c && n == 4 }, true, 1},
-		"before OPEN, which carries nothing":     {false, func(c bool, n int) bool { return c && n == 4 }, true, 1},
-		"before ACCEPTED":                        {true, func(c bool, n int) bool { return !c && n == 6 }, false, 1},
-		"before ACCEPTED, when nothing was sent": {false, func(c bool, n int) bool { return !c && n == 6 }, false, 0},
-		"after ACCEPTED, before the answer":      {true, func(c bool, n int) bool { return !c && n == 7 }, false, 1},
-		"after ACCEPTED, before DATA":            {false, func(c bool, n int) bool { return c && n == 5 }, false, 0},
-		"never":                                  {true, func(bool, int) bool { return false }, true, 1},
+		"before OPEN":                                                   {true, 1, beforeOpen, true, 1},
+		"before OPEN, which carries nothing":                            {false, 1, beforeOpen, true, 1},
+		"before ACCEPTED":                                               {true, 1, beforeAnswer, false, 1},
+		"before ACCEPTED, with another instance":                        {true, 2, beforeAnswer, false, 1},
+		"before ACCEPTED, when nothing was sent":                        {false, 1, beforeAnswer, false, 0},
+		"before ACCEPTED, when nothing was sent, with another instance": {false, 2, beforeAnswer, true, 1},
+		"after ACCEPTED, before the answer":                             {true, 2, func(c bool, n int) bool { return !c && n == 7 }, false, 1},
+		"after ACCEPTED, before DATA":                                   {false, 2, func(c bool, n int) bool { return c && n == 5 }, false, 0},
+		"never":                                                         {true, 2, func(bool, int) bool { return false }, true, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var requests atomic.Int64
@@ -642,7 +649,9 @@ func TestAnApplicationSeesEachRequestAtMostOnce(t *testing.T) {
 				}
 				return dialTCP(ctx, m.cutter(to, tc.cut))
 			}
-			m.instance("api", "api-1", m.counter(&requests))
+			for i := range tc.instances {
+				m.instance("api", fmt.Sprint("api-", i), m.counter(&requests))
+			}
 			m.publish()
 			client := m.dial(m.origin(apiVIP()))
 			if !tc.early {

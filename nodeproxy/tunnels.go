@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/x509"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/tunnel"
 	"nodeproxy.io/policy"
@@ -137,4 +139,16 @@ func (t *tunnels) idle() (outbound, inbound int) {
 		}
 	}
 	return t.pool.Idle(), inbound
+}
+
+// pathTo is the path of a connection to any of to's instances: a tunnel only where each of them makes one.
+func (p *Proxy) pathTo(to catalog.Destination) admin.Path {
+	instances := to.Service.Instances
+	if to.Instance != nil {
+		instances = []*catalog.Instance{to.Instance}
+	}
+	if !p.cfg.Tunnels || len(instances) == 0 || slices.ContainsFunc(instances, func(inst *catalog.Instance) bool { return !p.tunnels.speaks(inst) }) {
+		return admin.PathMTLS
+	}
+	return admin.PathTunnel
 }
