@@ -901,3 +901,49 @@ func TestFramesMayBeginAnywhereInARecord(t *testing.T) {
 		t.Errorf("%d of %d bytes arrived as they were, %v", len(got), len(want), err)
 	}
 }
+
+func TestExplainSaysWhereTunnelsAreUsed(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	at := m.echo()
+	if e, err := m.proxy.Explain("web", "api"); err != nil || e.Path != admin.PathTunnel {
+		t.Errorf("%+v, %v", e, err)
+	}
+	exchange(t, m, at)
+	m.remote("api-2", m.silent()).Tunnels = false
+	m.publish()
+	if e, err := m.proxy.Explain("web", "api"); err != nil || e.Path != admin.PathMTLS {
+		t.Errorf("with an instance that makes no tunnels: %+v, %v", e, err)
+	}
+}
+
+// TestStreamsOfManyConnectionsArriveWholeBothWays carries data both ways at once over connections that follow each other through tunnels.
+func TestStreamsOfManyConnectionsArriveWholeBothWays(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	a := m.app()
+	m.instance("api", "api-1", a.addr())
+	m.publish()
+	at := m.origin(apiVIP())
+	data := make([]byte, 3<<20+17)
+	rand.Read(data)
+	for range 3 {
+		var all sync.WaitGroup
+		for range 8 {
+			client := m.dial(at)
+			say(t, client, "x")
+			server := a.accept()
+			hear(t, server, "x")
+			for _, conn := range []*net.TCPConn{client, server} {
+				all.Go(func() {
+					conn.Write(data)
+					conn.CloseWrite()
+				})
+				all.Go(func() {
+					if got, err := io.ReadAll(conn); err != nil || !slices.Equal(got, data) {
+						t.Errorf("%d of %d bytes arrived as they were, %v", len(got), len(data), err)
+					}
+				})
+			}
+		}
+		all.Wait()
+	}
+}

@@ -101,6 +101,8 @@ type Status struct {
 	Problems     []Problem     `json:"problems"`
 	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
 	Canaries []string `json:"canaries"`
+	// Goroutines of the daemon: what an idle one has more after a day than after a minute is a leak.
+	Goroutines int `json:"goroutines"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
 }

@@ -446,10 +446,6 @@ type footprint struct {
 }
 
 func measure(ctx context.Context, d *meshlab.Daemon) (*footprint, error) {
-	text, err := scrape(ctx, d)
-	if err != nil {
-		return nil, err
-	}
 	status, err := d.Admin().Status(ctx)
 	if err != nil {
 		return nil, err
@@ -460,7 +456,7 @@ func measure(ctx context.Context, d *meshlab.Daemon) (*footprint, error) {
 	}
 	ready := status.Connections.Tunnels
 	f := &footprint{
-		files: len(files) - ready.Outbound - ready.Inbound, goroutines: int(sum(text, "go_goroutines")) - ready.Inbound,
+		files: len(files) - ready.Outbound - ready.Inbound, goroutines: status.Goroutines - ready.Inbound,
 		entries: make(map[string]int),
 	}
 	for _, m := range status.Kernel.Maps {

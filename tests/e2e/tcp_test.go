@@ -1,11 +1,16 @@
 package e2e
 
 import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/tests/netlab"
 )
 
 func TestTCPBehavesAsWithoutAProxy(t *testing.T) { onEveryPath(t, testTCPBehavesAsWithoutAProxy) }
@@ -89,4 +94,34 @@ func TestASocketBoundToADeviceIsRefusedWithAReason(t *testing.T) {
 		t.Errorf("the counter says %v", n)
 	}
 	m.reaches(web, m.vip("api"))
+}
+
+// TestTenThousandConnectionsLeaveNothingBehind opens and closes them on each path; the baselines are looked at in the end.
+func TestTenThousandConnectionsLeaveNothingBehind(t *testing.T) {
+	onEveryPath(t, func(t *testing.T, m *mesh, between admin.Path) {
+		const rounds, each = 20, 500
+		web := m.place(0, "web")
+		m.place(1, "api")
+		m.allow("api", "web")
+		m.must(web.Namespace.Sysctl("net/ipv4/ip_local_port_range", "1024 65535"))
+		m.start()
+		for range rounds {
+			stdin, release, err := os.Pipe()
+			m.must(err)
+			p, err := web.Start(netlab.Command{Path: programs.app, Args: []string{"hold", "-n", strconv.Itoa(each), m.vip("api")}, Stdin: stdin})
+			m.must(err)
+			t.Cleanup(p.Kill)
+			m.must(p.WaitOutput(m.ctx(), fmt.Sprintf("held=%d", each)))
+			m.must(errors.Join(release.Close(), stdin.Close()))
+			m.must(p.Wait(m.ctx()))
+		}
+		m.eventually("each was opened, and is closed", func() error {
+			opened := m.metric(0, "nodeproxy_connections_opened_total", `path="`+string(between)+`"`)
+			closed := m.metric(0, "nodeproxy_connections_closed_total", `path="`+string(between)+`"`)
+			if opened != rounds*each || closed != opened {
+				return fmt.Errorf("%v were opened and %v closed over %s: %s", opened, closed, between, m.series(0, "nodeproxy_denied_total"))
+			}
+			return nil
+		})
+	})
 }
