@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
@@ -41,7 +42,7 @@ func isFarRefusal(err error) bool {
 // with it, and stays with the application's leg until the stream is accepted. Where inst makes no tunnel, the leg is the
 // plain Connect connection that came instead of it.
 func (d *dialer) openStream(inst *catalog.Instance, timeout time.Duration) (leg, error) {
-	deadline := time.Now().Add(timeout)
+	begin := time.Now()
 	o := tunnel.Opening{Source: d.origin.Client}
 	_, _ = rand.Read(o.ID[:]) // it never fails
 	sent := false
@@ -58,7 +59,7 @@ func (d *dialer) openStream(inst *catalog.Instance, timeout time.Duration) (leg,
 		if err == nil {
 			first := d.application.first(plainChunk - tunnel.OpeningSize)
 			sent = sent || first != nil
-			err = d.openOver(l, o, first, deadline)
+			err = d.openOver(l, o, first, time.Now().Add(timeout+d.cfg.Limits.Handshake))
 			if err == nil {
 				return l, nil
 			}
@@ -66,7 +67,9 @@ func (d *dialer) openStream(inst *catalog.Instance, timeout time.Duration) (leg,
 			if _, refused := errors.AsType[*catalog.Refusal](err); refused || d.c.ctx.Err() != nil {
 				return nil, err
 			}
-			if attempt < maxOpenings && time.Now().Before(deadline) && !errors.Is(err, errDuplicate) {
+			// A peer that is slow is not helped by being asked again.
+			final := errors.Is(err, errDuplicate) || errors.Is(err, os.ErrDeadlineExceeded)
+			if attempt < maxOpenings && time.Since(begin) < 2*timeout && !final {
 				continue
 			}
 		}
