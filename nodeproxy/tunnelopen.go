@@ -45,12 +45,12 @@ func (d *dialer) openStream(inst *catalog.Instance, timeout time.Duration) (leg,
 	begin := time.Now()
 	o := tunnel.Opening{Source: d.origin.Client}
 	_, _ = rand.Read(o.ID[:]) // it never fails
-	sent := false
+	doubt := false            // bytes of the application were sent, and not answered
 	for attempt := 1; ; attempt++ {
 		peer, err := d.tunnelTo(inst, timeout, attempt == 1)
 		l, isTunnel := peer.(*link)
 		if err == nil && !isTunnel {
-			if !sent {
+			if !doubt {
 				return peer, nil
 			}
 			peer.reset()
@@ -58,22 +58,23 @@ func (d *dialer) openStream(inst *catalog.Instance, timeout time.Duration) (leg,
 		}
 		if err == nil {
 			first := d.application.first(plainChunk - tunnel.OpeningSize)
-			sent = sent || first != nil
 			err = d.openOver(l, o, first, time.Now().Add(timeout+d.cfg.Limits.Handshake))
 			if err == nil {
 				return l, nil
 			}
 			err = d.openingError(inst, l, err)
-			if _, refused := errors.AsType[*catalog.Refusal](err); refused || d.c.ctx.Err() != nil {
+			if _, refused := errors.AsType[*catalog.Refusal](err); refused && !doubt || d.c.ctx.Err() != nil {
 				return nil, err
+			} else if !refused {
+				doubt = doubt || first != nil
 			}
 			// A peer that is slow is not helped by being asked again.
-			final := errors.Is(err, errDuplicate) || errors.Is(err, os.ErrDeadlineExceeded)
+			final := isFarRefusal(err) || errors.Is(err, errDuplicate) || errors.Is(err, os.ErrDeadlineExceeded)
 			if attempt < maxOpenings && time.Since(begin) < 2*timeout && !final {
 				continue
 			}
 		}
-		if sent {
+		if doubt { // what is refused now may be what was sent before
 			err = inDoubt{err}
 		}
 		return nil, withReason(err, catalog.ReasonConnectFailed)
