@@ -64,24 +64,24 @@ func TestATunnelIsOnlyForItsKey(t *testing.T) {
 
 func TestTunnelsThatAreNoGoodAreNotTaken(t *testing.T) {
 	for name, tc := range map[string]struct {
-		f      fake
+		f      *fake
 		rested time.Duration
 		taken  bool
 		pinged int
 	}{
-		"fresh":                {fake{}, 0, true, 0},
-		"rested":               {fake{}, 6 * time.Second, true, 1},
-		"rested and mute":      {fake{mute: true}, 6 * time.Second, false, 1},
-		"closed by the other":  {fake{dead: true}, 0, false, 0},
-		"idle for a minute":    {fake{}, time.Minute, false, 0},
-		"an hour old when put": {fake{born: time.Now().Add(-time.Hour - time.Minute)}, 0, false, 0},
+		"fresh":                {&fake{}, 0, true, 0},
+		"rested":               {&fake{}, 6 * time.Second, true, 1},
+		"rested and mute":      {&fake{mute: true}, 6 * time.Second, false, 1},
+		"closed by the other":  {&fake{dead: true}, 0, false, 0},
+		"idle for a minute":    {&fake{}, time.Minute, false, 0},
+		"an hour old when put": {&fake{born: time.Now().Add(-time.Hour - time.Minute)}, 0, false, 0},
 	} {
 		p, c := newPool(10)
 		if tc.f.born.IsZero() {
 			tc.f.born = c.t
 		}
 		p.Take("a", never)
-		p.Put("a", &tc.f)
+		p.Put("a", tc.f)
 		c.t = c.t.Add(tc.rested)
 		_, ok := p.Take("a", never)
 		if ok != tc.taken || tc.f.pinged != tc.pinged || tc.f.closed == ok {
