@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"runtime"
 	"slices"
 	"time"
 
@@ -80,9 +81,11 @@ func (p *Proxy) Status() admin.Status {
 		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
 			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+			SourceAddressRejected: p.tunnels.rejected.Load(),
 		},
-		Problems: []admin.Problem{}, Canaries: []string{}, Stopping: p.stopping.Load(),
+		Problems: []admin.Problem{}, Canaries: []string{}, Goroutines: runtime.NumGoroutine(), Stopping: p.stopping.Load(),
 	}
+	s.Connections.Tunnels.Outbound, s.Connections.Tunnels.Inbound = p.tunnels.idle()
 	for _, w := range kernel.Workloads {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}

@@ -88,6 +88,9 @@ func (v *statusView) summary() {
 	if q := s.DNS; q != nil {
 		t.add(cell{"dns", v.dim}, cell{fmt.Sprintf("%d queries answered, %d forwarded, %d failed", q.Answered, q.Forwarded, q.Failed), nil})
 	}
+	if n := s.Connections.Tunnels; n.Outbound+n.Inbound > 0 {
+		t.add(cell{"tunnels", v.dim}, cell{fmt.Sprintf("%d outbound and %d inbound ready, without a connection", n.Outbound, n.Inbound), nil})
+	}
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
