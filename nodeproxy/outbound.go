@@ -14,6 +14,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls"
 	"nodeproxy.io/nodeproxy/workload"
 )
 
@@ -283,7 +284,7 @@ type meshDial struct {
 }
 
 // dial connects and does the handshake, when it is this connection's turn and until ctx ends. hold gets the connection
-// before it; the leg is a *link if the other side took the protocol, else a *secureLeg. How long the handshake took is
+// before it; the leg is a *link if the other side took the protocol, else a *secureLeg. errNoTunnels means that it is known by now that it would not. How long the handshake took is
 // returned with an error too.
 func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, time.Duration, error) {
 	done, err := m.wait(ctx)
@@ -291,6 +292,9 @@ func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, ti
 		return nil, 0, err
 	}
 	defer done()
+	if m.protocol != "" && !m.tunnels.speaks(m.state.snap, m.inst) { // another connection's turn has shown it
+		return nil, 0, errNoTunnels
+	}
 	ctx, cancel := context.WithTimeout(ctx, m.timeout)
 	defer cancel()
 	conn, err := m.cfg.Kernel.Dial(ctx, m.origin.Namespace, m.inst.Mesh)
@@ -302,6 +306,9 @@ func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, ti
 	}
 	begin := time.Now()
 	peer, err := m.secure(conn, begin)
+	if _, plain := peer.(*secureLeg); m.protocol != "" && (plain || mtls.NoSuchProtocol(err)) {
+		m.tunnels.isPlain(m.inst.Mesh)
+	}
 	if err != nil {
 		_ = conn.Close()
 	}

@@ -586,6 +586,32 @@ func TestOnlyOurALPNAloneMakesATunnel(t *testing.T) {
 	}
 }
 
+func TestATunnelThatHasOnlyAHandshakesPlaceGivesWay(t *testing.T) {
+	m := newMesh(t, tunnelled, func(c *Config, _ *fakeKernel) { c.Limits.Connections, c.Limits.Handshakes = idleShare, 2 })
+	a := m.app()
+	at := m.instance("api", "api-1", a.addr()).Mesh
+	m.publish()
+	m.tunnelTo(at, "web")
+	eventually(t, "it has the place of idle tunnels", func() bool { return m.proxy.Status().Connections.Tunnels.Inbound == 1 })
+	silent := m.tunnelTo(at, "web")
+	eventually(t, "the second is ready", func() bool { return m.proxy.Status().Connections.Tunnels.Inbound == 2 })
+	m.proxy.handshakes.mu.Lock()
+	for _, s := range m.proxy.handshakes.scopes {
+		for e := s[answered].Front(); e != nil; e = e.Next() {
+			e.Value.(*handshake).since = time.Now().Add(-2 * slowHandshake)
+		}
+	}
+	m.proxy.handshakes.mu.Unlock()
+	useful := m.tunnelTo(at, "web")
+	if _, err := silent.next(); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("got %v, want a reset", err)
+	}
+	if err := useful.open(newOpening("10.0.0.1:1"), roomFor("x")); err != nil {
+		t.Fatal(err)
+	}
+	hear(t, a.accept(), "x")
+}
+
 func TestARefusalOfOneInstanceLeadsToAnother(t *testing.T) {
 	var asked atomic.Int64
 	m := newMesh(t, tunnelled)
@@ -613,6 +639,58 @@ func TestARefusalOfOneInstanceLeadsToAnother(t *testing.T) {
 	if n := len(a.conns); n != 0 {
 		t.Errorf("%d connections too many", n)
 	}
+}
+
+func TestAnInstanceThatIsFullIsNotEjected(t *testing.T) {
+	var asked atomic.Int64
+	m := newMesh(t, tunnelled)
+	a := m.app()
+	m.kernel.deliver = func(ctx context.Context, s *workload.Served, _ netip.AddrPort) (net.Conn, error) {
+		if s.Instance == "api-1" {
+			asked.Add(1)
+			return nil, refuse(catalog.ReasonCapacity, "it is full")
+		}
+		return dialTCP(ctx, a.addr())
+	}
+	full := m.instance("api", "api-1", "")
+	m.instance("api", "api-2", "")
+	m.publish()
+	at := m.origin(apiVIP())
+	for asked.Load() == 0 { // until the one that is full was drawn first
+		client := m.dial(at)
+		say(t, client, "request")
+		hear(t, a.accept(), "request")
+		client.Close()
+	}
+	if why := m.proxy.balancer.why(full); why != "" {
+		t.Errorf("it is ejected: %s", why)
+	}
+}
+
+func TestATunnelsIdentityIsTheTargets(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	a := m.app()
+	api := m.instance("api", "api-1", a.addr())
+	other := *api
+	other.Datacenter = "dc2"
+	right := m.alias(&catalog.Target{Service: "api", Instances: []*catalog.Instance{api}})
+	m.publish()
+	client := m.dial(right)
+	say(t, client, "x")
+	server := a.accept()
+	hear(t, server, "x")
+	client.Close()
+	server.Close()
+	e := m.events.wait(t, "close", is(admin.EventClose, admin.Outbound))
+	if e.Path != admin.PathTunnel || e.Destination.Identity != spiffe("api") || e.Destination.Service != "alias" {
+		t.Errorf("%+v", e)
+	}
+	eventually(t, "a tunnel is ready", func() bool { return m.proxy.tunnels.pool.Idle() > 0 })
+	m.next.Services["alias"] = &catalog.Service{Name: "alias", Virtual: m.next.Services["alias"].Virtual, Chain: &catalog.Route{
+		Targets: []*catalog.Target{{Service: "api", Datacenter: "dc2", Instances: []*catalog.Instance{&other}}},
+	}}
+	m.publish()
+	m.refused(right, admin.Outbound, catalog.ReasonHandshakeFailed) // by the SNI, and not let through the tunnel that is ready
 }
 
 // TestAnApplicationSeesEachRequestAtMostOnce cuts the tunnel at each point of the opening. The records are counted from

@@ -38,6 +38,9 @@ func isFarRefusal(err error) bool {
 	return ok
 }
 
+// errNoTunnels is an instance that speaks plain Connect.
+var errNoTunnels = errors.New("the instance makes no tunnels")
+
 // isFull says whether another node refused because of its limits: the instance is well, and another may have room.
 func isFull(err error) bool {
 	refusal, ok := errors.AsType[*farRefusal](err)
@@ -145,12 +148,8 @@ func (d *dialer) tunnelTo(inst *catalog.Instance, ready bool) (leg, error) {
 		}
 	}
 	peer, err := d.dialMesh(ahead)
-	if mtls.NoSuchProtocol(err) {
-		d.tunnels.isPlain(inst.Mesh)
+	if mtls.NoSuchProtocol(err) || errors.Is(err, errNoTunnels) {
 		return d.dialMesh(d.meshDial(inst, ""))
-	}
-	if _, plain := peer.(*secureLeg); plain {
-		d.tunnels.isPlain(inst.Mesh)
 	}
 	return peer, err
 }
@@ -202,8 +201,7 @@ func (m meshDial) ahead(ctx context.Context) (*link, error) {
 	l, ok := peer.(*link)
 	if !ok {
 		peer.close()
-		m.tunnels.isPlain(m.inst.Mesh)
-		return nil, fmt.Errorf("make a tunnel to instance %q at %s: it makes none", m.inst.ID, m.inst.Mesh)
+		return nil, errNoTunnels
 	}
 	l.handshake = handshake
 	return l, nil
