@@ -71,8 +71,7 @@ inbound {
 
 same_node = "mtls" # how the bytes go between two workloads of this node
 # not yet: same_node = "direct"
-tunnels = false
-# not yet: tunnels = true
+tunnels = true # warm connections between nodeproxies carry what is between nodes; false: plain Connect mTLS
 prefer_local = true # instances of this node are tried before others
 
 # While no daemon runs: closed refuses what needs one. open lets instances be dialled in plaintext and opens strict ports, and
@@ -88,7 +87,7 @@ existing_connections = "keep" # those that a workload has when it is enrolled: t
 
 # What is above a limit is refused with the reason "capacity". Durations have a unit: "500ms", "5s", "1h".
 limits {
-  connections  = 100000 # on the node. Each takes two file descriptors: see RLIMIT_NOFILE in "nodeproxy check"
+  connections  = 100000 # on the node. Each takes two file descriptors and a bit: see RLIMIT_NOFILE in "nodeproxy check"
   per_workload = 20000
   handshake    = "5s"
   connect      = "5s"   # of one attempt to reach an instance or the application

@@ -60,12 +60,21 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 // putInForce makes snap decide: certificates and policy with one swap, then every live connection again. Steering comes
 // after it, so that nothing is steered to us before we have its certificate. It returns false when it dropped snap.
 func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
-	if current := p.gate.current(); current != nil && snap.Generation <= current.snap.Generation {
+	current := p.gate.current()
+	if current != nil && snap.Generation <= current.snap.Generation {
 		p.cfg.Log.Error("drop a snapshot that is not newer than the one in force", "generation", snap.Generation, "in force", current.snap.Generation)
 		return false
 	}
-	p.gate.swap(&state{snap: snap, credentials: mtls.New(snap)})
+	next := &state{snap: snap, credentials: mtls.New(snap)}
+	if current != nil {
+		next.trust = current.trust
+		if !next.credentials.SameTerms(current.credentials) {
+			next.trust++
+		}
+	}
+	p.gate.swap(next)
 	p.recheck()
+	p.tunnels.retire(next)
 	p.balancer.prune(snap)
 	return true
 }

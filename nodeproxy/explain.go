@@ -27,7 +27,7 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	e := admin.Explanation{
 		Source: source, Destination: to.Name(),
 		Allowed: why.Allowed, Why: why.Sentence, Considered: []string{}, Generation: why.Generation,
-		Path: admin.PathMTLS, Virtual: []string{}, Instances: p.instances(target.Instances),
+		Path: p.pathTo(now.snap, target.Instances), Virtual: []string{}, Instances: p.instances(target.Instances),
 		Missing: p.missing(now, source, to), Ignored: []string{}, Balance: string(route.Balance),
 	}
 	if to.Service != nil {

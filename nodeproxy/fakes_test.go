@@ -24,6 +24,7 @@ type fakeKernel struct {
 	dial    func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error)
 	deliver func(ctx context.Context, s *workload.Served, client netip.AddrPort) (net.Conn, error)
 	apply   func(*catalog.Snapshot) error
+	owns    func(netip.Addr) bool
 	err     error // what Run fails with
 
 	mu        sync.Mutex
@@ -95,6 +96,8 @@ func (k *fakeKernel) Dial(ctx context.Context, _ *workload.Namespace, to netip.A
 	}
 	return dialTCP(ctx, to.String())
 }
+
+func (k *fakeKernel) Owns(ip netip.Addr) bool { return k.owns != nil && k.owns(ip) }
 
 func dialTCP(ctx context.Context, to string) (*net.TCPConn, error) {
 	var d net.Dialer

@@ -30,6 +30,9 @@ type Kernel interface {
 	// Served says which local instance is reached by the mesh address at in ns. Refusals: unknown-service, unknown-workload.
 	Served(ns *workload.Namespace, at netip.AddrPort) (*workload.Served, error)
 
+	// Owns says whether ip is an address of this node, or of a namespace in which workloads of it are.
+	Owns(ip netip.Addr) bool
+
 	// Dial connects to the mesh address to from inside ns.
 	Dial(ctx context.Context, ns *workload.Namespace, to netip.AddrPort) (*net.TCPConn, error)
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"runtime"
 	"slices"
 	"time"
 
@@ -83,9 +84,11 @@ func (p *Proxy) Status() admin.Status {
 		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Repairs: kernel.Repairs, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
 			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+			SourceAddressRejected: p.tunnels.rejected.Load(),
 		},
-		Problems: []admin.Problem{}, Canaries: []string{}, Observed: p.observed.list(), Stopping: p.stopping.Load(),
+		Problems: []admin.Problem{}, Canaries: []string{}, Observed: p.observed.list(), Goroutines: runtime.NumGoroutine(), Stopping: p.stopping.Load(),
 	}
+	s.Connections.Tunnels.Outbound, s.Connections.Tunnels.Inbound = p.tunnels.idle()
 	for _, w := range kernel.Workloads {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}

@@ -92,6 +92,9 @@ func (v *statusView) summary() {
 	if n := s.Kernel.Repairs; n > 0 {
 		t.add(cell{"repairs", v.dim}, cell{fmt.Sprintf("%d: somebody else changes what nodeproxy has in the kernel, see the daemon's log", n), v.yellow})
 	}
+	if n := s.Connections.Tunnels; n.Outbound+n.Inbound > 0 {
+		t.add(cell{"tunnels", v.dim}, cell{fmt.Sprintf("%d outbound and %d inbound ready, without a connection", n.Outbound, n.Inbound), nil})
+	}
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}

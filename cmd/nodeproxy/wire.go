@@ -82,7 +82,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
 		},
-		PreferLocal: cfg.PreferLocal, Version: version, MapABI: redirect.MapABI,
+		PreferLocal: cfg.PreferLocal, Tunnels: cfg.Tunnels, Version: version, MapABI: redirect.MapABI,
 	})
 	return d, err
 }

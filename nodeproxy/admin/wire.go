@@ -42,6 +42,7 @@ type Path string
 
 const (
 	PathMTLS      Path = "mtls"      // plain Connect mTLS
+	PathTunnel    Path = "tunnel"    // a stream of a warm tunnel between two nodeproxies
 	PathPlaintext Path = "plaintext" // let in by permissive mode, or refused by strict mode
 	PathNone      Path = "none"      // refused before a path was chosen
 )
@@ -105,6 +106,8 @@ type Status struct {
 	Store    Store    `json:"store"`
 	// Observed is what the connections of workloads with mesh = observe would have met, since the daemon started.
 	Observed []Observation `json:"observed"`
+	// Goroutines of the daemon: what an idle one has more after a day than after a minute is a leak.
+	Goroutines int `json:"goroutines"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
 	// DNS counts the name queries of workloads; absent where dns.enabled is false.
@@ -250,6 +253,16 @@ type Connections struct {
 	Max    int    `json:"max"`
 	Opened uint64 `json:"opened"`
 	Denied uint64 `json:"denied"`
+	// Tunnels are those without a stream: they are not among Active.
+	Tunnels Tunnels `json:"idle_tunnels"`
+	// SourceAddressRejected counts the streams whose source address was claimed and not shown to the application.
+	SourceAddressRejected uint64 `json:"source_address_rejected,omitempty"`
+}
+
+// Tunnels counts tunnels; each has one socket, and an inbound one a goroutine.
+type Tunnels struct {
+	Outbound int `json:"outbound"`
+	Inbound  int `json:"inbound"`
 }
 
 // Problem is something the operator should know.

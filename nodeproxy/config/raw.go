@@ -119,6 +119,7 @@ func defaults() raw {
 	return raw{
 		Inbound:            rawInbound{Mode: string(Strict), Ports: "21500-21999"},
 		SameNode:           "mtls",
+		Tunnels:            true,
 		PreferLocal:        true,
 		OnFailure:          "closed",
 		ExistingConnection: "keep",

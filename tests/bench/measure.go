@@ -35,7 +35,7 @@ type bench struct {
 // measure builds the lab, proves its paths, measures, and leaves nothing behind.
 func measure(ctx context.Context, s settings, p *progress) (r *report, err error) {
 	p.say("build two nodes")
-	l, err := newLab(ctx, s.binary)
+	l, err := newLab(ctx, s.binary, s.tunnels)
 	if err != nil {
 		return nil, err
 	}

@@ -108,7 +108,7 @@ func (w *watcher) sees(ctx context.Context, p *path, event string, o outcome) er
 			if e.Event != event {
 				continue
 			}
-			if e.Path != admin.PathMTLS || event == admin.EventClose && (e.Sent != o.Sent || e.Received != o.Received) {
+			if e.Path != p.via || event == admin.EventClose && (e.Sent != o.Sent || e.Received != o.Received) {
 				return fmt.Errorf("node %d says %s over %q with %d bytes sent and %d received, and the load had %d and %d",
 					e.node+1, e.Direction, e.Path, e.Sent, e.Received, o.Sent, o.Received)
 			}
