@@ -3,6 +3,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 
 	"github.com/cilium/ebpf"
@@ -10,6 +11,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 )
 
 // Feature is one thing that the kernel must or should have.
@@ -17,6 +19,8 @@ type Feature struct {
 	Name  string
 	Err   error  // nil: it is there
 	Costs string // what is lost without it
+	// Optional: the daemon runs without it.
+	Optional bool
 }
 
 // Probe asks the running kernel for each feature by using it. It changes nothing.
@@ -25,20 +29,55 @@ func Probe() []Feature {
 	_, cgroup2 := CgroupMount()
 	_, vmlinux := btf.LoadKernelSpec()
 	return []Feature{
-		{"cgroup2 mounted", cgroup2, all},
-		{"kernel BTF", vmlinux, all},
-		{"cgroup sock_addr programs", features.HaveProgramType(ebpf.CGroupSockAddr), all},
-		{"bpf_get_netns_cookie in connect hooks", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie), all},
-		{"bpf_set_retval in connect hooks", features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), all},
-		{"sockops programs", features.HaveProgramType(ebpf.SockOps), all},
-		{"bpf_get_netns_cookie in sockops", features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie), all},
-		{"sk_lookup programs", features.HaveProgramType(ebpf.SkLookup), all},
-		{"socket storage", features.HaveMapType(ebpf.SkStorage), all},
-		{"cgroup storage", features.HaveMapType(ebpf.CGroupStorage), all},
-		{"sockhash", features.HaveMapType(ebpf.SockHash), all},
-		{"ring buffer", features.HaveMapType(ebpf.RingBuf), all},
-		{"programs load", loadOnce(), all},
+		{Name: "cgroup2 mounted", Err: cgroup2, Costs: all},
+		{Name: "kernel BTF", Err: vmlinux, Costs: all},
+		{Name: "cgroup sock_addr programs", Err: features.HaveProgramType(ebpf.CGroupSockAddr), Costs: all},
+		{Name: "bpf_get_netns_cookie in connect hooks", Err: features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie), Costs: all},
+		{Name: "bpf_set_retval in connect hooks", Err: features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval), Costs: all},
+		{Name: "sockops programs", Err: features.HaveProgramType(ebpf.SockOps), Costs: all},
+		{Name: "bpf_get_netns_cookie in sockops", Err: features.HaveProgramHelper(ebpf.SockOps, asm.FnGetNetnsCookie), Costs: all},
+		{Name: "sk_lookup programs", Err: features.HaveProgramType(ebpf.SkLookup), Costs: all},
+		{Name: "socket storage", Err: features.HaveMapType(ebpf.SkStorage), Costs: all},
+		{Name: "cgroup storage", Err: features.HaveMapType(ebpf.CGroupStorage), Costs: all},
+		{Name: "sockhash", Err: features.HaveMapType(ebpf.SockHash), Costs: all},
+		{Name: "ring buffer", Err: features.HaveMapType(ebpf.RingBuf), Costs: all},
+		{Name: "programs load", Err: loadOnce(), Costs: all},
+		{Name: "SOCK_DESTROY of sock_diag", Err: CanDestroy(), Optional: true,
+			Costs: "connections within the node pass the proxy, as with same_node = \"mtls\": the kernel's own path could not be revoked (CONFIG_INET_DIAG_DESTROY)"},
 	}
+}
+
+// CanDestroy says whether the kernel lets us reset connections of others, by resetting one of our own. Without it nothing
+// may be granted.
+func CanDestroy() error {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return fmt.Errorf("make a connection to reset: %w", err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		return fmt.Errorf("make a connection to reset: %w", err)
+	}
+	defer c.Close()
+	d, err := newDiag()
+	if err != nil {
+		return fmt.Errorf("open sock_diag: %w", err)
+	}
+	client, server := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	req := diagRequest{family: unix.AF_INET, src: client.Addr(), sport: client.Port(), dst: server.Addr(), dport: server.Port()}
+	found, err := d.query(req)
+	if err == nil && len(found) == 1 {
+		req.cookie = found[0].Cookie
+		err = d.destroy(req)
+	}
+	if err = errors.Join(err, d.close()); err != nil {
+		return fmt.Errorf("reset a connection by sock_diag: %w", err)
+	}
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) {
+		return fmt.Errorf("reset a connection by sock_diag: it is not reset: %w", err)
+	}
+	return nil
 }
 
 // loadOnce loads every program, unpinned and unattached, which is the proof that the verifier takes them.
