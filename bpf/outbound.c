@@ -104,8 +104,8 @@ static __always_inline int pass(struct bpf_sock *sk, const struct membership *m)
 }
 
 /* Of the kernel's own, found by its BTF. */
-struct sock {
-	unsigned long sk_flags;
+struct sock_common {
+	unsigned long skc_flags;
 } __attribute__((preserve_access_index));
 struct tcp_sock {
 	_Bool is_mptcp;
@@ -453,7 +453,7 @@ static __always_inline void count_bytes(struct bpf_sock *sk, struct grant_event 
 		return;
 	e->sent = tp->bytes_sent - tp->bytes_retrans;
 	e->received = tp->bytes_received;
-	if (e->received && ((struct sock *)tp)->sk_flags & (1UL << SOCK_DONE))
+	if (e->received && ((struct sock_common *)tp)->skc_flags & (1UL << SOCK_DONE))
 		e->received--;
 }
 

@@ -220,8 +220,8 @@ func familyOf(ip netip.Addr) uint8 {
 // ErrNoWay says that a probe did not arrive as it left: no route, a filter, or another address or port put in its place.
 var ErrNoWay = errors.New("a connection does not arrive with the addresses it left with: is there no route, or is one of them translated on the way?")
 
-// probePatience is how long a probe may take: it stays on this node.
-const probePatience = time.Second
+// probePatience is how long a probe may take: it stays on this node, but its first packet may have to find a neighbour.
+const probePatience = 3 * time.Second
 
 // Probe finds out whether connections from ns to an address of the namespace with cookie to arrive there as they leave, and
 // from which address. No application notices: the guard of that namespace refuses the SYN. It is on the account of a
