@@ -37,9 +37,9 @@ func appHold() {
 		fmt.Println("error", err)
 		return
 	}
-	fmt.Println("connected", c.LocalAddr())
 	terminate := make(chan os.Signal, 1)
 	signal.Notify(terminate, unix.SIGTERM)
+	fmt.Println("connected", c.LocalAddr())
 	go func() {
 		<-terminate
 		if os.Getenv("NP_RESET") != "" {
@@ -73,7 +73,8 @@ func appReuse() {
 	}
 }
 
-// appBacklog listens on NP_ADDR with room for one connection, accepts nothing until it gets SIGUSR1, and then as appListen.
+// appBacklog listens on NP_ADDR with room for one connection, accepts nothing until it gets SIGUSR1, and greets who
+// says something.
 func appBacklog() {
 	at := netip.MustParseAddrPort(os.Getenv("NP_ADDR"))
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
@@ -92,11 +93,9 @@ func appBacklog() {
 			continue
 		}
 		fmt.Println("accepted", from.(*unix.SockaddrInet4).Port)
-		unix.Write(c, []byte("hello"))
-		unix.Shutdown(c, unix.SHUT_WR)
 		go func() {
-			for n := 1; n > 0; {
-				n, _ = unix.Read(c, make([]byte, 100))
+			if n, _ := unix.Read(c, make([]byte, 100)); n > 0 {
+				unix.Write(c, []byte("hello"))
 			}
 			unix.Close(c)
 		}()
@@ -349,6 +348,9 @@ func TestA4TupleReusedStraightAfterCloseIsRefused(t *testing.T) {
 	g := newGranting(t)
 	bind := "NP_BIND=" + g.client.v4.String() + ":7300"
 	kept := netip.AddrPortFrom(g.server.v4, 8081).String()
+	if err := g.keeper.Signal(unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
 	for range 10 {
 		for _, to := range []string{virtualKept + ":80", kept} {
 			held := g.client.hold(g.client.cgroup, to, "connected", bind, "NP_RESET=1") // which leaves no TIME_WAIT

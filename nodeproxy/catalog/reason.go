@@ -28,6 +28,7 @@ const (
 	ReasonStorage         Reason = "storage"           // the kernel had no memory for the socket's origin
 	ReasonIdle            Reason = "idle"              // limits.idle passed without a byte
 	ReasonDrain           Reason = "drain"             // the daemon's drain deadline passed
+	ReasonGrantMismatch   Reason = "grant-mismatch"    // a direct connection did not arrive with the addresses it left with
 )
 
 // Sentence explains r to an operator; "" for a reason this version does not know.
@@ -54,6 +55,7 @@ var sentences = map[Reason]string{
 	ReasonStorage:         "the kernel could not store the socket's origin",
 	ReasonIdle:            "the connection was idle for longer than limits.idle",
 	ReasonDrain:           "the daemon stopped and the drain deadline passed",
+	ReasonGrantMismatch:   "the direct connection did not arrive with the addresses it left with: the pair takes the proxy for a while",
 }
 
 // Refusal is an error that carries the Reason to report.

@@ -48,6 +48,7 @@ func (c *checker) config() *Config {
 		Consul:      c.consul(),
 		Cgroups:     c.cgroups(),
 		Inbound:     c.inbound(),
+		Direct:      c.oneOf(key("same_node"), r.SameNode, "direct", "mtls") == "direct",
 		PreferLocal: r.PreferLocal,
 		FailOpen:    c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
 		Limits:      c.limits(),
@@ -71,9 +72,6 @@ func (c *checker) notLanded() {
 		if c.keys.has("workloads", provider) {
 			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
 		}
-	}
-	if c.oneOf(key("same_node"), r.SameNode, "mtls", "direct") == "direct" {
-		refuse(key("same_node"), `remove it, or set it to "mtls"`)
 	}
 	if r.Tunnels {
 		refuse(key("tunnels"), "remove it, or set it to false")

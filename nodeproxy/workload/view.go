@@ -125,14 +125,19 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 			all = append(all, redirect.Destination{Addr: ip})
 		}
 		for _, inst := range svc.Instances {
-			ip := inst.Address.Addr()
-			if inst.Native || !inst.Mesh.IsValid() || !inst.Address.IsValid() || ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsMulticast() {
-				continue
+			if redirected(inst) {
+				all = append(all, redirect.Destination{Addr: inst.Address.Addr(), Port: inst.Address.Port(), Instance: true})
 			}
-			all = append(all, redirect.Destination{Addr: ip, Port: inst.Address.Port(), Instance: true})
 		}
 	}
 	return all
+}
+
+// redirected says whether what dials the address of inst is redirected.
+func redirected(inst *catalog.Instance) bool {
+	ip := inst.Address.Addr()
+	return !inst.Native && inst.Mesh.IsValid() && inst.Address.IsValid() &&
+		!ip.IsLoopback() && !ip.IsUnspecified() && !ip.IsLinkLocalUnicast() && !ip.IsMulticast()
 }
 
 // Origin implements the proxy's Kernel.
@@ -171,7 +176,7 @@ func (m *Manager) Served(ns *Namespace, at netip.AddrPort) (*Served, error) {
 // State implements the proxy's Kernel.
 func (m *Manager) State() State {
 	v := m.view.Load()
-	state := State{Workloads: v.states, Refused: v.refused, Pins: m.redirect.Dir()}
+	state := State{Workloads: v.states, Refused: v.refused, Pins: m.redirect.Dir(), Direct: m.direct.state()}
 	fills, err := m.redirect.Fills()
 	if err != nil {
 		m.log.Error("cannot read the maps for status", "error", err)

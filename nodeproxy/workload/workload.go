@@ -91,6 +91,9 @@ type Handler interface {
 
 	// Verdict reports a connection that the kernel itself refused, or let in as plaintext. It does not block.
 	Verdict(v KernelVerdict)
+
+	// Direct reports a change of a connection that does not pass the proxy. It does not block.
+	Direct(c DirectConnection)
 }
 
 // KernelVerdict is a decision that a BPF program took.
@@ -114,6 +117,7 @@ type State struct {
 	Links     int
 	Maps      []MapFill
 	Counters  map[string]uint64 // the programs' own, since the maps were made
+	Direct    DirectState
 }
 
 // WorkloadState is one enrolled workload.

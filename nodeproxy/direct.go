@@ -1,0 +1,103 @@
+package nodeproxy
+
+import (
+	"maps"
+	"slices"
+	"sync"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/workload"
+)
+
+// directs are the open connections that do not pass the proxy, by the kernel's id. Nothing here owns their sockets: the
+// kernel ends those that the policy comes to deny (see Kernel.Revoke), and says when they are closed.
+type directs struct {
+	mu   sync.Mutex
+	open map[uint64]*connection
+}
+
+func (d *directs) add(id uint64, c *connection) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.open[id] = c
+}
+
+func (d *directs) take(id uint64) *connection {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := d.open[id]
+	delete(d.open, id)
+	return c
+}
+
+func (d *directs) all() []*connection {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Values(d.open))
+}
+
+// Direct implements workload.Handler: what went within the node without us is told like what we carried.
+func (p *Proxy) Direct(d workload.DirectConnection) {
+	switch d.Stage {
+	case workload.DirectOpened:
+		p.directOpened(d)
+	case workload.DirectClosed:
+		p.directClosed(d)
+	case workload.DirectFailed:
+		c := p.newDirect(d)
+		v := p.gate.decide(c.source, c.service)
+		c.record(v)
+		err := refuse(d.Reason, "connect %q to instance %q at %s: %s", d.Source, d.Instance, d.Peer, d.Reason.Sentence())
+		if !v.Allowed {
+			err = denial(c.source, c.service, v)
+		}
+		p.end(c, err)
+	}
+}
+
+// directOpened registers c before its intention is evaluated: a policy change either decides here, or finds it.
+func (p *Proxy) directOpened(d workload.DirectConnection) {
+	c := p.newDirect(d)
+	_ = c.open() // c is new: it cannot have been cut off
+	c.describe(func(about *admin.Connection) { about.Path = admin.PathDirect })
+	p.direct.add(d.ID, c)
+	v := p.gate.decide(c.source, c.service)
+	if c.record(v); !v.Allowed {
+		c.condemn(denial(c.source, c.service, v), &v)
+	}
+	e, _ := c.line()
+	p.opened.Add(1)
+	p.cfg.Observer.Observe(e)
+}
+
+func (p *Proxy) directClosed(d workload.DirectConnection) {
+	c := p.direct.take(d.ID)
+	if c == nil {
+		return
+	}
+	c.sent.Store(d.Sent)
+	c.received.Store(d.Received)
+	c.describe(func(about *admin.Connection) { about.RTT = d.RTT })
+	p.end(c, nil)
+}
+
+func (p *Proxy) newDirect(d workload.DirectConnection) *connection {
+	c := newConnection(p.lastID.Add(1), admin.Outbound)
+	if !d.Opened.IsZero() {
+		c.started = d.Opened
+	}
+	now := p.gate.current()
+	c.identify(now.snap.Identity(d.Source), d.Destination)
+	c.describe(func(about *admin.Connection) {
+		about.Source.Address, about.Source.PID, about.Source.Comm = d.Client.String(), d.PID, d.Comm
+		if d.Workload != nil {
+			about.Source.Workload = d.Workload.Cgroup
+		}
+		about.Destination.Instance, about.Destination.Address = d.Instance, d.Dialled.String()
+		about.Destination.Identity = now.snap.Identity(d.Destination).String()
+		if d.Peer != d.Dialled {
+			about.Destination.Peer = d.Peer.String()
+		}
+	})
+	return c
+}

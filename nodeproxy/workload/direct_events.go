@@ -1,0 +1,232 @@
+package workload
+
+import (
+	"net/netip"
+	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/redirect"
+)
+
+// Stage says what became of a direct connection.
+type Stage uint8
+
+// The stages. A connection that was opened is closed once; one that failed was never open.
+const (
+	DirectOpened Stage = iota
+	DirectClosed
+	DirectFailed
+)
+
+// DirectConnection is a connection between two workloads of this node that does not pass the proxy.
+type DirectConnection struct {
+	Stage       Stage
+	ID          uint64    // of the client's socket; unique while the node is up
+	Source      string    // service
+	Workload    *Workload // nil when it is gone
+	Destination string    // service
+	Instance    string
+	Client      netip.AddrPort
+	Dialled     netip.AddrPort
+	Peer        netip.AddrPort // the instance's application
+	PID         uint32
+	Comm        string
+	Opened      time.Time
+	Sent        uint64 // by the client, once it is closed
+	Received    uint64
+	RTT         time.Duration
+	Reason      catalog.Reason // of one that failed
+}
+
+// openDirect is a connection that the Handler was told of.
+type openDirect struct {
+	DirectConnection
+	missed int // looks at which the kernel did not have it any more
+}
+
+// directEvent tells the handler, so that every connection is opened once and closed once.
+func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
+	select {
+	case <-m.ready:
+	default:
+		return // settleDirect will tell
+	}
+	d := m.direct
+	d.mu.Lock()
+	c := d.describe(e, m.view.Load())
+	open := d.open[c.ID]
+	tellOpen := false
+	switch c.Stage {
+	case DirectOpened:
+		if open == nil {
+			d.open[c.ID] = &openDirect{DirectConnection: c}
+		}
+	case DirectClosed:
+		tellOpen = open == nil // its opening was lost
+		delete(d.open, c.ID)
+	case DirectFailed:
+		m.learn(e)
+	}
+	d.mu.Unlock()
+	switch {
+	case c.Stage == DirectOpened && open != nil:
+	case tellOpen:
+		opened := c
+		opened.Stage = DirectOpened
+		h.Direct(opened)
+		fallthrough
+	default:
+		h.Direct(c)
+	}
+}
+
+func (d *direct) describe(e redirect.GrantEvent, v *view) DirectConnection {
+	c := DirectConnection{
+		ID: e.Cookie, Source: d.sources[e.Workload], Workload: v.byID[e.Workload], Client: e.Client, Dialled: e.Dialled, Peer: e.Destination,
+		PID: e.PID, Comm: e.Comm, Opened: e.Opened, Sent: e.Sent, Received: e.Received, RTT: e.RTT,
+	}
+	if to := d.places[place{e.To, e.Destination}]; to != nil {
+		c.Destination, c.Instance = to.Service, to.Instance
+	}
+	switch e.Stage {
+	case redirect.GrantOpened:
+		c.Stage = DirectOpened
+	case redirect.GrantClosed:
+		c.Stage = DirectClosed
+	case redirect.GrantFailed:
+		c.Stage, c.Reason = DirectFailed, catalog.ReasonConnectFailed
+		if !e.Admitted && !e.Refused {
+			c.Reason = catalog.ReasonGrantMismatch
+		}
+		if e.Refused && !d.allows(c.Source, c.Destination) {
+			c.Reason = catalog.ReasonIntention
+		}
+	}
+	return c
+}
+
+// learn sends a pair back to the proxy whose connection did not arrive as it left, and looks at a listener again that did
+// not accept. The caller holds m.direct.mu.
+func (m *Manager) learn(e redirect.GrantEvent) {
+	d := m.direct
+	if !e.Admitted && !e.Refused {
+		if r := d.routes[routeKey{e.From, e.To, e.Destination}]; r != nil {
+			*r = route{err: redirect.ErrNoWay, until: time.Now().Add(mismatchRetry)}
+			d.changed++
+		}
+	}
+	m.wake()
+}
+
+// reapDirect closes what the kernel has no more and what nobody saw closing, as when the ring of events was full.
+func (m *Manager) reapDirect(h Handler) error {
+	ended, err := m.redirect.Ended()
+	if err != nil {
+		return err
+	}
+	for _, g := range ended {
+		m.directEvent(redirect.GrantEvent{Granted: g, Stage: redirect.GrantClosed}, h)
+	}
+	live, err := m.redirect.Granted()
+	if err != nil {
+		return err
+	}
+	for _, c := range m.direct.missing(live) {
+		c.Stage = DirectClosed
+		h.Direct(c)
+	}
+	return nil
+}
+
+// missing removes what was told to be open and is not live, at two looks, and returns it. It forgets where instances
+// were that nobody is connected to.
+func (d *direct) missing(live []redirect.Granted) []DirectConnection {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	lives, places := make(map[uint64]bool, len(live)), make(map[place]bool)
+	for _, g := range live {
+		lives[g.Cookie] = true
+		places[place{g.To, g.Destination}] = true
+	}
+	for _, t := range d.targets {
+		places[place{t.space.Cookie, t.address}] = true
+	}
+	var gone []DirectConnection
+	for id, c := range d.open {
+		if lives[id] {
+			c.missed = 0
+			continue
+		}
+		if c.missed++; c.missed > 1 {
+			gone = append(gone, c.DirectConnection)
+			delete(d.open, id)
+		}
+	}
+	for at := range d.places {
+		if !places[at] {
+			delete(d.places, at)
+		}
+	}
+	return gone
+}
+
+// DirectState is the direct path for status.
+type DirectState struct {
+	Why      string // there is none on this node, and why
+	Grants   int    // pairs of a workload's namespace and an address
+	Live     int    // connections
+	Settling bool   // not all pairs have been looked at yet
+}
+
+func (d *direct) state() DirectState {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := DirectState{Why: d.why, Grants: len(d.granted), Live: len(d.open)}
+	s.Settling = d.why == "" && (d.last.snap == nil || d.last.snap != d.policy || d.last.changed != d.changed)
+	for _, r := range d.routes {
+		s.Settling = s.Settling || r.asked
+	}
+	return s
+}
+
+// Direct implements the proxy's Kernel.
+func (m *Manager) Direct(source string, to catalog.Destination) (why string) {
+	d := m.direct
+	if d.why != "" {
+		return d.why
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, g := range d.granted {
+		if g.source != source || g.destination != to.Service.Name {
+			continue
+		}
+		if to.Instance == nil && g.Dialled.Port() == 0 || to.Instance != nil && g.Dialled == to.Instance.Address {
+			return ""
+		}
+	}
+	return d.whyNot(m.cfg.PreferLocal, to)
+}
+
+// whyNot finds what keeps a pair without a grant from having one.
+func (d *direct) whyNot(preferLocal bool, to catalog.Destination) string {
+	why := "no instance of it is served on this node"
+	for _, t := range d.targets {
+		if t.Service != to.Service.Name || to.Instance != nil && t.Instance != to.Instance.ID {
+			continue
+		}
+		if t.why != "" {
+			return t.why
+		}
+		for key, r := range d.routes {
+			if key.to == t.space.Cookie && key.at == t.address && r.err != nil {
+				return r.err.Error()
+			}
+		}
+		why = "it is being made ready"
+		if !preferLocal && to.Instance == nil {
+			why = "prefer_local is false, and not every healthy instance is on this node and reached directly"
+		}
+	}
+	return why
+}
