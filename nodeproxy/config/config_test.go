@@ -55,10 +55,10 @@ func cgroup2(t *testing.T) string {
 func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 	c := mustLoad(t, minimal)
 	want := Config{
-		Node:        Node{Name: "node-1", Address: netip.MustParseAddr("10.0.0.5")},
-		Source:      FileSource{Path: "/etc/nodeproxy/mesh.d", VirtualIPs: netip.MustParsePrefix("240.0.0.0/8")},
-		Inbound:     Inbound{Mode: Strict, FirstPort: 21500, LastPort: 21999},
-		Direct: true, PreferLocal: true,
+		Node:    Node{Name: "node-1", Address: netip.MustParseAddr("10.0.0.5")},
+		Source:  FileSource{Path: "/etc/nodeproxy/mesh.d", VirtualIPs: netip.MustParsePrefix("240.0.0.0/8")},
+		Inbound: Inbound{Mode: Strict, FirstPort: 21500, LastPort: 21999},
+		Direct:  true, PreferLocal: true,
 		Limits: Limits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
 			Drain: 30 * time.Second},
 		Log:   Log{Level: slog.LevelInfo, Format: "text", Access: "denied"},

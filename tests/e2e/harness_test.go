@@ -203,7 +203,20 @@ func (m *mesh) settle(node int) {
 		}
 		m.must(d.AwaitInstances(m.ctx(), svc.Name, len(svc.Instances)))
 	}
+	m.settleDirect(node)
 	m.baselines[node], err = measure(m.ctx(), d)
+	m.must(err)
+}
+
+// settleDirect waits until a node's daemon has looked at every pair of workloads that may go direct.
+func (m *mesh) settleDirect(node int) {
+	m.t.Helper()
+	_, err := m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.SameNode.Settling {
+			return fmt.Errorf("the direct path is not settled: %+v", s.SameNode)
+		}
+		return nil
+	})
 	m.must(err)
 }
 
