@@ -148,6 +148,7 @@ static __always_inline enum admission announced(const struct flow *f, const stru
 		d->seen = SEEN_ADMITTED;
 		return ADMIT_REFUSE;
 	case DIRECT_GRANTED:
+		d->listener = 0; /* to be proved again */
 		d->seen = granted_here(f, d) ? SEEN_ADMITTED : SEEN_REFUSED;
 		return d->seen == SEEN_ADMITTED ? ADMIT_PASS : ADMIT_REFUSE;
 	case DIRECT_OWN:

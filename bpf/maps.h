@@ -126,6 +126,8 @@ struct origin {
 	__u32 device;	 /* granted: what the socket is bound to */
 	__be16 key_port; /* granted: the port in the grant's key */
 	__u16 pad;
+	__u32 group; /* granted: of the workloads that may accept */
+	__u32 pad2;
 };
 
 /* On the client's socket. Written by connect; read by connect, peername, workload_sockops. */
@@ -237,6 +239,7 @@ enum direct_seen {
 	SEEN_NEVER,
 	SEEN_ADMITTED,
 	SEEN_REFUSED, /* the grant had ended */
+	SEEN_IMPOSTOR, /* what answered is not a workload that may */
 };
 struct direct {
 	__u64 time;
@@ -247,7 +250,9 @@ struct direct {
 	struct addr peer; /* granted: what was dialled */
 	__u64 from;	  /* granted: the client's namespace */
 	__be16 key_port;  /* granted: the port in the grant's key */
-	__u16 seen;	  /* written by lookup */
+	__u16 seen;	  /* written by lookup and, of an impostor, by workload_sockops */
+	__u32 group;	  /* granted: of the workloads that may accept */
+	__u32 listener;	  /* granted: the group of what the SYN reached; 0: no workload's. Written by its workload_sockops */
 	__u32 pad;
 };
 
@@ -291,7 +296,8 @@ struct grant_target {
 	__u64 netns;
 	__u64 closes; /* of its namespace, when the application was last seen listening */
 	__be16 port;
-	__u16 pad[3];
+	__u16 pad;
+	__u32 group; /* of the workloads that may accept */
 };
 struct grant {
 	__u64 not_after; /* ns since 1970: the end of the certificate that ends first */
@@ -391,6 +397,7 @@ enum grant_stage {
 	GRANT_OPENED = 1,
 	GRANT_CLOSED = 2,
 	GRANT_FAILED = 3, /* it was never established */
+	GRANT_IMPOSTOR = 4, /* to be reset: it can neither send nor receive */
 };
 struct grant_event {
 	struct addr src;
@@ -411,6 +418,8 @@ struct grant_event {
 	__u32 pid;
 	__u16 seen; /* of one that failed */
 	__u16 pad;
+	__u32 device; /* what the client's socket is bound to */
+	__u32 pad2;
 	char comm[16];
 };
 

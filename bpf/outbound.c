@@ -10,6 +10,9 @@
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 #define ECONNREFUSED 111
+#define SOL_SOCKET 1
+#define SO_BINDTOIFINDEX 62
+#define NO_DEVICE 0x7fffffff
 
 #define CONTINUE 1
 #define REFUSE 0
@@ -170,6 +173,7 @@ static __always_inline int direct_target(struct bpf_sock_addr *ctx, struct bpf_s
 	o->to = t->netns;
 	o->device = device;
 	o->key_port = key.port;
+	o->group = t->group;
 	d->dst = t->ip;
 	d->port = t->port;
 	return 1;
@@ -462,6 +466,9 @@ static __always_inline void tell(struct bpf_sock_ops *ctx, const struct granted 
 	struct grant_event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	__u64 flags = BPF_RB_NO_WAKEUP; /* the daemon looks by itself: waking it costs more than a connection does */
 
+	if (stage == GRANT_IMPOSTOR)
+		flags = BPF_RB_FORCE_WAKEUP;
+
 	if (!e) {
 		count(STAT_EVENTS_LOST);
 		return;
@@ -481,6 +488,7 @@ static __always_inline void tell(struct bpf_sock_ops *ctx, const struct granted 
 	e->opened = g->opened;
 	e->workload = g->workload;
 	e->pid = g->pid;
+	e->device = g->device;
 	__builtin_memcpy(e->comm, g->comm, sizeof(e->comm));
 	count_bytes(ctx->sk, e);
 	e->rtt_us = READ(ctx->srtt_us) >> 3;
@@ -495,7 +503,7 @@ static __always_inline void grant_connects(struct bpf_sock_ops *ctx, struct tupl
 {
 	struct direct d = {
 		.workload = o->workload, .kind = DIRECT_GRANTED, .peer = o->dst, .peer_port = o->dport,
-		.from = o->netns, .key_port = o->key_port,
+		.from = o->netns, .key_port = o->key_port, .group = o->group,
 	};
 	struct granted g = {
 		.dialled = o->dst, .dialled_port = o->dport, .netns = o->netns, .workload = o->workload, .pid = o->pid,
@@ -515,13 +523,48 @@ static __always_inline void grant_connects(struct bpf_sock_ops *ctx, struct tupl
 	watch_close(ctx);
 }
 
+/* A SYN has reached a listener of this workload. Of nested workloads the nearest runs first, and it is what counts. */
+static __always_inline void grant_reaches(struct bpf_sock_ops *ctx, __u32 id)
+{
+	struct workload *w;
+	struct direct *d;
+	struct tuple t;
+
+	read_tuple(ctx, &t, 1);
+	d = bpf_map_lookup_elem(&direct, &t);
+	if (!d || d->kind != DIRECT_GRANTED || d->listener)
+		return;
+	w = bpf_map_lookup_elem(&workloads, &id);
+	if (w)
+		d->listener = w->group;
+}
+
+/* Cuts a socket off from every device, before it has sent more than its SYN. The daemon resets it. */
+static __always_inline void muzzle(struct bpf_sock_ops *ctx, struct granted *g, __u64 cookie)
+{
+	int nowhere = NO_DEVICE;
+
+	g->device = NO_DEVICE;
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &nowhere, sizeof(nowhere));
+	tell(ctx, g, cookie, GRANT_IMPOSTOR, SEEN_IMPOSTOR);
+}
+
 static __always_inline void grant_opens(struct bpf_sock_ops *ctx, const struct origin *o)
 {
 	__u64 cookie = o->cookie;
 	struct granted *g = bpf_map_lookup_elem(&granted, &cookie);
+	struct direct *d;
+	struct tuple t;
 
 	if (!g || g->opened)
 		return;
+	t = g->t;
+	d = bpf_map_lookup_elem(&direct, &t);
+	if (d && d->cookie == cookie && d->listener != o->group) {
+		d->seen = SEEN_IMPOSTOR;
+		muzzle(ctx, g, cookie);
+		return;
+	}
 	g->opened = bpf_ktime_get_ns();
 	count(STAT_GRANTED);
 	tell(ctx, g, cookie, GRANT_OPENED, 0);
@@ -664,11 +707,18 @@ int workload_sockops(struct bpf_sock_ops *ctx)
 {
 	struct membership *m = bpf_get_local_storage(&memberships, 0);
 	struct bpf_sock *sk = ctx->sk;
+	__u32 op = READ(ctx->op);
 	struct origin *o;
 
-	if (!sk || !m->workload)
+	if (!m->workload)
 		return 1;
-	switch (READ(ctx->op)) {
+	if (op == BPF_SOCK_OPS_RWND_INIT) { /* of a request, which is no socket yet */
+		grant_reaches(ctx, m->workload);
+		return 1;
+	}
+	if (!sk)
+		return 1;
+	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		workload_connects(ctx, sk, m->workload);
 		break;

@@ -87,6 +87,10 @@ const (
 	GrantOpened = GrantStage(outboundGrantStageGRANT_OPENED)
 	GrantClosed = GrantStage(outboundGrantStageGRANT_CLOSED)
 	GrantFailed = GrantStage(outboundGrantStageGRANT_FAILED)
+
+	// GrantImpostor is a connection that something else than a workload of the grant has accepted. It can neither send nor
+	// receive, and has to be destroyed; then it fails.
+	GrantImpostor = GrantStage(outboundGrantStageGRANT_IMPOSTOR)
 )
 
 // GrantEvent is a change of a connection on a grant.
@@ -98,6 +102,7 @@ type GrantEvent struct {
 	// Of one that failed. Neither: its SYN did not arrive as it left.
 	Admitted bool // the destination's guard let it pass, so the application did not accept it
 	Refused  bool // the grant had ended when it arrived
+	Impostor bool // what accepted it was not one of the grant's workloads
 }
 
 // flushEvery is how late news of grants may be: the kernel does not wake us for them.
@@ -153,10 +158,11 @@ func grantEvent(e *outboundGrantEvent) (GrantEvent, error) {
 		Granted: Granted{
 			Cookie: e.Cookie, Workload: e.Workload, From: e.From, To: e.To, PID: e.Pid, Comm: comm(e.Comm),
 			Client: fromEndpoint(e.Src, e.Sport), Dialled: fromEndpoint(e.Dialled, e.DialledPort),
-			Destination: fromEndpoint(e.Dst, e.Dport), Opened: clock.wall(e.Opened),
+			Destination: fromEndpoint(e.Dst, e.Dport), Opened: clock.wall(e.Opened), device: e.Device,
 		},
 		Stage: GrantStage(e.Stage), Sent: e.Sent, Received: e.Received, RTT: time.Duration(e.RttUs) * time.Microsecond,
 		Admitted: e.Seen == uint16(outboundDirectSeenSEEN_ADMITTED), Refused: e.Seen == uint16(outboundDirectSeenSEEN_REFUSED),
+		Impostor: e.Seen == uint16(outboundDirectSeenSEEN_IMPOSTOR),
 	}, err
 }
 

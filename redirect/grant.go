@@ -29,6 +29,7 @@ type Target struct {
 	Address   netip.AddrPort
 	Source    netip.Addr // the client's address towards it, from Probe: a socket bound to another one is left to the proxy
 	Closes    uint64     // of its namespace, read before the listener was seen: once another one has closed the grant rests
+	Group     uint32     // of the workloads that may accept: whoever else does is cut off
 }
 
 // SetGrants makes the grants exactly those given, by diff. Connections on a grant that ends live on: see Granted.
@@ -40,7 +41,7 @@ func (r *Redirect) SetGrants(grants []Grant) error {
 		for _, t := range g.Targets[:min(len(g.Targets), MaxTargets)] {
 			to := &value.Target[value.N]
 			to.Ip, to.Port, to.Src = toAddr(t.Address.Addr()), swap(t.Address.Port()), toAddr(t.Source)
-			to.Netns, to.Closes = t.Namespace, t.Closes
+			to.Netns, to.Closes, to.Group = t.Namespace, t.Closes, t.Group
 			value.N++
 		}
 		want[key] = value

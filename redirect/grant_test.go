@@ -195,7 +195,7 @@ func (n *node) grants(from, to *pod, until time.Time) (all []redirect.Grant) {
 		}
 		for _, dialled := range []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr(virtual), 0), at} {
 			all = append(all, redirect.Grant{Workload: from.id, Namespace: from.ns.Cookie, Dialled: dialled, NotAfter: until,
-				Targets: []redirect.Target{{Namespace: to.ns.Cookie, Address: at, Source: source, Closes: closes}}})
+				Targets: []redirect.Target{{Namespace: to.ns.Cookie, Address: at, Source: source, Closes: closes, Group: 1}}})
 		}
 	}
 	return all
@@ -450,7 +450,7 @@ func (n *node) grants4(from, to *pod) []redirect.Grant {
 		n.t.Fatal(err)
 	}
 	return []redirect.Grant{{Workload: from.id, Namespace: from.ns.Cookie, Dialled: netip.AddrPortFrom(netip.MustParseAddr(virtual4), 0),
-		NotAfter: time.Now().Add(time.Hour), Targets: []redirect.Target{{Namespace: to.ns.Cookie, Address: at, Source: source, Closes: closes}}}}
+		NotAfter: time.Now().Add(time.Hour), Targets: []redirect.Target{{Namespace: to.ns.Cookie, Address: at, Source: source, Closes: closes, Group: 1}}}}
 }
 
 func TestGrantedConnectionsWithSYNCookies(t *testing.T) {
@@ -593,6 +593,35 @@ func TestAfterItsApplicationStopsAPortIsGrantedToNobodyWhoTakesIt(t *testing.T) 
 	if strings.Contains(squatter.Output(), "accepted") {
 		t.Errorf("the stranger: %s", squatter.Output())
 	}
+}
+
+func TestWhatAStrangerAcceptsCarriesNothing(t *testing.T) {
+	g := newGranting(t)
+	stranger := g.server.app(nil, "NP_APP=backlog", "NP_ADDR="+g.server.v4.String()+":8099")
+	waitFor(t, stranger, "listening")
+	if err := stranger.Signal(unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	grants := g.grants4(g.client, g.server)
+	grants[0].Targets[0].Address = netip.AddrPortFrom(g.server.v4, 8099) // as if it had been the workload's when it was looked at
+	if err := g.r.SetGrants(grants); err != nil {
+		t.Fatal(err)
+	}
+	client := g.client.app(g.client.cgroup, "NP_APP=dial", "NP_NETWORK=tcp4", "NP_ADDR="+virtual4+":80", "NP_SAY=secret")
+	e := g.event(redirect.GrantImpostor, virtual4+":80")
+	if err := g.r.Destroy(e.Granted); err != nil {
+		t.Error(err)
+	}
+	if out := g.ended(client); answered(out) || !strings.Contains(out, "connection abort") {
+		t.Errorf("the client: %s", out)
+	}
+	if failed := g.event(redirect.GrantFailed, virtual4+":80"); !failed.Impostor {
+		t.Errorf("it failed as %+v", failed)
+	}
+	if strings.Contains(stranger.Output(), "accepted") {
+		t.Errorf("the stranger has the connection: %s", stranger.Output())
+	}
+	g.settled(g.client.id, g.server.id)
 }
 
 func TestAProbeFindsTheWayAndNoApplicationNotices(t *testing.T) {

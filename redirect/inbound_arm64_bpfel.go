@@ -42,6 +42,8 @@ type inboundDirect struct {
 	From     uint64
 	KeyPort  uint16
 	Seen     uint16
+	Group    uint32
+	Listener uint32
 	Pad      uint32
 }
 
@@ -57,7 +59,8 @@ type inboundGrant struct {
 		Netns  uint64
 		Closes uint64
 		Port   uint16
-		Pad    [3]uint16
+		Pad    uint16
+		Group  uint32
 	}
 }
 
@@ -126,6 +129,8 @@ type inboundOrigin struct {
 	Device   uint32
 	KeyPort  uint16
 	Pad      uint16
+	Group    uint32
+	Pad2     uint32
 }
 
 type inboundPeer struct {

@@ -57,6 +57,8 @@ type outboundDirect struct {
 	From     uint64
 	KeyPort  uint16
 	Seen     uint16
+	Group    uint32
+	Listener uint32
 	Pad      uint32
 }
 
@@ -77,6 +79,7 @@ const (
 	outboundDirectSeenSEEN_NEVER    outboundDirectSeen = 0
 	outboundDirectSeenSEEN_ADMITTED outboundDirectSeen = 1
 	outboundDirectSeenSEEN_REFUSED  outboundDirectSeen = 2
+	outboundDirectSeenSEEN_IMPOSTOR outboundDirectSeen = 3
 )
 
 type outboundEvent struct {
@@ -111,7 +114,8 @@ type outboundGrant struct {
 		Netns  uint64
 		Closes uint64
 		Port   uint16
-		Pad    [3]uint16
+		Pad    uint16
+		Group  uint32
 	}
 }
 
@@ -135,6 +139,8 @@ type outboundGrantEvent struct {
 	Pid         uint32
 	Seen        uint16
 	Pad         uint16
+	Device      uint32
+	Pad2        uint32
 	Comm        [16]int8
 }
 
@@ -150,9 +156,10 @@ type outboundGrantKey struct {
 type outboundGrantStage uint32
 
 const (
-	outboundGrantStageGRANT_OPENED outboundGrantStage = 1
-	outboundGrantStageGRANT_CLOSED outboundGrantStage = 2
-	outboundGrantStageGRANT_FAILED outboundGrantStage = 3
+	outboundGrantStageGRANT_OPENED   outboundGrantStage = 1
+	outboundGrantStageGRANT_CLOSED   outboundGrantStage = 2
+	outboundGrantStageGRANT_FAILED   outboundGrantStage = 3
+	outboundGrantStageGRANT_IMPOSTOR outboundGrantStage = 4
 )
 
 type outboundGranted struct {
@@ -225,6 +232,8 @@ type outboundOrigin struct {
 	Device   uint32
 	KeyPort  uint16
 	Pad      uint16
+	Group    uint32
+	Pad2     uint32
 }
 
 type outboundOriginFlag uint32

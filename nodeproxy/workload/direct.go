@@ -249,7 +249,7 @@ func (m *Manager) grantsOf(snap *catalog.Snapshot, e *entry, s *space, targets [
 		if reached[t.Service] == nil {
 			reached[t.Service] = make(map[*catalog.Instance]redirect.Target)
 		}
-		reached[t.Service][t.instance] = redirect.Target{Namespace: t.space.Cookie, Address: t.address, Source: source, Closes: t.closes}
+		reached[t.Service][t.instance] = redirect.Target{Namespace: t.space.Cookie, Address: t.address, Source: source, Closes: t.closes, Group: m.group(t.Service)}
 	}
 	var all []grant
 	for service, to := range reached {

@@ -51,6 +51,12 @@ func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
 	default:
 		return // settleDirect will tell
 	}
+	if e.Stage == redirect.GrantImpostor {
+		if err := m.redirect.Destroy(e.Granted); err != nil {
+			m.log.Error("a connection that a stranger to the workload accepted is not reset, though it carries nothing", "error", err)
+		}
+		return // its failure will be told
+	}
 	d := m.direct
 	d.mu.Lock()
 	c := d.describe(e, m.view.Load())
@@ -95,11 +101,11 @@ func (d *direct) describe(e redirect.GrantEvent, v *view) DirectConnection {
 		c.Stage = DirectClosed
 	case redirect.GrantFailed:
 		c.Stage, c.Reason = DirectFailed, catalog.ReasonConnectFailed
-		if !e.Admitted && !e.Refused {
+		switch {
+		case e.Impostor:
+			c.Reason = catalog.ReasonNotTheWorkloads
+		case mismatch(e):
 			c.Reason = catalog.ReasonGrantMismatch
-		}
-		if e.Refused && !d.allows(c.Source, c.Destination) {
-			c.Reason = catalog.ReasonIntention
 		}
 	}
 	return c
@@ -109,7 +115,7 @@ func (d *direct) describe(e redirect.GrantEvent, v *view) DirectConnection {
 // not accept. The caller holds m.direct.mu.
 func (m *Manager) learn(e redirect.GrantEvent) {
 	d := m.direct
-	if !e.Admitted && !e.Refused {
+	if mismatch(e) {
 		if r := d.routes[routeKey{e.From, e.To, e.Destination}]; r != nil {
 			*r = route{err: redirect.ErrNoWay, until: time.Now().Add(mismatchRetry)}
 			d.changed++
@@ -117,6 +123,9 @@ func (m *Manager) learn(e redirect.GrantEvent) {
 	}
 	m.wake()
 }
+
+// mismatch says whether the SYN of a connection that failed never arrived as it left.
+func mismatch(e redirect.GrantEvent) bool { return !e.Admitted && !e.Refused && !e.Impostor }
 
 // reapDirect closes what the kernel has no more and what nobody saw closing, as when the ring of events was full.
 func (m *Manager) reapDirect(h Handler) error {

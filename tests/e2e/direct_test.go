@@ -161,8 +161,10 @@ func TestWithADeadOrHungDaemonNothingNewIsGrantedAndWhatIsLiveGoesOn(t *testing.
 	if out := live.Output(); !strings.Contains(out, "end: ECONNABORTED") && !strings.Contains(out, "end: reset") {
 		t.Errorf("what an earlier daemon granted is not cut: %.200s", out[max(0, len(out)-200):])
 	}
-	c := listed.await("cut connection", outboundOf(admin.EventClose, web, admin.PathDirect))
-	if c.Verdict != admin.Denied || c.Source.Service != "web" || c.Destination.Service != "api" || c.Duration < time.Second {
+	c := listed.await("cut connection", func(c admin.Connection) bool {
+		return outboundOf(admin.EventClose, web, admin.PathDirect)(c) && c.Verdict == admin.Denied
+	})
+	if c.Source.Service != "web" || c.Destination.Service != "api" || c.Duration < time.Second {
 		t.Errorf("it is traced as %+v", c)
 	}
 }
