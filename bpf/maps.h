@@ -239,7 +239,7 @@ enum direct_seen {
 	SEEN_NEVER,
 	SEEN_ADMITTED,
 	SEEN_REFUSED, /* the grant had ended */
-	SEEN_IMPOSTOR, /* what answered is not a workload that may */
+	SEEN_IMPOSTOR, /* what answered was not proved to be a workload that may */
 };
 struct direct {
 	__u64 time;
@@ -416,7 +416,7 @@ struct grant_event {
 	__u32 rtt_us;
 	__u32 workload;
 	__u32 pid;
-	__u16 seen; /* of one that failed */
+	__u16 seen; /* enum direct_seen */
 	__u16 pad;
 	__u32 device; /* what the client's socket is bound to */
 	__u32 pad2;

@@ -466,7 +466,7 @@ static __always_inline void tell(struct bpf_sock_ops *ctx, const struct granted 
 	struct grant_event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	__u64 flags = BPF_RB_NO_WAKEUP; /* the daemon looks by itself: waking it costs more than a connection does */
 
-	if (stage == GRANT_IMPOSTOR)
+	if (seen == SEEN_IMPOSTOR)
 		flags = BPF_RB_FORCE_WAKEUP;
 
 	if (!e) {
@@ -553,6 +553,7 @@ static __always_inline void grant_opens(struct bpf_sock_ops *ctx, const struct o
 {
 	__u64 cookie = o->cookie;
 	struct granted *g = bpf_map_lookup_elem(&granted, &cookie);
+	__u16 seen = SEEN_ADMITTED;
 	struct direct *d;
 	struct tuple t;
 
@@ -562,12 +563,15 @@ static __always_inline void grant_opens(struct bpf_sock_ops *ctx, const struct o
 	d = bpf_map_lookup_elem(&direct, &t);
 	if (d && d->cookie == cookie && d->listener != o->group) {
 		d->seen = SEEN_IMPOSTOR;
-		muzzle(ctx, g, cookie);
-		return;
+		if (d->listener) {
+			muzzle(ctx, g, cookie);
+			return;
+		}
+		seen = SEEN_IMPOSTOR; /* nobody's, or one that answers with a SYN cookie, which runs no program */
 	}
 	g->opened = bpf_ktime_get_ns();
 	count(STAT_GRANTED);
-	tell(ctx, g, cookie, GRANT_OPENED, 0);
+	tell(ctx, g, cookie, GRANT_OPENED, seen);
 }
 
 static __always_inline void grant_closes(struct bpf_sock_ops *ctx, const struct origin *o)

@@ -88,7 +88,7 @@ const (
 	GrantClosed = GrantStage(outboundGrantStageGRANT_CLOSED)
 	GrantFailed = GrantStage(outboundGrantStageGRANT_FAILED)
 
-	// GrantImpostor is a connection that something else than a workload of the grant has accepted. It can neither send nor
+	// GrantImpostor is a connection that reached a listener of another workload. It can neither send nor
 	// receive, and has to be destroyed; then it fails.
 	GrantImpostor = GrantStage(outboundGrantStageGRANT_IMPOSTOR)
 )
@@ -102,7 +102,9 @@ type GrantEvent struct {
 	// Of one that failed. Neither: its SYN did not arrive as it left.
 	Admitted bool // the destination's guard let it pass, so the application did not accept it
 	Refused  bool // the grant had ended when it arrived
-	Impostor bool // what accepted it was not one of the grant's workloads
+	// Impostor: it was not proved that one of the grant's workloads listens. One that opens so has to be looked at: it may
+	// be a stranger, or a listener that answers with SYN cookies.
+	Impostor bool
 }
 
 // flushEvery is how late news of grants may be: the kernel does not wake us for them.

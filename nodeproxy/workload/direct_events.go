@@ -51,11 +51,13 @@ func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
 	default:
 		return // settleDirect will tell
 	}
-	if e.Stage == redirect.GrantImpostor {
+	if e.Stage == redirect.GrantImpostor || e.Stage == redirect.GrantOpened && e.Impostor && m.strangerAt(e.Granted) {
 		if err := m.redirect.Destroy(e.Granted); err != nil {
-			m.log.Error("a connection that a stranger to the workload accepted is not reset, though it carries nothing", "error", err)
+			m.log.Error("a connection that a stranger to the workload accepted is not reset", "error", err)
 		}
-		return // its failure will be told
+	}
+	if e.Stage == redirect.GrantImpostor {
+		return // it was never open: its failure will be told
 	}
 	d := m.direct
 	d.mu.Lock()
@@ -122,6 +124,19 @@ func (m *Manager) learn(e redirect.GrantEvent) {
 		}
 	}
 	m.wake()
+}
+
+// strangerAt says whether what listens where g went is not the workload's, or not any more.
+func (m *Manager) strangerAt(g redirect.Granted) bool {
+	d := m.direct
+	d.mu.Lock()
+	to := d.places[place{g.To, g.Destination}]
+	d.mu.Unlock()
+	if to == nil {
+		return true
+	}
+	listeners, err := to.space.Listeners(g.Destination.Port())
+	return err != nil || m.view.Load().listens(to, listeners, g.Destination) != ""
 }
 
 // mismatch says whether the SYN of a connection that failed never arrived as it left.

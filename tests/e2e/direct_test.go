@@ -233,10 +233,16 @@ func TestAnApplicationThatStopsAndStartsIsGrantedAgain(t *testing.T) {
 	api, err := m.Place(0, "api", port)
 	m.must(err)
 	m.sleeper(api.Cgroup, api.Namespace)
-	server := m.serve(api, ":8080")
 	m.allow("api", "web")
 	m.start()
-	m.reaches(web, m.vip("api"))
+	server := m.serve(api, ":8080")
+	m.eventually("connections are direct", func() error {
+		m.reaches(web, m.vip("api"))
+		if m.metric(0, "nodeproxy_connections_opened_total", `path="direct"`) == 0 {
+			return errNotYet
+		}
+		return nil
+	})
 	for range 2 {
 		server.Kill()
 		squatter, err := m.Lab.Start(netlab.Command{Path: programs.app, Args: []string{"serve", ":8080"}, Namespace: api.Namespace})
