@@ -89,10 +89,8 @@ func (p *Proxy) newDirect(d workload.DirectConnection) *connection {
 	now := p.gate.current()
 	c.identify(now.snap.Identity(d.Source), d.Destination)
 	c.describe(func(about *admin.Connection) {
-		about.Source.Address, about.Source.PID, about.Source.Comm = d.Client.String(), d.PID, d.Comm
-		if d.Workload != nil {
-			about.Source.Workload = d.Workload.Cgroup
-		}
+		about.Source.Address, about.Source.Workload = d.Client.String(), d.Workload
+		about.Source.PID, about.Source.Comm = d.PID, d.Comm
 		about.Destination.Instance, about.Destination.Address = d.Instance, d.Dialled.String()
 		about.Destination.Identity = now.snap.Identity(d.Destination).String()
 		if d.Peer != d.Dialled {

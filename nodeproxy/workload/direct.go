@@ -28,7 +28,7 @@ type direct struct {
 	targets []target
 	routes  map[routeKey]*route
 	changed uint64            // counts changes of routes
-	sources map[uint32]string // services of workload ids, also of those that are gone
+	sources map[uint32]owner // by workload id, also of those that are gone
 	places  map[place]*served // where instances are or were
 	open    map[uint64]*openDirect
 	probes  chan probe
@@ -39,6 +39,9 @@ type grant struct {
 	redirect.Grant
 	source, destination string
 }
+
+// owner is whose a direct connection is.
+type owner struct{ service, cgroup string }
 
 // target is a local instance, and how it is reached directly.
 type target struct {
@@ -80,7 +83,7 @@ func (in directInput) equal(other directInput) bool {
 
 func newDirect(cfg Config) *direct {
 	d := &direct{
-		routes: make(map[routeKey]*route), sources: make(map[uint32]string), places: make(map[place]*served),
+		routes: make(map[routeKey]*route), sources: make(map[uint32]owner), places: make(map[place]*served),
 		open: make(map[uint64]*openDirect), probes: make(chan probe, 1024),
 	}
 	if d.why = cfg.NotDirect; d.why == "" {
@@ -113,7 +116,7 @@ func (m *Manager) grantDirect(v *view) {
 	defer d.mu.Unlock()
 	d.targets = targets
 	for _, e := range entries {
-		d.sources[e.ID] = e.Service
+		d.sources[e.ID] = owner{e.Service, e.Cgroup}
 	}
 	for _, t := range targets {
 		d.places[place{t.space.Cookie, t.address}] = t.served
@@ -135,10 +138,10 @@ func (m *Manager) grantDirect(v *view) {
 }
 
 // remember notes whose connections an earlier daemon granted to a workload.
-func (d *direct) remember(workload uint32, service string) {
+func (d *direct) remember(workload uint32, of owner) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.sources[workload] = service
+	d.sources[workload] = of
 }
 
 // write puts what is granted, and not denied by now, into the kernel.
@@ -346,7 +349,7 @@ func (m *Manager) endDenied() error {
 			return err
 		}
 		live = slices.DeleteFunc(live, func(g redirect.Granted) bool {
-			source, to := d.sources[g.Workload], d.places[place{g.To, g.Destination}]
+			source, to := d.sources[g.Workload].service, d.places[place{g.To, g.Destination}]
 			return source != "" && to != nil && d.allows(source, to.Service)
 		})
 		if len(live) == 0 {

@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"maps"
 	"net/netip"
 	"time"
 
@@ -23,7 +24,7 @@ type DirectConnection struct {
 	Stage       Stage
 	ID          uint64    // of the client's socket; unique while the node is up
 	Source      string    // service
-	Workload    *Workload // nil when it is gone
+	Workload    string    // cgroup of the client's, which may be gone
 	Destination string    // service
 	Instance    string
 	Client      netip.AddrPort
@@ -61,7 +62,7 @@ func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
 	}
 	d := m.direct
 	d.mu.Lock()
-	c := d.describe(e, m.view.Load())
+	c := d.describe(e)
 	open := d.open[c.ID]
 	tellOpen := false
 	switch c.Stage {
@@ -88,9 +89,10 @@ func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
 	}
 }
 
-func (d *direct) describe(e redirect.GrantEvent, v *view) DirectConnection {
+func (d *direct) describe(e redirect.GrantEvent) DirectConnection {
+	of := d.sources[e.Workload]
 	c := DirectConnection{
-		ID: e.Cookie, Source: d.sources[e.Workload], Workload: v.byID[e.Workload], Client: e.Client, Dialled: e.Dialled, Peer: e.Destination,
+		ID: e.Cookie, Source: of.service, Workload: of.cgroup, Client: e.Client, Dialled: e.Dialled, Peer: e.Destination,
 		PID: e.PID, Comm: e.Comm, Opened: e.Opened, Sent: e.Sent, Received: e.Received, RTT: e.RTT,
 	}
 	if to := d.places[place{e.To, e.Destination}]; to != nil {
@@ -186,11 +188,7 @@ func (d *direct) missing(live []redirect.Granted) []DirectConnection {
 			delete(d.open, id)
 		}
 	}
-	for at := range d.places {
-		if !places[at] {
-			delete(d.places, at)
-		}
-	}
+	maps.DeleteFunc(d.places, func(at place, _ *served) bool { return !places[at] })
 	return gone
 }
 

@@ -213,7 +213,7 @@ func (m *Manager) enrollable(v *view) []*entry {
 		}
 		id, left := pinned[e.cgroup]
 		if left {
-			m.direct.remember(id, e.Service)
+			m.direct.remember(id, owner{e.Service, e.Cgroup})
 		}
 		if left || v.hasLeaf(e.Service) {
 			ready = append(ready, e)

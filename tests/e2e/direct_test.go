@@ -264,6 +264,7 @@ func TestAnApplicationThatStopsAndStartsIsGrantedAgain(t *testing.T) {
 			return nil
 		})
 	}
+	m.settle(0)
 }
 
 func TestWorkloadsOfTheNodesNamespaceGoDirectAndTheirOwnServiceToo(t *testing.T) {
