@@ -28,7 +28,7 @@ type direct struct {
 	targets []target
 	routes  map[routeKey]*route
 	changed uint64            // counts changes of routes
-	sources map[uint32]owner // by workload id, also of those that are gone
+	sources map[uint32]owner  // by workload id, also of those that are gone
 	places  map[place]*served // where instances are or were
 	open    map[uint64]*openDirect
 	probes  chan probe

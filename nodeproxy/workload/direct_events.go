@@ -22,10 +22,10 @@ const (
 // DirectConnection is a connection between two workloads of this node that does not pass the proxy.
 type DirectConnection struct {
 	Stage       Stage
-	ID          uint64    // of the client's socket; unique while the node is up
-	Source      string    // service
-	Workload    string    // cgroup of the client's, which may be gone
-	Destination string    // service
+	ID          uint64 // of the client's socket; unique while the node is up
+	Source      string // service
+	Workload    string // cgroup of the client's, which may be gone
+	Destination string // service
 	Instance    string
 	Client      netip.AddrPort
 	Dialled     netip.AddrPort
