@@ -59,7 +59,7 @@ func (p *Proxy) Direct(d workload.DirectConnection) {
 func (p *Proxy) directOpened(d workload.DirectConnection) {
 	c := p.newDirect(d)
 	_ = c.open() // c is new: it cannot have been cut off
-	c.describe(func(about *admin.Connection) { about.Path = admin.PathDirect })
+	c.describe(func(about *admin.Connection) { about.Path = admin.PathDirect }) // open says that it is ours
 	p.direct.add(d.ID, c)
 	v := p.gate.decide(c.source, c.service)
 	if c.record(v); !v.Allowed {
@@ -89,6 +89,7 @@ func (p *Proxy) newDirect(d workload.DirectConnection) *connection {
 	now := p.gate.current()
 	c.identify(now.snap.Identity(d.Source), d.Destination)
 	c.describe(func(about *admin.Connection) {
+		about.Path = admin.PathDirect
 		about.Source.Address, about.Source.Workload = d.Client.String(), d.Workload
 		about.Source.PID, about.Source.Comm = d.PID, d.Comm
 		about.Destination.Instance, about.Destination.Address = d.Instance, d.Dialled.String()

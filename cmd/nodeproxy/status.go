@@ -81,10 +81,19 @@ func (v *statusView) summary() {
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})
 	t.add(cell{"kernel", v.dim}, cell{fmt.Sprintf("%s pinned at %s, heartbeat %s", count(s.Kernel.Links, "link"), s.Kernel.Pins, heartbeat), nil})
 	t.add(cell{"connections", v.dim}, cell{fmt.Sprintf("%d active of %d, %d opened, %d denied", s.Connections.Active, s.Connections.Max, s.Connections.Opened, s.Connections.Denied), nil})
+	t.add(cell{"same node", v.dim}, v.sameNode())
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
 	t.write(v.stdout, "")
+}
+
+func (v *statusView) sameNode() cell {
+	s := v.s.SameNode
+	if s.NotDirect != "" {
+		return cell{fmt.Sprintf("%s: %s", s.Path, s.NotDirect), nil}
+	}
+	return cell{fmt.Sprintf("%s to %s, %d active", s.Path, count(s.Grants, "pair"), s.Active), nil}
 }
 
 // section prints a title and a table, or the word none.

@@ -38,7 +38,7 @@ func newCollector(m *Metrics) *collector {
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
-		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
+		eventsLost:     desc("kernel_events_lost_total", "Verdicts and direct connections that trace, log and other counters do not show or show late."),
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -125,11 +126,15 @@ func (m *Manager) grantDirect(v *view) {
 		return
 	}
 	d.granted = nil
+	for _, r := range d.routes {
+		r.used = false
+	}
 	for _, e := range entries {
 		for _, s := range m.spacesOf(e) {
 			d.granted = append(d.granted, m.grantsOf(v.snap, e, s, targets)...)
 		}
 	}
+	maps.DeleteFunc(d.routes, func(_ routeKey, r *route) bool { return !r.used && !r.asked })
 	d.last = in
 	if err := d.write(m.redirect); err != nil {
 		d.last = directInput{}
@@ -404,6 +409,7 @@ type route struct {
 	source netip.Addr
 	err    error
 	asked  bool      // a probe is under way
+	used   bool      // by a pair that may connect
 	until  time.Time // when to ask again after err
 	tries  int
 }
@@ -425,6 +431,7 @@ func (m *Manager) route(e *entry, s *space, t target) (netip.Addr, bool) {
 		r = &route{}
 		d.routes[key] = r
 	}
+	r.used = true
 	if r.source.IsValid() {
 		return r.source, true
 	}
@@ -487,7 +494,7 @@ func (m *Manager) retryRoutes() {
 		switch {
 		case !known[key.from] || !known[key.to]:
 			delete(d.routes, key)
-		case r.err != nil && !r.asked && time.Now().After(r.until):
+		case !r.source.IsValid() && !r.asked && time.Now().After(r.until):
 			d.changed++
 		}
 	}

@@ -206,7 +206,7 @@ func (d *direct) state() DirectState {
 	s := DirectState{Why: d.why, Grants: len(d.granted), Live: len(d.open)}
 	s.Settling = d.why == "" && (d.last.snap == nil || d.last.snap != d.policy || d.last.changed != d.changed)
 	for _, r := range d.routes {
-		s.Settling = s.Settling || r.asked
+		s.Settling = s.Settling || r.asked || !r.source.IsValid() && r.err == nil
 	}
 	return s
 }
