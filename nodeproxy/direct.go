@@ -30,6 +30,12 @@ func (d *directs) take(id uint64) *connection {
 	return c
 }
 
+func (d *directs) len() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.open)
+}
+
 func (d *directs) all() []*connection {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -58,7 +64,7 @@ func (p *Proxy) Direct(d workload.DirectConnection) {
 // directOpened registers c before its intention is evaluated: a policy change either decides here, or finds it.
 func (p *Proxy) directOpened(d workload.DirectConnection) {
 	c := p.newDirect(d)
-	_ = c.open() // c is new: it cannot have been cut off
+	_ = c.open()                                                                // c is new: it cannot have been cut off
 	c.describe(func(about *admin.Connection) { about.Path = admin.PathDirect }) // open says that it is ours
 	p.direct.add(d.ID, c)
 	v := p.gate.decide(c.source, c.service)

@@ -66,7 +66,7 @@ func (p *Proxy) Status() admin.Status {
 		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
 		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
-			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+			Active: p.live.len() + p.direct.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
 		},
 		SameNode: sameNode(kernel.Direct),
 		Problems: []admin.Problem{}, Canaries: []string{}, Stopping: p.stopping.Load(),
