@@ -3,7 +3,6 @@ package nodeproxy
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -76,10 +75,11 @@ func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 }
 
 // recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
-// the policy in force denies. Direct ones are condemned here and ended by Kernel.Revoke.
+// the policy in force denies. Direct ones are ended by Kernel.Revoke.
 func (p *Proxy) recheck() {
 	var denied []*connection
-	for _, c := range slices.Concat(p.live.all(), p.direct.all()) {
+	p.direct.recheck(&p.gate)
+	for _, c := range p.live.all() {
 		source, service, known := c.pair()
 		if !known {
 			continue // it will be evaluated by the policy in force, or a newer one

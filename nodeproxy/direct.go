@@ -1,8 +1,6 @@
 package nodeproxy
 
 import (
-	"maps"
-	"slices"
 	"sync"
 
 	"nodeproxy.io/nodeproxy/admin"
@@ -13,21 +11,51 @@ import (
 // kernel ends those that the policy comes to deny (see Kernel.Revoke), and says when they are closed.
 type directs struct {
 	mu   sync.Mutex
-	open map[uint64]*connection
+	open map[uint64]*directConnection
 }
 
-func (d *directs) add(id uint64, c *connection) {
+type directConnection struct {
+	*connection
+	denial *verdict // of a policy that came to deny it; guarded by directs.mu
+}
+
+func (d *directs) add(id uint64, c *directConnection) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.open[id] = c
 }
 
-func (d *directs) take(id uint64) *connection {
+func (d *directs) take(id uint64) *directConnection {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c := d.open[id]
 	delete(d.open, id)
 	return c
+}
+
+// recheck evaluates every connection again. One that is denied now may have closed by itself already, unheard of: it is
+// condemned when the kernel says that it cut it.
+func (d *directs) recheck(g *gate) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.open {
+		c.evaluate(g)
+	}
+}
+
+func (d *directs) recheckOne(c *directConnection, g *gate) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c.evaluate(g)
+}
+
+func (c *directConnection) evaluate(g *gate) {
+	v := g.decide(c.source, c.service)
+	if c.denial = nil; !v.Allowed {
+		c.denial = &v
+		return
+	}
+	c.record(v)
 }
 
 func (d *directs) len() int {
@@ -39,7 +67,11 @@ func (d *directs) len() int {
 func (d *directs) all() []*connection {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.Collect(maps.Values(d.open))
+	var all []*connection
+	for _, c := range d.open {
+		all = append(all, c.connection)
+	}
+	return all
 }
 
 // Direct implements workload.Handler: what went within the node without us is told like what we carried.
@@ -63,14 +95,11 @@ func (p *Proxy) Direct(d workload.DirectConnection) {
 
 // directOpened registers c before its intention is evaluated: a policy change either decides here, or finds it.
 func (p *Proxy) directOpened(d workload.DirectConnection) {
-	c := p.newDirect(d)
+	c := &directConnection{connection: p.newDirect(d)}
 	_ = c.open()                                                                // c is new: it cannot have been cut off
 	c.describe(func(about *admin.Connection) { about.Path = admin.PathDirect }) // open says that it is ours
 	p.direct.add(d.ID, c)
-	v := p.gate.decide(c.source, c.service)
-	if c.record(v); !v.Allowed {
-		c.condemn(denial(c.source, c.service, v), &v)
-	}
+	p.direct.recheckOne(c, &p.gate)
 	e, _ := c.line()
 	p.opened.Add(1)
 	p.cfg.Observer.Observe(e)
@@ -81,10 +110,13 @@ func (p *Proxy) directClosed(d workload.DirectConnection) {
 	if c == nil {
 		return
 	}
+	if c.denial != nil && d.Cut {
+		c.condemn(denial(c.source, c.service, *c.denial), c.denial)
+	}
 	c.sent.Store(d.Sent)
 	c.received.Store(d.Received)
 	c.describe(func(about *admin.Connection) { about.RTT = d.RTT })
-	p.end(c, nil)
+	p.end(c.connection, nil)
 }
 
 func (p *Proxy) newDirect(d workload.DirectConnection) *connection {

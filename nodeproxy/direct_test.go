@@ -12,8 +12,8 @@ import (
 	"nodeproxy.io/policy"
 )
 
-// directConnection is one of the given number.
-func directConnection(id uint64) workload.DirectConnection {
+// directEvent is the opening of a connection.
+func directEvent(id uint64) workload.DirectConnection {
 	return workload.DirectConnection{
 		ID: id, Source: "web", Workload: "/cg/web", Destination: "api", Instance: "api-1", PID: 9, Comm: "curl", Opened: time.Now().Add(-time.Minute),
 		Client: netip.MustParseAddrPort("10.0.0.1:4000"), Dialled: netip.MustParseAddrPort("240.0.0.1:80"), Peer: netip.MustParseAddrPort("10.0.0.2:8080"),
@@ -23,7 +23,7 @@ func directConnection(id uint64) workload.DirectConnection {
 func TestADirectConnectionIsToldLikeAnyOther(t *testing.T) {
 	m := newMesh(t)
 	m.publish()
-	d := directConnection(77)
+	d := directEvent(77)
 	m.proxy.Direct(d)
 	opened := m.events.wait(t, "open", is(admin.EventOpen, admin.Outbound))
 	if list := m.proxy.Connections(); len(list) != 1 || list[0].ID != opened.ID || list[0].Path != admin.PathDirect {
@@ -45,7 +45,7 @@ func TestADirectConnectionIsToldLikeAnyOther(t *testing.T) {
 func TestADenyCondemnsDirectConnectionsBeforeTheKernelEndsThem(t *testing.T) {
 	m := newMesh(t)
 	m.publish()
-	d := directConnection(78)
+	d := directEvent(78)
 	m.proxy.Direct(d)
 	m.events.wait(t, "open", is(admin.EventOpen, admin.Outbound))
 	m.rule(policy.Deny)
@@ -56,13 +56,20 @@ func TestADenyCondemnsDirectConnectionsBeforeTheKernelEndsThem(t *testing.T) {
 	if !revoked {
 		t.Errorf("the kernel was not told to revoke what generation %d denies", generation)
 	}
-	late := directConnection(79) // told only now, and admitted before
+	ended := directEvent(81) // by itself, though that is told after the policy has changed
+	m.proxy.Direct(ended)
+	ended.Stage = workload.DirectClosed
+	m.proxy.Direct(ended)
+	if c := m.events.wait(t, "close", is(admin.EventClose, admin.Outbound)); c.Verdict != admin.Allowed {
+		t.Errorf("a connection that was not cut is closed as %+v", c)
+	}
+	late := directEvent(79) // told only now, and admitted before
 	m.proxy.Direct(late)
 	for _, d := range []workload.DirectConnection{d, late} {
-		d.Stage = workload.DirectClosed
+		d.Stage, d.Cut = workload.DirectClosed, true
 		m.proxy.Direct(d)
 	}
-	for _, c := range m.events.waitN(t, "close", 2, is(admin.EventClose, admin.Outbound)) {
+	for _, c := range m.events.waitN(t, "close", 3, is(admin.EventClose, admin.Outbound))[1:] {
 		if c.Verdict != admin.Denied || c.Reason != catalog.ReasonIntention {
 			t.Errorf("it is closed as %+v", c)
 		}
@@ -72,7 +79,7 @@ func TestADenyCondemnsDirectConnectionsBeforeTheKernelEndsThem(t *testing.T) {
 func TestADirectConnectionThatFailedIsADenial(t *testing.T) {
 	m := newMesh(t)
 	m.publish()
-	d := directConnection(80)
+	d := directEvent(80)
 	d.Stage, d.Reason = workload.DirectFailed, catalog.ReasonGrantMismatch
 	m.proxy.Direct(d)
 	c := m.events.wait(t, "denial", is(admin.EventDenied, admin.Outbound))

@@ -86,7 +86,7 @@ func New(cfg Config) (*Proxy, error) {
 		balancer: newBalancer(cfg.PreferLocal),
 		buffers:  newBuffers(),
 		live:     table{live: make(map[uint64]*connection)},
-		direct:   directs{open: make(map[uint64]*connection)},
+		direct:   directs{open: make(map[uint64]*directConnection)},
 		offers:   make(chan *catalog.Snapshot, 1),
 	}, nil
 }

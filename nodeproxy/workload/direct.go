@@ -32,6 +32,7 @@ type direct struct {
 	sources map[uint32]owner  // by workload id, also of those that are gone
 	places  map[place]*served // where instances are or were
 	open    map[uint64]*openDirect
+	cut     map[uint64]bool // connections that Revoke has ended, until their close is told
 	probes  chan probe
 }
 
@@ -85,7 +86,7 @@ func (in directInput) equal(other directInput) bool {
 func newDirect(cfg Config) *direct {
 	d := &direct{
 		routes: make(map[routeKey]*route), sources: make(map[uint32]owner), places: make(map[place]*served),
-		open: make(map[uint64]*openDirect), probes: make(chan probe, 1024),
+		open: make(map[uint64]*openDirect), cut: make(map[uint64]bool), probes: make(chan probe, 1024),
 	}
 	if d.why = cfg.NotDirect; d.why == "" {
 		if err := redirect.CanDestroy(); err != nil {
@@ -362,6 +363,7 @@ func (m *Manager) endDenied() error {
 		}
 		var failed []string
 		for _, g := range live {
+			d.cut[g.Cookie] = true
 			if err := m.redirect.Destroy(g); err != nil {
 				failed = append(failed, err.Error())
 			}

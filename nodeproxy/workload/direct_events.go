@@ -36,6 +36,7 @@ type DirectConnection struct {
 	Sent        uint64 // by the client, once it is closed
 	Received    uint64
 	RTT         time.Duration
+	Cut         bool           // Revoke ended it
 	Reason      catalog.Reason // of one that failed
 }
 
@@ -72,8 +73,11 @@ func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
 		}
 	case DirectClosed:
 		tellOpen = open == nil // its opening was lost
+		c.Cut = d.cut[c.ID]
 		delete(d.open, c.ID)
+		delete(d.cut, c.ID)
 	case DirectFailed:
+		delete(d.cut, c.ID)
 		m.learn(e)
 	}
 	d.mu.Unlock()
@@ -184,8 +188,10 @@ func (d *direct) missing(live []redirect.Granted) []DirectConnection {
 			continue
 		}
 		if c.missed++; c.missed > 1 {
+			c.Cut = d.cut[id]
 			gone = append(gone, c.DirectConnection)
 			delete(d.open, id)
+			delete(d.cut, id)
 		}
 	}
 	maps.DeleteFunc(d.places, func(at place, _ *served) bool { return !places[at] })
