@@ -568,6 +568,29 @@ func TestARevokedGrantIsCutInEveryState(t *testing.T) {
 	}
 }
 
+func TestASYNThatArrivesAfterItsGrantHasEndedIsRefused(t *testing.T) {
+	g := newGranting(t)
+	var held []*netlab.Process
+	for range 6 { // some of their SYNs find the queue full, and are sent again a second later
+		held = append(held, g.client.hold(g.client.cgroup, virtualKept+":80", "dialling"))
+	}
+	g.awaitGranted(len(held))
+	if err := g.r.SetGrants(nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.keeper.Signal(unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	if e := g.event(redirect.GrantFailed, virtualKept+":80"); !e.Refused || e.Admitted {
+		t.Errorf("it failed as %+v", e)
+	}
+	for _, p := range held {
+		p.Kill()
+		g.ended(p)
+	}
+	g.settled(g.client.id, g.server.id)
+}
+
 func (g *granting) awaitGranted(n int) {
 	g.t.Helper()
 	for end := time.Now().Add(deadline); ; time.Sleep(10 * time.Millisecond) {
