@@ -59,6 +59,7 @@ type Proxy struct {
 	balancer   *balancer
 	buffers    *buffers
 	live       table
+	direct     directs
 
 	connections sync.WaitGroup // one for each connection in live
 	lastID      atomic.Uint64
@@ -89,6 +90,7 @@ func New(cfg Config) (*Proxy, error) {
 		balancer:   newBalancer(cfg.PreferLocal),
 		buffers:    newBuffers(),
 		live:       table{live: make(map[uint64]*connection)},
+		direct:     directs{open: make(map[uint64]*directConnection)},
 		offers:     make(chan *catalog.Snapshot, 1),
 	}, nil
 }

@@ -48,7 +48,7 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 // Connections lists the open connections as "open" events with the bytes so far, by ID.
 func (p *Proxy) Connections() []admin.Connection {
 	open := []admin.Connection{}
-	for _, c := range p.live.all() {
+	for _, c := range slices.Concat(p.live.all(), p.direct.all()) {
 		if line, ok := c.line(); ok {
 			open = append(open, line)
 		}
@@ -79,8 +79,9 @@ func (p *Proxy) Status() admin.Status {
 		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
 		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
-			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+			Active: p.live.len() + p.direct.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
 		},
+		SameNode: sameNode(kernel.Direct),
 		Problems: []admin.Problem{}, Canaries: []string{}, Stopping: p.stopping.Load(),
 	}
 	for _, w := range kernel.Workloads {
@@ -121,6 +122,14 @@ func (p *Proxy) Status() admin.Status {
 	}
 	for _, problem := range now.snap.Problems {
 		s.Problems = append(s.Problems, admin.Problem(problem))
+	}
+	return s
+}
+
+func sameNode(d workload.DirectState) admin.SameNode {
+	s := admin.SameNode{Path: admin.PathDirect, NotDirect: d.Why, Grants: d.Grants, Active: d.Live, Settling: d.Settling}
+	if d.Why != "" {
+		s.Path = admin.PathMTLS
 	}
 	return s
 }

@@ -165,6 +165,9 @@ func (r *Redirect) loadShadows() error {
 	if r.plaintext, err = loadShadow[outboundRangeKey, uint32](r.obj.PlaintextFrom); err != nil {
 		return err
 	}
+	if r.grants, err = loadShadow[outboundGrantKey, outboundGrant](r.obj.Grants); err != nil {
+		return err
+	}
 	if r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules); err != nil {
 		return err
 	}

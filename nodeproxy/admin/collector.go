@@ -39,7 +39,7 @@ func newCollector(m *Metrics) *collector {
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
-		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
+		eventsLost:     desc("kernel_events_lost_total", "Verdicts and direct connections that trace, log and other counters do not show or show late."),
 
 		dnsAnswered:  desc("dns_answered_total", "Name queries of workloads that were answered from the mesh's definitions."),
 		dnsForwarded: desc("dns_forwarded_total", "Name queries of workloads that the name server which they asked has answered."),

@@ -55,10 +55,10 @@ func cgroup2(t *testing.T) string {
 func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 	c := mustLoad(t, minimal)
 	want := Config{
-		Node:        Node{Name: "node-1", Address: netip.MustParseAddr("10.0.0.5")},
-		Source:      FileSource{Path: "/etc/nodeproxy/mesh.d", VirtualIPs: netip.MustParsePrefix("240.0.0.0/8")},
-		Inbound:     Inbound{Mode: Strict, FirstPort: 21500, LastPort: 21999},
-		PreferLocal: true,
+		Node:    Node{Name: "node-1", Address: netip.MustParseAddr("10.0.0.5")},
+		Source:  FileSource{Path: "/etc/nodeproxy/mesh.d", VirtualIPs: netip.MustParsePrefix("240.0.0.0/8")},
+		Inbound: Inbound{Mode: Strict, FirstPort: 21500, LastPort: 21999},
+		Direct:  true, PreferLocal: true,
 		Limits: Limits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
 			Drain: 30 * time.Second},
 		Log:   Log{Level: slog.LevelInfo, Format: "text", Access: "denied"},
@@ -74,7 +74,7 @@ func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 }
 
 func equal(a, b Config) bool {
-	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.PreferLocal == b.PreferLocal &&
+	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.PreferLocal == b.PreferLocal && a.Direct == b.Direct &&
 		a.FailOpen == b.FailOpen && a.Limits == b.Limits && a.Log == b.Log && a.Admin == b.Admin && a.State == b.State
 }
 
@@ -162,7 +162,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 		"c.hcl:13: workloads.containers " + notYet,
 		"c.hcl:14: workloads.consul " + notYet,
 		"c.hcl:15: workloads.xattr " + notYet,
-		"c.hcl:20: same_node " + notYet,
 		"c.hcl:21: tunnels " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 		"c.hcl:25: existing_connections " + notYet,

@@ -114,7 +114,7 @@ const (
 func defaults() raw {
 	return raw{
 		Inbound:            rawInbound{Mode: string(Strict), Ports: "21500-21999"},
-		SameNode:           "mtls",
+		SameNode:           "direct",
 		PreferLocal:        true,
 		OnFailure:          "closed",
 		ExistingConnection: "keep",

@@ -55,8 +55,12 @@ func TestEveryFamilyAndNodeIsCapturedWhenInTheMeshAndUntouchedWhenNot(t *testing
 				if !strings.HasSuffix(name, ", captured") {
 					return
 				}
+				path := admin.PathMTLS
+				if strings.HasPrefix(name, "same node") {
+					path = admin.PathDirect
+				}
 				traced.await("closed connection to "+to, func(c admin.Connection) bool {
-					return c.Event == "close" && c.Destination.Address == to && c.Path == admin.PathMTLS && c.Verdict == admin.Allowed
+					return c.Event == "close" && c.Destination.Address == to && c.Path == path && c.Direction == admin.Outbound && c.Verdict == admin.Allowed
 				})
 			})
 		}
