@@ -346,7 +346,7 @@ func proxied(snap *catalog.Snapshot, caller string, to catalog.Destination) stri
 	route := to.Service.Route()
 	switch target := route.Preferred(); {
 	case !to.Service.IsWhole(target):
-		return fmt.Sprintf("its service-resolver leads to %s", target)
+		return fmt.Sprintf("its service-resolver leads to %s, not to each of its instances", target)
 	case route.Balance == catalog.RoundRobin || route.Balance == catalog.SourceHash:
 		return fmt.Sprintf("its service-resolver balances by %s", route.Balance)
 	}
