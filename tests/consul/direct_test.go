@@ -12,16 +12,28 @@ func TestWithinANodeOnlyPlainCallsGoDirect(t *testing.T) {
 	m := newMesh(t)
 	const v1, v2 = 8081, 8082
 	web := m.place(0, "web")
-	one := m.instance(0, "api", "api-1", v1, map[string]string{"version": "v1"})
-	two := m.instance(0, "api", "api-2", v2, map[string]string{"version": "v2"})
+	var address string // of an instance
+	for id, p := range map[string]int{"v1": v1, "v2": v2} {
+		api, err := m.Nodes[0].Workload(id)
+		m.must(err)
+		m.Daemons[0].Enroll(api, "api")
+		m.serve(api, fmt.Sprintf(":%d", p))
+		s := Service("api", id, api.IPv4.String(), p)
+		s["Meta"] = map[string]string{"version": id}
+		s["Connect"] = map[string]any{"SidecarService": map[string]any{"Proxy": map[string]any{"LocalServiceAddress": api.IPv4.String()}}} // not loopback, Consul's default
+		m.must(m.agents[0].Register(m.ctx(), s))
+		if p == v1 {
+			address = fmt.Sprintf("%s:%d", api.IPv4, p)
+		}
+	}
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
 	m.start([]string{"web", "api"}, nil)
 	vip := m.virtual(0, "api")
-	address := fmt.Sprintf("%s:%d", one.IPv4, v1)
-	direct := func(out string) bool {
-		return strings.Contains(out, fmt.Sprintf("local=%s\n", address)) || strings.Contains(out, fmt.Sprintf("local=%s:%d\n", two.IPv4, v2))
+	proxied := func(out string) bool { return reached(out) && strings.Contains(out, "connected local=127.0.0.1:") }
+	direct := func(out string) bool { return reached(out) && !proxied(out) }
+	on := func(port int) func(string) bool {
+		return func(out string) bool { return proxied(out) && strings.Contains(out, fmt.Sprintf(":%d\n", port)) }
 	}
-	proxied := func(out string) bool { return at(v1)(out) || at(v2)(out) }
 	always := func(what, to string, want func(string) bool) {
 		t.Helper()
 		m.eventually(what, web, to, want)
@@ -51,7 +63,7 @@ func TestWithinANodeOnlyPlainCallsGoDirect(t *testing.T) {
 		m.must(m.agents[0].Write(m.ctx(), entry))
 	}
 	resolver(map[string]any{"DefaultSubset": "new", "Subsets": map[string]any{"new": map[string]any{"Filter": "Service.Meta.version == v2"}}})
-	always("a subset takes the proxy", vip, at(v2))
+	always("a subset takes the proxy", vip, on(v2))
 	explained("api", admin.PathMTLS, "new.api")
 	always("an instance's own address is direct all the same", address, direct)
 
@@ -65,6 +77,6 @@ func TestWithinANodeOnlyPlainCallsGoDirect(t *testing.T) {
 	m.must(m.agents[0].Write(m.ctx(), map[string]any{"Kind": "service-defaults", "Name": "web",
 		"UpstreamConfig": map[string]any{"Overrides": []map[string]any{{"Name": "api", "Limits": map[string]any{"MaxConnections": 20}}}}}))
 	always("what is counted takes the proxy", vip, proxied)
-	always("what is counted takes the proxy to an instance too", address, at(v1))
+	always("what is counted takes the proxy to an instance too", address, on(v1))
 	explained("api", admin.PathMTLS, "MaxConnections")
 }
