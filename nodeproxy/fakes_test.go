@@ -34,6 +34,8 @@ type fakeKernel struct {
 	apps      map[string]string // address by instance
 	delivered int
 	clients   []netip.AddrPort
+	revoked   []uint64 // generations
+	notDirect string
 	listeners []net.Listener
 	serving   sync.WaitGroup
 	ready     chan struct{}
@@ -56,6 +58,15 @@ func (k *fakeKernel) Run(ctx context.Context, h workload.Handler) error {
 	k.serving.Wait()
 	return nil
 }
+
+func (k *fakeKernel) Revoke(snap *catalog.Snapshot) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.revoked = append(k.revoked, snap.Generation)
+	return nil
+}
+
+func (k *fakeKernel) Direct(string, catalog.Destination) string { return k.notDirect }
 
 func (k *fakeKernel) Apply(ctx context.Context, snap *catalog.Snapshot) error {
 	if k.apply != nil {

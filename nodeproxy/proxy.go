@@ -62,6 +62,7 @@ type Proxy struct {
 	live       table
 	observed   observations
 	tunnels    *tunnels
+	direct     directs
 
 	connections sync.WaitGroup // one for each connection in live
 	lastID      atomic.Uint64
@@ -93,6 +94,7 @@ func New(cfg Config) (*Proxy, error) {
 		buffers:    newBuffers(),
 		live:       table{live: make(map[uint64]*connection)},
 		tunnels:    newTunnels(&cfg.Limits),
+		direct:     directs{open: make(map[uint64]*directConnection)},
 		offers:     make(chan *catalog.Snapshot, 1),
 	}, nil
 }

@@ -42,7 +42,7 @@ func newCollector(m *Metrics) *collector {
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
 		repairs:        desc("repairs_total", "Times that what nodeproxy has in the kernel was changed by somebody else, and repaired."),
-		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
+		eventsLost:     desc("kernel_events_lost_total", "Verdicts and direct connections that trace, log and other counters do not show or show late."),
 
 		dnsAnswered:  desc("dns_answered_total", "Name queries of workloads that were answered from the mesh's definitions."),
 		dnsForwarded: desc("dns_forwarded_total", "Name queries of workloads that the name server which they asked has answered."),

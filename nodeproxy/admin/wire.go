@@ -43,6 +43,7 @@ type Path string
 const (
 	PathMTLS      Path = "mtls"      // plain Connect mTLS
 	PathTunnel    Path = "tunnel"    // a stream of a warm tunnel between two nodeproxies
+	PathDirect    Path = "direct"    // within the node, authorised in the kernel, not through the proxy
 	PathPlaintext Path = "plaintext" // let in by permissive mode, or refused by strict mode
 	PathNone      Path = "none"      // refused before a path was chosen
 )
@@ -69,6 +70,8 @@ type Connection struct {
 	Repeated uint64        `json:"repeated,omitempty"` // access log only: how many more of the same were not logged
 	// Handshake is how long TLS took, in an open or denied event; 0 where there was none.
 	Handshake time.Duration `json:"handshake_ns,omitempty"`
+	// RTT is the smoothed round trip time of a direct connection, in its close event.
+	RTT time.Duration `json:"rtt_ns,omitempty"`
 	// Dropped is, in an EventDropped line, how many events this reader of the trace was too slow for.
 	Dropped uint64 `json:"dropped,omitempty"`
 }
@@ -100,6 +103,7 @@ type Status struct {
 	Certificates []Certificate `json:"certificates"`
 	Kernel       Kernel        `json:"kernel"`
 	Connections  Connections   `json:"connections"`
+	SameNode     SameNode      `json:"same_node"`
 	Problems     []Problem     `json:"problems"`
 	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
 	Canaries []string `json:"canaries"`
@@ -265,6 +269,15 @@ type Tunnels struct {
 	Inbound  int `json:"inbound"`
 }
 
+// SameNode is the path of connections between workloads of this node.
+type SameNode struct {
+	Path      Path   `json:"path"` // PathDirect, where explain does not say otherwise of a pair, or PathMTLS
+	NotDirect string `json:"not_direct,omitempty"`
+	Grants    int    `json:"grants"`   // addresses that workloads may dial directly
+	Active    int    `json:"active"`   // direct connections
+	Settling  bool   `json:"settling"` // not every pair has been looked at yet
+}
+
 // Problem is something the operator should know.
 type Problem struct {
 	Service string `json:"service,omitempty"`
@@ -294,6 +307,7 @@ type Explanation struct {
 	Considered  []string   `json:"considered"`          // every intention that matches, in order of precedence
 	Generation  uint64     `json:"generation"`
 	Path        Path       `json:"path"`
+	NotDirect   string     `json:"not_direct,omitempty"` // why it is not PathDirect, where the destination has an instance on this node
 	Virtual     []string   `json:"virtual_ips"`
 	Instances   []Instance `json:"instances"`
 	Targets     []Target   `json:"targets,omitempty"` // of the discovery chain, where it is not just the service

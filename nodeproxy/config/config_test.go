@@ -58,6 +58,7 @@ func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 		Node:        Node{Name: "node-1", Address: netip.MustParseAddr("10.0.0.5")},
 		Source:      FileSource{Path: "/etc/nodeproxy/mesh.d", VirtualIPs: netip.MustParsePrefix("240.0.0.0/8")},
 		Inbound:     Inbound{Mode: Strict, FirstPort: 21500, LastPort: 21999},
+		Direct:      true,
 		Tunnels:     true,
 		PreferLocal: true,
 		Limits: Limits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
@@ -75,7 +76,7 @@ func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 }
 
 func equal(a, b Config) bool {
-	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.Tunnels == b.Tunnels && a.PreferLocal == b.PreferLocal &&
+	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.Tunnels == b.Tunnels && a.Direct == b.Direct && a.PreferLocal == b.PreferLocal &&
 		a.FailOpen == b.FailOpen && a.Limits == b.Limits && a.Log == b.Log && a.Admin == b.Admin && a.State == b.State
 }
 
@@ -178,7 +179,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 		"c.hcl:11: workloads.kubernetes " + notYet,
 		"c.hcl:13: workloads.containers " + notYet,
 		"c.hcl:14: workloads.consul " + notYet,
-		"c.hcl:20: same_node " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 		"c.hcl:25: existing_connections " + notYet,
 	} {

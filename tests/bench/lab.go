@@ -26,8 +26,8 @@ type path struct {
 	baseline string // the path of plain TCP between the same places; "" for that itself
 	client   *netlab.Workload
 	to       netip.AddrPort
+	ends     [2]int // how many ends of a connection each node's daemon tells of
 	via      admin.Path
-	ends     [2]int // how many ends of a connection each node's daemon has
 }
 
 // The names of the paths of plain TCP.
@@ -106,10 +106,10 @@ func (l *lab) build(ctx context.Context) error {
 		}
 		targets[name] = netip.AddrPortFrom(virtual, servicePort)
 	}
-	l.far = &path{name: "nodeproxy, node to node", baseline: plainFar, client: web, to: targets["far"], via: l.between, ends: [2]int{1, 1}}
+	l.far = &path{name: "nodeproxy, node to node", baseline: plainFar, client: web, to: targets["far"], ends: [2]int{1, 1}, via: l.between}
 	l.paths = []*path{
 		{name: plainNear, client: stranger, to: targets["plain-near"]},
-		{name: "nodeproxy, same node", baseline: plainNear, client: web, to: targets["near"], via: admin.PathMTLS, ends: [2]int{2, 0}},
+		{name: "nodeproxy, same node", baseline: plainNear, client: web, to: targets["near"], ends: [2]int{1, 0}, via: admin.PathDirect},
 		{name: plainFar, client: stranger, to: targets["plain-far"]},
 		l.far,
 	}
@@ -169,6 +169,15 @@ func (l *lab) start(ctx context.Context) error {
 			if err := d.AwaitInstances(ctx, name, 1); err != nil {
 				return err
 			}
+		}
+		_, err := d.Await(ctx, func(s *admin.Status) error {
+			if s.SameNode.Settling {
+				return errors.New("the direct path is not settled")
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil

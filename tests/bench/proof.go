@@ -11,7 +11,7 @@ import (
 )
 
 // prove shows by the trace of the daemons that each path carries every byte of every kind of load the way it claims: in
-// plain TCP past the daemons, or over mTLS, out through the client's node and in through the server's.
+// plain TCP past the daemons, directly within the node, or over mTLS, out through the client's node and in through the server's.
 func (b *bench) prove(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -215,7 +215,20 @@ func (m *mesh) settle(node int) {
 		}
 		m.must(d.AwaitInstances(m.ctx(), svc.Name, len(svc.Instances)))
 	}
+	m.settleDirect(node)
 	m.baselines[node], err = measure(m.ctx(), d)
+	m.must(err)
+}
+
+// settleDirect waits until a node's daemon has looked at every pair of workloads that may go direct.
+func (m *mesh) settleDirect(node int) {
+	m.t.Helper()
+	_, err := m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.SameNode.Settling {
+			return fmt.Errorf("the direct path is not settled: %+v", s.SameNode)
+		}
+		return nil
+	})
 	m.must(err)
 }
 
@@ -460,7 +473,8 @@ func measure(ctx context.Context, d *meshlab.Daemon) (*footprint, error) {
 		entries: make(map[string]int),
 	}
 	for _, m := range status.Kernel.Maps {
-		if m.Name != "dns_resolvers" { // which keeps what was asked once as long as the namespace
+		// What was asked once is kept as long as the namespace; grants follow the intentions, whatever connects.
+		if m.Name != "dns_resolvers" && m.Name != "grants" {
 			f.entries[m.Name] = m.Entries
 		}
 	}

@@ -60,10 +60,10 @@ func testEveryFamilyAndNode(t *testing.T, m *mesh, between admin.Path) {
 				}
 				want := between
 				if strings.HasPrefix(name, "same node") {
-					want = admin.PathMTLS
+					want = admin.PathDirect
 				}
 				traced.await("closed connection to "+to, func(c admin.Connection) bool {
-					return c.Event == "close" && c.Destination.Address == to && c.Path == want && c.Verdict == admin.Allowed
+					return c.Event == "close" && c.Destination.Address == to && c.Path == want && c.Direction == admin.Outbound && c.Verdict == admin.Allowed
 				})
 			})
 		}
