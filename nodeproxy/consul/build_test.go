@@ -123,6 +123,21 @@ func TestAGoodCatalogHasNoProblems(t *testing.T) {
 	}
 }
 
+func TestTunnelsAreForInstancesThatAnotherNodeproxyServes(t *testing.T) {
+	d := sample()
+	d.register("api", endpoint{node: "node-4", id: "envoy", mesh: place{"10.4.0.2", 21000}, healthy: true})
+	d.register("api", endpoint{node: "node-2", id: "beside", mesh: place{"10.2.0.2", 20000}, healthy: true})
+	d.register("api", endpoint{node: "node-9", id: "native", mesh: place{"10.9.0.2", 21000}, native: true, healthy: true})
+	s := build(t, d, "web")
+	for _, svc := range s.Services {
+		for _, inst := range svc.Instances {
+			if want := inst.ID == "api-1"; inst.Tunnels != want {
+				t.Errorf("tunnels to %s of %s: %v, want %v", inst.ID, inst.Node, inst.Tunnels, want)
+			}
+		}
+	}
+}
+
 func TestAPoisonedCatalogStealsNothing(t *testing.T) {
 	evil := endpoint{node: "node-9", nodeAddress: "192.0.2.9", id: "evil-1", proxyID: "evil-1-sidecar-proxy", mesh: place{"10.9.0.2", 21000}, app: place{"10.9.0.2", 8080}, healthy: true, virtual: netip.MustParseAddr("240.0.0.9")}
 	with := func(change func(*endpoint)) endpoint {
