@@ -985,6 +985,7 @@ func TestFramesMayBeginAnywhereInARecord(t *testing.T) {
 
 func TestExplainSaysWhereTunnelsAreUsed(t *testing.T) {
 	m := newMesh(t, tunnelled)
+	m.kernel.notDirect = "the test's instances are of another node"
 	at := m.echo()
 	if e, err := m.proxy.Explain("web", "api"); err != nil || e.Path != admin.PathTunnel {
 		t.Errorf("%+v, %v", e, err)

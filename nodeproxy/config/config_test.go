@@ -275,12 +275,12 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 }
 
 func TestAllErrorsAreReportedAtOnceInOrder(t *testing.T) {
-	_, err := load(t, minimal+"same_node = \"direct\"\nlog { level = \"x\" }\ninbound { mode = \"y\" }")
+	_, err := load(t, minimal+"existing_connections = \"reset\"\nlog { level = \"x\" }\ninbound { mode = \"y\" }")
 	if err == nil {
 		t.Fatal("no error")
 	}
 	last := -1
-	for _, want := range []string{"c.hcl:3: same_node", "c.hcl:4: log.level", "c.hcl:5: inbound.mode"} {
+	for _, want := range []string{"c.hcl:3: existing_connections", "c.hcl:4: log.level", "c.hcl:5: inbound.mode"} {
 		i := strings.Index(err.Error(), want)
 		if i <= last {
 			t.Errorf("%q is missing or out of order in\n%v", want, err)
