@@ -3,6 +3,7 @@ package consul
 import (
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/consul/api"
 
@@ -55,20 +56,35 @@ func isSilent(c *api.HealthCheck) bool {
 	return strings.HasPrefix(c.Output, "Aliased check ") && strings.HasSuffix(c.Output, " failing: ") // and the other has no output
 }
 
-// keepLastWord makes instances of a service that are unheard as healthy as they were last known to be: by old, which may be
-// nil, or by an earlier daemon. One that was never heard of is not healthy.
+// maxSilence is how long an unheard instance may count as healthy: most checks run more often. A check that somebody calls
+// critical without a word, as one with a TTL can be, is believed after it.
+const maxSilence = 30 * time.Second
+
+// keepLastWord makes instances of a service that are unheard as healthy as they were last known to be, for maxSilence: by old,
+// which may be nil, or by an earlier daemon. One that was never heard of is not healthy.
 func (r *run) keepLastWord(name string, old *service, found []endpoint) {
 	for i := range found {
-		if e := &found[i]; e.unheard {
-			e.healthy = r.wasHealthy(name, old, e)
+		e := &found[i]
+		if !e.unheard {
+			continue
 		}
+		e.silent = time.Now()
+		if old != nil {
+			if j := slices.IndexFunc(old.instances, e.is); j >= 0 && old.instances[j].unheard {
+				e.silent = old.instances[j].silent
+			}
+		}
+		e.healthy = time.Since(e.silent) < maxSilence && r.wasHealthy(name, old, e)
 	}
 }
+
+// is says whether e and o are one instance at two times.
+func (e *endpoint) is(o endpoint) bool { return o.node == e.node && o.proxyID == e.proxyID }
 
 func (r *run) wasHealthy(name string, old *service, e *endpoint) bool {
 	if old != nil {
 		return slices.ContainsFunc(old.instances, func(was endpoint) bool {
-			return was.node == e.node && was.proxyID == e.proxyID && (was.healthy || was.agentless)
+			return e.is(was) && (was.healthy || was.agentless)
 		})
 	}
 	if r.earlier == nil || r.earlier.snap.Services[name] == nil {

@@ -40,8 +40,9 @@ type endpoint struct {
 	app               place // of the application; nothing for a native service
 	native            bool
 	healthy           bool
-	agentless         bool // critical, but only because its agent is not reachable
-	unheard           bool // its checks have not run since its agent started
+	agentless         bool      // critical, but only because its agent is not reachable
+	unheard           bool      // its checks have not run since its agent started
+	silent            time.Time // since when it is unheard
 	virtual           netip.Addr
 	tagged            place // "virtual": a Kubernetes ClusterIP, say
 	tags              []string
