@@ -31,6 +31,11 @@ func (s *service) ailing() bool {
 	return time.Since(s.read) > wait && slices.ContainsFunc(s.instances, func(e endpoint) bool { return !e.healthy || e.unheard })
 }
 
+// silentTooLong says whether s has an instance that must not count as healthy any more.
+func (s *service) silentTooLong() bool {
+	return slices.ContainsFunc(s.instances, func(e endpoint) bool { return e.unheard && e.healthy && time.Since(e.silent) >= maxSilence })
+}
+
 // endpoint is one place where Connect mTLS is spoken for a service.
 type endpoint struct {
 	node, nodeAddress string
@@ -268,6 +273,8 @@ func (r *run) due(changed time.Time) []endpoints {
 		switch {
 		case s == nil:
 			never = append(never, of)
+		case s.silentTooLong():
+			again = append(again, of) // of which a watch hears nothing
 		case watched[of]:
 		case s.ailing(), time.Since(s.read) > staleAtLast, s.read.Before(changed) && time.Since(s.read) > soonest:
 			again = append(again, of)

@@ -37,7 +37,7 @@ func (m *mesh) instance(node int, service, id string, port int, meta map[string]
 // mark sets the check of an instance: pass or fail.
 func (m *mesh) mark(node int, id, how string) {
 	m.t.Helper()
-	m.must(m.agents[node].Do(m.ctx(), http.MethodPut, "/v1/agent/check/"+how+"/"+id, nil, nil))
+	m.must(m.agents[node].Do(m.ctx(), http.MethodPut, "/v1/agent/check/"+how+"/"+id+"?note=set+by+the+test", nil, nil))
 }
 
 // at says whether an answer came from the instance at a port.
