@@ -98,7 +98,7 @@ func TestACommandEndsWithItsStatus(t *testing.T) {
 		p, err := m.Lab.Start(netlab.Command{Path: programs.nodeproxy, Args: tc.args, Namespace: m.Nodes[0].Namespace})
 		m.must(err)
 		_ = p.Wait(m.ctx()) // its status is looked at
-		if p.ExitCode() != tc.status || !strings.Contains(p.Output(), tc.want) || strings.Contains(p.Output(), "goroutine") {
+		if p.ExitCode() != tc.status || !strings.Contains(p.Output(), tc.want) || strings.Contains(p.Output(), "goroutine ") {
 			t.Errorf("%v ends with %d, want %d and %q: %s", tc.args, p.ExitCode(), tc.status, tc.want, p.Output())
 		}
 	}
