@@ -1,6 +1,7 @@
 package redirect_test
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/redirect"
 )
@@ -110,10 +112,14 @@ func TestAnAuditRepairsWhatSomebodyElseChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if err := l.Update(passing(t)); err != nil {
+	switch err := l.Update(passing(t)); {
+	case errors.Is(err, unix.EINVAL): // 6.1 and 6.12 let nobody replace it, so there is nothing to repair
+		n.expectAudit()
+	case err != nil:
 		t.Fatal(err)
+	default:
+		n.expectAudit("connect4 was replaced")
 	}
-	n.expectAudit("connect4 was replaced")
 	works()
 
 	for name, spoil := range map[string]func(m *ebpf.Map) error{
