@@ -1,12 +1,14 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	"nodeproxy.io/redirect"
 	"nodeproxy.io/tests/netlab"
 )
 
@@ -28,7 +30,7 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 		},
 		"of a daemon that died while it attached": func(m *mesh, node int) {
 			m.kill(node)
-			dir := filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, "v1")
+			dir := filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, fmt.Sprintf("v%d", redirect.MapABI))
 			for _, pattern := range []string{"maps/pending", "maps/rules", "cgroups/*/sockops", "namespaces/*"} {
 				found, err := filepath.Glob(filepath.Join(dir, pattern))
 				m.must(err)
