@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -10,58 +11,55 @@ import (
 	"nodeproxy.io/nodeproxy/catalog"
 )
 
-// unheard says whether an instance is critical only because of checks that have not run yet. An agent that restarts calls
-// every check critical until then, without a word: that says nothing about the instance. Whoever registers without an agent
-// means what it writes.
-func unheard(checks api.HealthChecks) bool {
-	silent, hasAgent := false, false
-	for _, c := range checks {
-		hasAgent = hasAgent || c.CheckID == serfHealth
-		if c.Status != api.HealthCritical {
-			continue
-		}
-		if !isSilent(c) {
-			return false
-		}
-		silent = true
-	}
-	return silent && hasAgent
-}
-
 // serfHealth is the check that Consul has of each node's agent.
 const serfHealth = "serfHealth"
 
-// agentless says whether an instance is critical only because its node's agent is not reachable, which is not the
-// application's fault.
-func agentless(checks api.HealthChecks) bool {
-	lost := false
+// blame says why an instance is critical where that says nothing about its application. unheard: checks have not run yet, as
+// all have not when an agent restarts, which calls them critical until then. agentless: its node's agent is not reachable.
+// Both can be. Whoever registers without an agent means what it writes.
+func blame(checks api.HealthChecks) (unheard, agentless bool) {
+	hasAgent := false
 	for _, c := range checks {
-		if c.Status == api.HealthCritical {
-			if c.CheckID != serfHealth {
-				return false
-			}
-			lost = true
+		isAgent := c.CheckID == serfHealth
+		hasAgent = hasAgent || isAgent
+		switch {
+		case c.Status != api.HealthCritical:
+		case isAgent:
+			agentless = true
+		case isSilent(c):
+			unheard = true
+		default:
+			return false, false
 		}
 	}
-	return lost
+	return unheard && hasAgent, agentless
 }
 
+// isSilent says whether a critical check has not run: it has nothing to say, or still says what it persisted when it passed
+// (loadChecks in agent/agent.go of Consul), or misses a service that the agent has not loaded yet (agent/checks/alias.go).
 func isSilent(c *api.HealthCheck) bool {
-	switch {
-	case c.CheckID == "_node_maintenance", strings.HasPrefix(c.CheckID, "_service_maintenance:"):
+	if c.CheckID == "_node_maintenance" || strings.HasPrefix(c.CheckID, "_service_maintenance:") {
 		return false // their reason is elsewhere
-	case c.Output == "":
-		return true
 	}
-	return strings.HasPrefix(c.Output, "Aliased check ") && strings.HasSuffix(c.Output, " failing: ") // and the other has no output
+	output := c.Output
+	if rest, isAlias := strings.CutPrefix(output, "Aliased check "); isAlias {
+		_, output, _ = strings.Cut(rest, " failing: ")
+	}
+	return output == "" || passed.MatchString(output) || missing.MatchString(output)
 }
+
+// passed matches what Consul's checks say when they pass (agent/checks of Consul).
+var passed = regexp.MustCompile(`^(No checks found\.|All checks passing\.|(TCP|TCP\+TLS|UDP) connect \S+: Success|HTTP \S+ \S+: 2\d\d .*|HTTP2 ping was successful|gRPC check \S+: success)(\s|$)`)
+
+var missing = regexp.MustCompile(`^Service \S+ could not be found on node`)
 
 // maxSilence is how long an unheard instance may count as healthy: most checks run more often. A check that somebody calls
 // critical without a word, as one with a TTL can be, is believed after it.
 const maxSilence = 30 * time.Second
 
 // keepLastWord makes instances of a service that are unheard as healthy as they were last known to be, for maxSilence: by old,
-// which may be nil, or by an earlier daemon. One that was never heard of is not healthy.
+// which may be nil, or by an earlier daemon. Those that lack their agents, too, stay no more than agentless. One that was never
+// heard of is not healthy.
 func (r *run) keepLastWord(name string, old *service, found []endpoint) {
 	for i := range found {
 		e := &found[i]
@@ -70,11 +68,12 @@ func (r *run) keepLastWord(name string, old *service, found []endpoint) {
 		}
 		e.silent = time.Now()
 		if old != nil {
-			if j := slices.IndexFunc(old.instances, e.is); j >= 0 && old.instances[j].unheard {
+			if j := slices.IndexFunc(old.instances, e.is); j >= 0 && old.instances[j].unheard && !old.instances[j].agentless {
 				e.silent = old.instances[j].silent
 			}
 		}
-		e.healthy = time.Since(e.silent) < maxSilence && r.wasHealthy(name, old, e)
+		was := time.Since(e.silent) < maxSilence && r.wasHealthy(name, old, e)
+		e.healthy, e.agentless = was && !e.agentless, was && e.agentless
 	}
 }
 

@@ -9,31 +9,40 @@ import (
 	"nodeproxy.io/nodeproxy/catalog"
 )
 
-func TestACheckThatHasNotRunSaysNothing(t *testing.T) {
+func TestOnlyAFailedCheckIsBlamedOnTheApplication(t *testing.T) {
 	critical := func(id, output string) *api.HealthCheck {
 		return &api.HealthCheck{CheckID: id, Status: api.HealthCritical, Output: output}
 	}
+	alive := &api.HealthCheck{CheckID: "serfHealth", Status: api.HealthPassing, Output: "Agent alive and reachable"}
+	lost := critical("serfHealth", "Agent not live or unreachable")
 	passing := &api.HealthCheck{CheckID: "tcp", Status: api.HealthPassing, Output: "connected"}
 	for name, c := range map[string]struct {
-		checks api.HealthChecks
-		want   bool
+		checks             api.HealthChecks
+		unheard, agentless bool
 	}{
-		"passing":                       {api.HealthChecks{passing}, false},
-		"none":                          {nil, false},
-		"not run":                       {api.HealthChecks{passing, critical("tcp", "")}, true},
-		"an alias of one not run":       {api.HealthChecks{critical("alias", `Aliased check "tcp" failing: `)}, true},
-		"failed":                        {api.HealthChecks{critical("tcp", "connection refused")}, false},
-		"an alias of one that failed":   {api.HealthChecks{critical("alias", `Aliased check "tcp" failing: connection refused`)}, false},
-		"one not run and one failed":    {api.HealthChecks{critical("a", ""), critical("b", "connection refused")}, false},
-		"the node is in maintenance":    {api.HealthChecks{critical("_node_maintenance", "")}, false},
-		"the service is in maintenance": {api.HealthChecks{critical("_service_maintenance:api-1", "")}, false},
+		"passing":                             {api.HealthChecks{alive, passing}, false, false},
+		"none":                                {nil, false, false},
+		"not run":                             {api.HealthChecks{alive, passing, critical("tcp", "")}, true, false},
+		"not run, without an agent":           {api.HealthChecks{passing, critical("tcp", "")}, false, false},
+		"an alias of one not run":             {api.HealthChecks{alive, critical("alias", `Aliased check "tcp" failing: `)}, true, false},
+		"persisted when it passed":            {api.HealthChecks{alive, critical("tcp", "TCP connect 10.2.1.2:21000: Success")}, true, false},
+		"HTTP persisted when it passed":       {api.HealthChecks{alive, critical("http", "HTTP GET http://10.2.1.2/health: 200 OK Output: fine\n")}, true, false},
+		"an alias persisted when it passed":   {api.HealthChecks{alive, critical("alias", "No checks found.")}, true, false},
+		"an alias of one persisted like that": {api.HealthChecks{critical("alias", `Aliased check "grpc" failing: gRPC check 10.2.1.2:8080: success`), alive}, true, false},
+		"an alias loaded before its service":  {api.HealthChecks{alive, critical("alias", "Service api-1 could not be found on node node-2")}, true, false},
+		"failed":                              {api.HealthChecks{alive, critical("tcp", "connection refused")}, false, false},
+		"HTTP failed":                         {api.HealthChecks{alive, critical("http", "HTTP GET http://10.2.1.2/health: 503 Service Unavailable Output: 200 OK")}, false, false},
+		"an alias of one that failed":         {api.HealthChecks{alive, critical("alias", `Aliased check "tcp" failing: connection refused`)}, false, false},
+		"one not run and one failed":          {api.HealthChecks{alive, critical("a", ""), critical("b", "connection refused")}, false, false},
+		"the node is in maintenance":          {api.HealthChecks{alive, critical("_node_maintenance", "")}, false, false},
+		"the service is in maintenance":       {api.HealthChecks{alive, critical("_service_maintenance:api-1", "")}, false, false},
+		"the agent is lost":                   {api.HealthChecks{lost, passing}, false, true},
+		"the agent is lost, and one failed":   {api.HealthChecks{lost, critical("tcp", "connection refused")}, false, false},
+		"one failed, and the agent is lost":   {api.HealthChecks{critical("tcp", "connection refused"), lost}, false, false},
+		"the agent is lost, and one not run":  {api.HealthChecks{lost, critical("tcp", "")}, true, true},
 	} {
-		agent := &api.HealthCheck{CheckID: "serfHealth", Status: api.HealthPassing, Output: "Agent alive and reachable"}
-		if unheard(c.checks) {
-			t.Errorf("%s: unheard without an agent", name)
-		}
-		if got := unheard(append(c.checks, agent)); got != c.want {
-			t.Errorf("%s: unheard is %v", name, got)
+		if unheard, agentless := blame(c.checks); unheard != c.unheard || agentless != c.agentless {
+			t.Errorf("%s: unheard is %v, agentless %v", name, unheard, agentless)
 		}
 	}
 }
@@ -66,20 +75,6 @@ func TestAnInstanceWithoutItsAgentIsCalledWhereThereIsNoOther(t *testing.T) {
 	}
 }
 
-func TestOnlyTheLossOfItsAgentMakesAnInstanceAgentless(t *testing.T) {
-	lost := &api.HealthCheck{CheckID: "serfHealth", Status: api.HealthCritical, Output: "Agent not live or unreachable"}
-	failed := &api.HealthCheck{CheckID: "tcp", Status: api.HealthCritical, Output: "connection refused"}
-	passing := &api.HealthCheck{CheckID: "tcp", Status: api.HealthPassing}
-	for _, c := range []struct {
-		checks api.HealthChecks
-		want   bool
-	}{{nil, false}, {api.HealthChecks{passing}, false}, {api.HealthChecks{lost, passing}, true}, {api.HealthChecks{lost, failed}, false}, {api.HealthChecks{failed}, false}} {
-		if got := agentless(c.checks); got != c.want {
-			t.Errorf("%+v: agentless is %v", c.checks, got)
-		}
-	}
-}
-
 func TestAnInstanceThatIsUnheardIsAsHealthyAsItWas(t *testing.T) {
 	was := func(healthy bool) *service {
 		return &service{instances: []endpoint{{node: "node-2", id: "api-1", proxyID: "p", healthy: healthy}}}
@@ -108,6 +103,26 @@ func TestAnInstanceThatIsUnheardIsAsHealthyAsItWas(t *testing.T) {
 		r.keepLastWord("api", c.old, found)
 		if found[0].healthy != c.want || found[1].healthy {
 			t.Errorf("%s: %+v", name, found)
+		}
+	}
+}
+
+func TestAnInstanceWhoseAgentIsLostWhileItRestartsStaysAgentless(t *testing.T) {
+	unhealthy := endpoint{node: "node-2", id: "api-1", proxyID: "p"}
+	healthy, both := unhealthy, unhealthy
+	healthy.healthy = true
+	both.unheard, both.agentless = true, true
+	for name, c := range map[string]struct {
+		was  endpoint
+		want bool
+	}{"it was healthy": {healthy, true}, "it was not": {unhealthy, false}} {
+		lost, back := []endpoint{both}, []endpoint{both}
+		back[0].agentless = false
+		r := &run{}
+		r.keepLastWord("api", &service{instances: []endpoint{c.was}}, lost)
+		r.keepLastWord("api", &service{instances: lost}, back)
+		if lost[0].healthy || lost[0].agentless != c.want || back[0].healthy != c.want {
+			t.Errorf("%s: without its agent it is %+v, with it %+v", name, lost[0], back[0])
 		}
 	}
 }

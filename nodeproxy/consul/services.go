@@ -33,7 +33,9 @@ func (s *service) ailing() bool {
 
 // silentTooLong says whether s has an instance that must not count as healthy any more.
 func (s *service) silentTooLong() bool {
-	return slices.ContainsFunc(s.instances, func(e endpoint) bool { return e.unheard && e.healthy && time.Since(e.silent) >= maxSilence })
+	return slices.ContainsFunc(s.instances, func(e endpoint) bool {
+		return e.unheard && e.healthy && time.Since(e.silent) >= maxSilence
+	})
 }
 
 // endpoint is one place where Connect mTLS is spoken for a service.
@@ -108,10 +110,10 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 		s, status := entry.Service, entry.Checks.AggregatedStatus()
 		e := endpoint{
 			node: entry.Node.Node, nodeAddress: entry.Node.Address, id: s.ID, proxyID: s.ID, mesh: place{s.Address, s.Port},
-			healthy:   status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
-			agentless: agentless(entry.Checks), unheard: unheard(entry.Checks),
-			tags: s.Tags, meta: s.Meta,
+			healthy: status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
+			tags:    s.Tags, meta: s.Meta,
 		}
+		e.unheard, e.agentless = blame(entry.Checks)
 		if of.datacenter != "" {
 			e.goAbroad(entry)
 		}

@@ -177,6 +177,7 @@ func outages() []outage {
 			}
 		}},
 		{"an agent that is down", []int{1}, func(m *mesh) { m.agents[1].Process.Kill() }, func(m *mesh) { m.must(m.agents[1].Restart(m.ctx())) }},
+		{"an agent that is down again before its checks have run", []int{1}, func(m *mesh) { m.agents[1].Process.Kill() }, func(m *mesh) { m.must(m.agents[1].Restart(m.ctx())) }},
 		{"servers that are down", both, func(m *mesh) { m.agents[0].Process.Kill() }, func(m *mesh) { m.must(m.agents[0].Restart(m.ctx())) }},
 	}
 }
