@@ -156,6 +156,7 @@ func (m *Manager) release(e *entry, keep bool) {
 	if keep || e.cgroup == 0 {
 		return
 	}
+	delete(m.older, e.cgroup)
 	if err := m.redirect.Unenroll(e.cgroup); err != nil {
 		m.log.Error("un-enrolment left something behind; run `nodeproxy cleanup` once the daemon is stopped", "cgroup", e.Cgroup, "error", err)
 	}
