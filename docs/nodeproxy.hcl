@@ -83,8 +83,11 @@ on_failure = "closed"
 # port: Kubernetes ClusterIPs, as ["10.96.0.0/12"]. Virtual IPs assigned by hand may be in them too.
 virtual_cidrs = []
 
-existing_connections = "keep" # those that a workload has when it is enrolled: they stay what they are
-# not yet: existing_connections = "reset"
+# What becomes of connections that a workload has when it is enrolled. keep: they go on outside the mesh until they end. reset: those
+# that the mesh would redirect or refuse are reset, the others go on. "10m": the same, after that time; a daemon that is restarted
+# meanwhile leaves them. Needs a kernel with CONFIG_INET_DIAG_DESTROY: see "nodeproxy check". MPTCP connections and sockets that were
+# made before their process was in the cgroup are not found.
+existing_connections = "keep"
 
 # What is above a limit is refused with the reason "capacity". Durations have a unit: "500ms", "5s", "1h".
 limits {

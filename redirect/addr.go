@@ -16,12 +16,15 @@ func toAddr(ip netip.Addr) outboundAddr {
 	return a
 }
 
-func fromAddr(a outboundAddr) netip.Addr {
+func fromAddr(a outboundAddr) netip.Addr { return mapped(a).Unmap() }
+
+// mapped leaves IPv4 v4-mapped.
+func mapped(a outboundAddr) netip.Addr {
 	var b [16]byte
 	for i, w := range a.W {
 		binary.NativeEndian.PutUint32(b[4*i:], w)
 	}
-	return netip.AddrFrom16(b).Unmap()
+	return netip.AddrFrom16(b)
 }
 
 // swap turns a port from host into network order and back.

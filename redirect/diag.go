@@ -13,12 +13,16 @@ import (
 // Socket is what the kernel says of one TCP socket of a namespace (sock_diag(7)).
 type Socket struct {
 	Local  netip.AddrPort // a wildcard address is unspecified: 0.0.0.0, or :: which takes IPv4 too unless V6Only
+	Remote netip.AddrPort // unspecified for a listener
 	V6Only bool
+	Cookie uint64 // no other socket ever has it
 	Cgroup uint64 // id of its creator's cgroup; 0 when it is not known yet
 	Inode  uint32
 	// Handshaking is a connection whose last ACK has not arrived, or that waits for data (TCP_DEFER_ACCEPT). It has no cgroup yet.
 	Handshaking bool
 	Listening   bool
+
+	device uint32 // that it is bound to
 }
 
 // Listeners lists the sockets of the namespace that listen on port.
@@ -57,9 +61,60 @@ func (ns *Namespace) Accepted(client, server netip.AddrPort) (Socket, error) {
 	return found[0], nil
 }
 
+// sockets lists the TCP sockets of the namespace, but for those that are closed or wait for late segments. It keeps nobody
+// from asking for listeners meanwhile.
+func (ns *Namespace) sockets() (all []Socket, err error) {
+	d, err := openDiag(ns)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.close()) }()
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		found, err := d.query(diagRequest{family: family, states: ^uint32(1<<tcpTimeWait | 1<<tcpClose), dump: true})
+		if err != nil && !(family == unix.AF_INET6 && errors.Is(err, unix.ENOENT)) {
+			return nil, fmt.Errorf("list sockets of network namespace %d: %w", ns.Inode, err)
+		}
+		all = append(all, found...)
+	}
+	return all, nil
+}
+
+// Reset ends a connection of the namespace at once; both sides see a reset. One that has ended is no error.
+func (ns *Namespace) Reset(s Socket) error {
+	req := diagRequest{destroy: true, family: unix.AF_INET6, src: s.Local.Addr(), sport: s.Local.Port(), dst: s.Remote.Addr(), dport: s.Remote.Port(), device: s.device, cookie: s.Cookie}
+	if s.Local.Addr().Is4() {
+		req.family = unix.AF_INET
+	}
+	if _, err := ns.diag.query(req); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("reset %s → %s: %w", s.Local, s.Remote, err)
+	}
+	return nil
+}
+
+// probeReset asks for the end of a connection that cannot be, for what the kernel says of the question.
+func probeReset() (err error) {
+	d := &diag{fd: -1, buf: make([]byte, 4<<10)}
+	if err := d.open(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.close()) }()
+	nowhere := netip.IPv6Unspecified()
+	_, err = d.query(diagRequest{destroy: true, family: unix.AF_INET6, src: nowhere, sport: 1, dst: nowhere, dport: 1})
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return nil
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return errors.New("the kernel is built without CONFIG_INET_DIAG_DESTROY")
+	}
+	return fmt.Errorf("ask sock_diag to end a connection: %w", err)
+}
+
 const (
 	sockDiagByFamily = 20
+	sockDestroy      = 21
 	tcpSynRecv       = 3
+	tcpTimeWait      = 6
+	tcpClose         = 7
 	tcpListen        = 10
 	attrSKV6Only     = 11 // INET_DIAG_SKV6ONLY
 	attrCgroupID     = 21 // INET_DIAG_CGROUP_ID
@@ -80,8 +135,11 @@ type diagRequest struct {
 	family       uint8
 	states       uint32
 	dump         bool
+	destroy      bool
 	src, dst     netip.Addr
 	sport, dport uint16
+	device       uint32
+	cookie       uint64 // 0: any, unless destroy is set
 }
 
 func openDiag(ns *Namespace) (*diag, error) {
@@ -142,14 +200,20 @@ func (d *diag) query(req diagRequest) ([]Socket, error) {
 }
 
 func (q diagRequest) encode(seq uint32) []byte {
-	flags := uint16(unix.NLM_F_REQUEST)
-	if q.dump {
+	kind, flags, cookie := uint16(sockDiagByFamily), uint16(unix.NLM_F_REQUEST), q.cookie
+	switch {
+	case q.dump:
 		flags |= unix.NLM_F_DUMP
+	case q.destroy:
+		kind, flags = sockDestroy, flags|unix.NLM_F_ACK
+	}
+	if cookie == 0 && !q.destroy {
+		cookie = ^uint64(0) // INET_DIAG_NOCOOKIE
 	}
 	b := make([]byte, 0, unix.NLMSG_HDRLEN+sizeofRequest)
 	ne := binary.NativeEndian
 	b = ne.AppendUint32(b, unix.NLMSG_HDRLEN+sizeofRequest)
-	b = ne.AppendUint16(b, sockDiagByFamily)
+	b = ne.AppendUint16(b, kind)
 	b = ne.AppendUint16(b, flags)
 	b = ne.AppendUint32(b, seq)
 	b = ne.AppendUint32(b, 0)
@@ -159,8 +223,8 @@ func (q diagRequest) encode(seq uint32) []byte {
 	b = binary.BigEndian.AppendUint16(b, q.dport)
 	b = appendDiagAddr(b, q.src)
 	b = appendDiagAddr(b, q.dst)
-	b = ne.AppendUint32(b, 0)
-	return append(b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff) // INET_DIAG_NOCOOKIE
+	b = ne.AppendUint32(b, q.device)
+	return ne.AppendUint64(b, cookie)
 }
 
 func appendDiagAddr(b []byte, ip netip.Addr) []byte {
@@ -208,14 +272,18 @@ func (d *diag) parse(b []byte, dump bool, found *[]Socket) (done bool, err error
 func parseSocket(body []byte) Socket {
 	ne := binary.NativeEndian
 	id := body[4:]
-	var ip netip.Addr
-	if body[0] == unix.AF_INET {
-		ip = netip.AddrFrom4([4]byte(id[4:8]))
-	} else {
-		ip = netip.AddrFrom16([16]byte(id[4:20]))
+	end := func(port, ip []byte) netip.AddrPort {
+		if body[0] == unix.AF_INET {
+			ip = ip[:4]
+		}
+		addr, _ := netip.AddrFromSlice(ip)
+		return netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(port))
 	}
 	s := Socket{
-		Local:       netip.AddrPortFrom(ip.Unmap(), binary.BigEndian.Uint16(id)),
+		Local:       end(id, id[4:20]),
+		Remote:      end(id[2:], id[20:36]),
+		device:      ne.Uint32(id[36:]),
+		Cookie:      ne.Uint64(id[40:]),
 		Inode:       ne.Uint32(body[4+sizeofID+16:]),
 		Handshaking: body[1] == tcpSynRecv,
 		Listening:   body[1] == tcpListen,

@@ -140,6 +140,16 @@ func (e *enrolment) dropDNS() error {
 	return errors.Join(append(errs, os.RemoveAll(filepath.Join(e.dir, dnsPins)))...)
 }
 
+// LeaveDNS undoes SteerDNS. A cgroup whose queries are not steered is no error.
+func (r *Redirect) LeaveDNS(cgroup uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e := r.enrolled[cgroup]; e != nil && len(e.dns) > 0 {
+		return e.dropDNS()
+	}
+	return nil
+}
+
 // adoptDNS puts this version's programs into the DNS hooks that an earlier daemon left in force, or removes them if this one
 // has no DNS. Hooks that are incomplete are removed: SteerDNS attaches them anew.
 func (r *Redirect) adoptDNS(id uint64, e *enrolment) error {

@@ -169,6 +169,18 @@ func (r *Redirect) Enrolled() []Enrolled {
 	return list
 }
 
+// Redirects says whether what a cgroup dials meets redirects: it is enrolled, not only observed, and not left alone.
+func (r *Redirect) Redirects(cgroup uint64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, ok := r.enrolled[cgroup]
+	if !ok || e.flags&uint32(outboundMemberFlagMEMBER_OBSERVES) != 0 {
+		return false
+	}
+	_, untreated := r.exclusions[outboundExclusionKey{Prefixlen: uint32(outboundExclusionBitsEXCLUDED_PORT), Workload: e.workload}]
+	return !untreated
+}
+
 // attach attaches every hook, switched off, and pins them under a temporary name that is renamed last.
 func (r *Redirect) attach(cgroup string, id uint64) (_ *enrolment, err error) {
 	dir := filepath.Join(r.dir, "cgroups", strconv.FormatUint(id, 10))

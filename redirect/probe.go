@@ -41,6 +41,7 @@ func Probe() []Feature {
 		{Name: "ring buffer", Err: features.HaveMapType(ebpf.RingBuf), Costs: all},
 		{Name: "programs load", Err: loadOnce(loadOutbound, loadInbound), Costs: all},
 		{Name: "DNS programs load", Err: loadOnce(loadDns), Costs: "names of the mesh are not answered (dns.enabled)", Optional: true},
+		{Name: "resetting connections (SOCK_DESTROY)", Err: probeReset(), Costs: "workloads keep the connections that they had when they were enrolled, whatever existing_connections says", Optional: true},
 	}
 }
 

@@ -300,7 +300,7 @@ func TestTraceSaysWhatItLost(t *testing.T) {
 func TestNamesThatOthersChoseCannotDriveTheTerminal(t *testing.T) {
 	evil := "a\x1b[2J\nb\u202e"
 	c := &admin.Connection{Event: admin.EventDenied, Verdict: admin.Denied, Reason: catalog.ReasonPeerIdentity, Detail: evil, Intention: evil,
-		Source: admin.Endpoint{Service: evil, Address: evil, PID: 1, Comm: evil}, Destination: admin.Endpoint{Service: evil, Peer: evil}}
+		Source: admin.Endpoint{Service: evil, Address: evil, PID: 1, Comm: evil}, Destination: admin.Endpoint{Service: evil, Peer: evil, Identity: evil}}
 	if line := traceLine(false, c); strings.ContainsAny(line, "\x1b\n\u202e") {
 		t.Errorf("line = %q", line)
 	}

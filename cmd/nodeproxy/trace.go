@@ -57,7 +57,7 @@ func traceLine(s style, c *admin.Connection) string {
 	pair := fmt.Sprintf("%-20s", clean(cmp.Or(c.Source.Service, "?")+" → "+cmp.Or(c.Destination.Service, "?")))
 	columns := []string{at, fmt.Sprintf("%-6s", c.Event), fmt.Sprintf("%-8s", c.Direction), s.bold(pair),
 		fmt.Sprintf("%-42s", clean(addresses(c))), fmt.Sprintf("%-9s", c.Path), verdict}
-	for _, rest := range []string{why(s, c), volume(c), process(c)} {
+	for _, rest := range []string{why(s, c), volume(c), peer(c), process(c)} {
 		if rest != "" {
 			columns = append(columns, rest)
 		}
@@ -90,6 +90,15 @@ func volume(c *admin.Connection) string {
 		return ""
 	}
 	return fmt.Sprintf("sent %s, received %s in %s", size(c.Sent), size(c.Received), span(c.Duration))
+}
+
+// peer is who the other node proved to be.
+func peer(c *admin.Connection) string {
+	identity := c.Destination.Identity
+	if c.Direction == admin.Inbound {
+		identity = c.Source.Identity
+	}
+	return clean(identity)
 }
 
 func process(c *admin.Connection) string {

@@ -137,7 +137,7 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 		return nil, err
 	}
 	return workload.NewManager(workload.Config{
-		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
+		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
 		Providers: append([]workload.Provider{configured, manual}, labelled...), DNS: names, Log: log,
 	})
 }

@@ -55,6 +55,7 @@ func (c *checker) config() *Config {
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
 		PreferLocal:  r.PreferLocal,
 		FailOpen:     c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
+		Existing:     c.existing(),
 		DNS:          r.DNS.Enabled,
 		Limits:       c.limits(),
 		Log:          c.log(),
@@ -87,7 +88,6 @@ func (c *checker) notLanded() {
 	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
 		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")
 	}
-	c.existingConnections(refuse)
 }
 
 func (c *checker) consulNotLanded(refuse func([]string, string)) {
@@ -110,16 +110,19 @@ func (c *checker) consulNotLanded(refuse func([]string, string)) {
 	}
 }
 
-func (c *checker) existingConnections(refuse func([]string, string)) {
+func (c *checker) existing() *time.Duration {
 	v := c.raw.ExistingConnection
 	if v == "keep" {
-		return
+		return nil
 	}
-	if _, err := time.ParseDuration(v); err != nil && v != "reset" {
-		c.fail(key("existing_connections"), "is %q: it must be keep, reset or a duration", v)
-		return
+	if v == "reset" {
+		return new(time.Duration)
 	}
-	refuse(key("existing_connections"), `remove it, or set it to "keep"`)
+	d, err := time.ParseDuration(v)
+	if err != nil || d <= 0 {
+		c.fail(key("existing_connections"), `is %q: it must be keep, reset or a duration above 0, as "10m"`, v)
+	}
+	return &d
 }
 
 func (c *checker) node() Node {

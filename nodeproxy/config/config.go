@@ -33,6 +33,9 @@ type Config struct {
 	// FailOpen is on_failure = "open": while no daemon runs, instances are dialled in plaintext and strict ports are open.
 	FailOpen bool
 
+	// Existing is how long workloads keep the connections that they have when they are enrolled; nil: until they end.
+	Existing *time.Duration
+
 	DNS    bool // names of the mesh are answered in workloads
 	Limits Limits
 	Log    Log

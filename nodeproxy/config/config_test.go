@@ -166,6 +166,26 @@ func TestLabelsAreOffUnlessTheyAreEnabled(t *testing.T) {
 	}
 }
 
+func TestExistingConnections(t *testing.T) {
+	const never = -1
+	for text, want := range map[string]time.Duration{
+		"": never, `existing_connections = "keep"`: never, `existing_connections = "reset"`: 0, `existing_connections = "10m"`: 10 * time.Minute,
+	} {
+		c, err := load(t, minimal+"\n"+text)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		got := time.Duration(never)
+		if c.Existing != nil {
+			got = *c.Existing
+		}
+		if got != want {
+			t.Errorf("%s: connections end after %v, want %v", text, got, want)
+		}
+	}
+}
+
 func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	_, err := load(t, documented)
 	if err == nil {
@@ -180,7 +200,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 		"c.hcl:20: same_node " + notYet,
 		"c.hcl:21: tunnels " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
-		"c.hcl:25: existing_connections " + notYet,
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in\n%v", want, err)
@@ -250,6 +269,7 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 		"probers":             {minimal + "inbound { probers = [\"/proc\"] }", "c.hcl:3: inbound.probers has \"/proc\": not on cgroup2"},
 		"unknown on_failure":  {minimal + "on_failure = \"ignore\"", "c.hcl:3: on_failure "},
 		"bad existing":        {minimal + "existing_connections = \"drop\"", "c.hcl:3: existing_connections is \"drop\""},
+		"existing backwards":  {minimal + "existing_connections = \"-1s\"", "c.hcl:3: existing_connections is \"-1s\""},
 		"bad duration":        {minimal + "limits { handshake = \"5\" }", `c.hcl:3: "handshake"`},
 		"negative idle":       {minimal + "limits { idle = \"-1s\" }", "c.hcl:3: limits.idle "},
 		"no connections":      {minimal + "limits { connections = 0 }", "c.hcl:3: limits.connections "},

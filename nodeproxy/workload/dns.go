@@ -54,6 +54,12 @@ func (m *Manager) steerDNS() {
 		if !e.enrolled || e.Mesh != Enabled || e.steered == e.cgroup {
 			continue
 		}
+		if e.declinesDNS() {
+			if err := m.redirect.LeaveDNS(e.cgroup); err != nil {
+				m.log.Error("name queries of a workload that declines it are still answered", "cgroup", e.Cgroup, "error", err)
+			}
+			continue
+		}
 		if e.noDNS = m.redirect.SteerDNS(e.Cgroup); e.noDNS != nil {
 			m.warn(e.Cgroup, "names of the mesh are not answered", e.noDNS, "service", e.Service)
 			continue
@@ -61,6 +67,8 @@ func (m *Manager) steerDNS() {
 		e.steered = e.cgroup
 	}
 }
+
+func (e *entry) declinesDNS() bool { return e.claim.DNS != nil && !*e.claim.DNS }
 
 // drainDNS is how long name servers have to answer the last queries: longer than most take, and no stop is noticed.
 const drainDNS = time.Second
@@ -86,6 +94,9 @@ func (m *Manager) closeDNS() error {
 func (m *Manager) dnsState(e *entry) string {
 	if m.cfg.DNS == nil || e.Mesh != Enabled {
 		return ""
+	}
+	if e.declinesDNS() {
+		return "off: its label dns is \"disabled\""
 	}
 	var why []string
 	if e.noDNS != nil {

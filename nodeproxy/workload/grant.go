@@ -58,6 +58,8 @@ func (m *Manager) refuses(c Claim) string {
 		return fmt.Sprintf("the daemon itself runs in it, in %s: start nodeproxy in another cgroup", m.cgroup)
 	case c.Service == "" && c.Mesh != Disabled:
 		return "it names no service"
+	case c.DNS != nil && *c.DNS && m.cfg.DNS == nil:
+		return "its label dns is \"enabled\", and dns.enabled is false in the configuration of this node: set that to true, or remove the label"
 	}
 	if prober := m.isProbers(c.Cgroup); prober != "" {
 		return fmt.Sprintf("a prober of this node, such as the Consul agent, runs in it, in %s: start that in another cgroup", prober)
@@ -156,6 +158,7 @@ func (m *Manager) release(e *entry, keep bool) {
 	if keep || e.cgroup == 0 {
 		return
 	}
+	delete(m.older, e.cgroup)
 	if err := m.redirect.Unenroll(e.cgroup); err != nil {
 		m.log.Error("un-enrolment left something behind; run `nodeproxy cleanup` once the daemon is stopped", "cgroup", e.Cgroup, "error", err)
 	}

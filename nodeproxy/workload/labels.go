@@ -28,7 +28,7 @@ var labels = map[string]func(c *Claim, value string) error{
 	"exclude-inbound-ports":  func(c *Claim, v string) error { return listPorts(&c.Exclude.InboundPorts, v) },
 	"exclude-outbound-ports": func(c *Claim, v string) error { return listPorts(&c.Exclude.OutboundPorts, v) },
 	"exclude-outbound-cidrs": func(c *Claim, v string) error { return listNetworks(&c.Exclude.OutboundNetworks, v) },
-	"dns":                    func(_ *Claim, v string) error { return landed(v, "disabled", "enabled") },
+	"dns":                    labelDNS,
 	"l7":                     func(_ *Claim, v string) error { return landed(v, "ignore") },
 }
 
@@ -66,6 +66,15 @@ func labelMode(c *Claim, value string) error {
 		return err
 	}
 	c.Mode = &mode
+	return nil
+}
+
+func labelDNS(c *Claim, value string) error {
+	if value != "enabled" && value != "disabled" {
+		return errors.New("it must be enabled or disabled")
+	}
+	enabled := value == "enabled"
+	c.DNS = &enabled
 	return nil
 }
 

@@ -8,9 +8,9 @@ import (
 )
 
 func TestLabelsBecomeAClaim(t *testing.T) {
-	permissive := Permissive
+	permissive, noDNS := Permissive, false
 	want := Claim{
-		Cgroup: "/c/web", Service: "web", Provider: "xattr", Mode: &permissive, Mesh: Observe, Ports: []uint16{8080, 9090},
+		Cgroup: "/c/web", Service: "web", Provider: "xattr", Mode: &permissive, Mesh: Observe, DNS: &noDNS, Ports: []uint16{8080, 9090},
 		Exclude: Exclusions{
 			InboundPorts: []uint16{22}, OutboundPorts: []uint16{3306, 5432},
 			OutboundNetworks: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/64")},
@@ -49,8 +49,7 @@ func TestBadLabelsSayWhatIsWrongWithThem(t *testing.T) {
 		{"mode", "Strict", "must be strict or permissive"},
 		{"same-node", "direct", "not supported by this version yet"},
 		{"same-node", "fast", "must be mtls or direct"},
-		{"dns", "enabled", "not supported by this version yet"},
-		{"dns", "yes", "must be disabled or enabled"},
+		{"dns", "yes", "must be enabled or disabled"},
 		{"l7", "honour", "must be ignore"},
 		{"exclude-inbound-ports", "http", "ports between"},
 		{"exclude-outbound-ports", "-1", "ports between"},

@@ -34,8 +34,9 @@ type Config struct {
 	Mode      Mode           // inbound.mode
 	Plaintext []netip.Prefix // inbound.plaintext_from
 	Probers   Probers
-	Providers []Provider  // in order of precedence where their claims conflict
-	DNS       *dns.Server // answers the workloads' name queries; nil: dns.enabled is false
+	Providers []Provider     // in order of precedence where their claims conflict
+	DNS       *dns.Server    // answers the workloads' name queries; nil: dns.enabled is false
+	Existing  *time.Duration // how long a workload keeps the connections it has when it is enrolled; nil: until they end
 	Log       *slog.Logger
 }
 
@@ -80,6 +81,7 @@ type Manager struct {
 	drifted    drifts
 	watcher    *watcher
 	probers    probers
+	older      map[uint64]*older // by cgroup id
 }
 
 // entry is a granted claim.
@@ -145,6 +147,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		namespaces: make(map[uint64]*space),
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
+		older:      make(map[uint64]*older),
 	}
 	m.view.Store(&view{})
 	return m, nil

@@ -92,6 +92,7 @@ func (m *Manager) protect(next *view) {
 		m.enroll(e)
 	}
 	m.settleNesting()
+	m.endOlder()
 	m.steerDNS()
 	m.prune()
 }
@@ -250,6 +251,7 @@ func (m *Manager) enroll(e *entry) {
 	}
 	e.enrolled = true // counts in the nesting of the others already
 	m.settleNesting()
+	joins := e.Mesh == Enabled && !m.redirect.Redirects(e.cgroup)
 	err := m.redirect.Treat(e.ID, e.treatment())
 	if err == nil {
 		err = m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e))
@@ -261,6 +263,9 @@ func (m *Manager) enroll(e *entry) {
 	}
 	m.forgetWarnings(e.Cgroup)
 	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
+	if joins {
+		m.noteOlder(e)
+	}
 }
 
 // treatment is what the kernel does differently for e than for others.

@@ -51,6 +51,7 @@ type Claim struct {
 	Mesh     Mesh       `json:",omitzero"`
 	Ports    []uint16   `json:",omitempty"` // guarded besides those of the service's instances
 	Exclude  Exclusions `json:",omitzero"`
+	DNS      *bool      `json:",omitempty"` // whether names of the mesh are answered; nil: as dns.enabled says
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
 }
 
@@ -63,11 +64,14 @@ type Exclusions struct {
 
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
-	sameMode := (c.Mode == nil) == (o.Mode == nil) && (c.Mode == nil || *c.Mode == *o.Mode)
-	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && sameMode && slices.Equal(c.Ports, o.Ports) &&
+	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
+}
+
+func same[T comparable](a, b *T) bool {
+	return (a == nil) == (b == nil) && (a == nil || *a == *b)
 }
 
 // Provider claims workloads.

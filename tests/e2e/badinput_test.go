@@ -115,7 +115,7 @@ func TestABadConfigurationIsRefusedWithFileAndLine(t *testing.T) {
 		want  string
 	}{
 		"an unknown key":            {"limits {\n  conections = 5\n}\n", 2, "conections"},
-		"a key that has not landed": {"existing_connections = \"reset\"\n", 1, "existing_connections"},
+		"a key that has not landed": {"tunnels = true\n", 1, "tunnels"},
 		"a broken block":            {"limits {\n", 1, ""},
 		"a wrong duration":          {"limits {\n  handshake = \"soon\"\n}\n", 2, "handshake"},
 		"a key set twice":           {"node {\n  name = \"again\"\n}\n", 1, "node"},

@@ -39,7 +39,6 @@ func TestLoopbackUDPAndForeignDestinationsAreUntouched(t *testing.T) {
 		"::1":                     {"[::1]:8080", "accept=[::1]:"},
 		"a destination elsewhere": {at(plain.IPv4, port), "accept=" + hostPrefix(web.IPv4)},
 		"elsewhere by IPv6":       {at(plain.IPv6, port), "accept=" + hostPrefix(web.IPv6)},
-		"a port without instance": {at(plain.IPv4, port), "accept=" + hostPrefix(web.IPv4)},
 	} {
 		if out := unmapped(m.dial(web, tc.to, "peer")); !strings.Contains(out, tc.from) {
 			t.Errorf("%s: the server does not print %q: %s", name, tc.from, out)

@@ -2,10 +2,14 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/mtls/mtlstest"
 	"nodeproxy.io/tests/netlab"
 )
 
@@ -68,6 +72,48 @@ func TestTheCommandsShowWhatTheDaemonKnows(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestTheTraceSaysWhoCalledWhomHowAndWhy(t *testing.T) {
+	m := newMesh(t)
+	web, batch := m.place(0, "web"), m.place(0, "batch")
+	m.place(1, "api")
+	m.allow("api", "web")
+	m.start()
+	traces := make(map[int]*netlab.Process)
+	for node := range m.Daemons {
+		p, err := m.Lab.Start(netlab.Command{Path: programs.nodeproxy, Args: []string{"trace", "--socket", m.Daemons[node].Socket()}})
+		m.must(err)
+		t.Cleanup(p.Kill)
+		traces[node] = p
+	}
+	root := mtlstest.Read(t, filepath.Join(m.MeshD, "ca"))
+	dialled, taken := m.vip("api"), m.mesh(0, "api")
+	for name, tc := range map[string]struct {
+		node   int
+		from   *netlab.Workload
+		fields []string
+	}{
+		"the end, at the source":      {0, web, []string{" close ", "outbound", "web → api", "127.0.0.1:", "→ " + dialled, "mtls", "allowed", "web => api (allow), ", "sent 5 B, received ", spiffe(root, "api").String(), " app"}},
+		"the end, at the destination": {1, web, []string{" close ", "inbound", "web → api", hostPrefix(web.IPv4), "→ " + taken, "mtls", "allowed", "web => api (allow), ", "sent 5 B, received ", spiffe(root, "web").String()}},
+		"the start":                   {0, web, []string{" open ", "outbound", "web → api", "127.0.0.1:", "→ " + dialled, "mtls", "allowed", "web => api (allow), ", " app"}},
+		"a denial":                    {0, batch, []string{" denied ", "outbound", "batch → api", "127.0.0.1:", "→ " + dialled, "none", "intention: ", "* => * (deny), ", " app"}},
+	} {
+		missing := errNotYet
+		m.eventually(name, func() error { // the trace may begin after the first
+			m.dial(tc.from, dialled, "peer")
+			for line := range strings.Lines(traces[tc.node].Output()) {
+				absent := slices.DeleteFunc(slices.Clone(tc.fields), func(field string) bool { return strings.Contains(line, field) })
+				if len(absent) == 0 {
+					return nil
+				}
+				if strings.Contains(line, tc.fields[0]) && strings.Contains(line, tc.fields[2]) {
+					missing = fmt.Errorf("%q is not in %s", absent, line)
+				}
+			}
+			return missing
+		})
+	}
 }
 
 // TestACommandEndsWithItsStatus runs the commands as an operator would: 0 done, 1 failed, 2 wrong usage.

@@ -360,6 +360,41 @@ func TestWithoutDNSNothingIsAttachedForIt(t *testing.T) {
 	}
 }
 
+func TestALabelDeclinesNames(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	m.place(1, "api")
+	m.nameServer(m.Nodes[0].Namespace, m.Nodes[0].IPv4)
+	m.Daemons[0].Labels = "  xattr {\n    enabled = true\n  }\n"
+	cart, err := m.Nodes[0].Workload("cart")
+	m.must(err)
+	m.define(0, "cart", port, cart.IPv4)
+	m.serve(cart, ":8080")
+	m.label(cart.Cgroup, "service", "cart", "dns", "enabled")
+	m.start()
+	m.awaitRefused(cart.Cgroup, "dns.enabled is false")
+	m.stop(0)
+	m.enableDNS(0)
+	m.restart(0)
+	server := "@" + m.Nodes[0].IPv4.String()
+	ask := func(want string) {
+		t.Helper()
+		m.eventually("the answer is "+want, func() error {
+			if out := m.dig(cart, server, "api.virtual.consul"); !strings.Contains(out, "status: "+want) {
+				return fmt.Errorf("%w: %s", errNotYet, out)
+			}
+			return nil
+		})
+	}
+	ask("NOERROR")
+	m.label(cart.Cgroup, "dns", "disabled")
+	ask("NXDOMAIN")
+	m.awaitDNS(0, cart, "off: its label")
+	if out := m.dig(web, server, "api.virtual.consul"); !strings.Contains(out, "status: NOERROR") {
+		t.Errorf("a workload without the label is not answered: %s", out)
+	}
+}
+
 func TestWorkloadsInTheNodesNamespaceFindTheNames(t *testing.T) {
 	m := newMesh(t)
 	db, err := m.Nodes[0].HostWorkload("db")

@@ -62,14 +62,19 @@ func (m *mesh) server(service string, port uint16, c netlab.Command) *netlab.Wor
 	m.must(err)
 	_, err = w.Start(c)
 	m.must(err)
-	m.eventually(service+" listens", func() error {
-		conn, err := w.Namespace.Dial(m.ctx(), "tcp", netip.AddrPortFrom(w.IPv4, port).String())
+	m.listens(w, port)
+	return w
+}
+
+func (m *mesh) listens(w *netlab.Workload, port uint16) {
+	m.t.Helper()
+	m.eventually(w.Name+" listens", func() error {
+		conn, err := w.Namespace.Dial(m.ctx(), "tcp", at(w.IPv4, port))
 		if err == nil {
 			err = conn.Close()
 		}
 		return err
 	})
-	return w
 }
 
 // run runs a program in a workload and returns its output.
@@ -255,5 +260,35 @@ func TestIperf3InBothDirections(t *testing.T) {
 				t.Errorf("iperf3 did not finish: %s", out)
 			}
 		})
+	}
+}
+
+// TestSMTP has a protocol in which the client says nothing until the server has greeted it.
+func TestSMTP(t *testing.T) {
+	tool := tools(t, "aiosmtpd", "curl")
+	m := newMesh(t)
+	w := client(m, "mail")
+	mail, err := m.Place(1, "mail", 2525)
+	m.must(err)
+	server, err := mail.Start(netlab.Command{Path: tool["aiosmtpd"], Args: []string{"-n", "-l", "0.0.0.0:2525"}, Env: []string{"PYTHONUNBUFFERED=1"}})
+	m.must(err)
+	m.listens(mail, 2525)
+	m.start()
+	letter := filepath.Join(m.Dir(), "letter")
+	m.must(os.WriteFile(letter, []byte("Subject: a letter\r\n\r\n"+strings.Repeat("a line of the letter\r\n", 20000)), 0o644))
+	out := m.run(w, netlab.Command{Path: tool["curl"], Args: []string{
+		"-sS", "-v", "smtp://" + m.to("mail", 2525), "--mail-from", "web@example.net", "--mail-rcpt", "api@example.net", "-T", letter,
+	}})
+	if !strings.Contains(out, "< 220 ") || !strings.Contains(out, "< 250 OK") {
+		t.Errorf("curl's dialogue is %.2000s", out)
+	}
+	m.eventually("the letter arrives whole", func() error {
+		if n := strings.Count(server.Output(), "a line of the letter"); n != 20000 {
+			return fmt.Errorf("%d of 20000 lines: %.300s", n, server.Output())
+		}
+		return nil
+	})
+	if !strings.Contains(server.Output(), "X-Peer: ('"+w.IPv4.String()+"'") {
+		t.Errorf("the server does not see its client's address, %s: %.300s", w.IPv4, server.Output())
 	}
 }

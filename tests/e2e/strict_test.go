@@ -117,6 +117,9 @@ func TestAPermissivePortLetsPlaintextInAndCountsIt(t *testing.T) {
 	if c.Verdict != admin.Allowed || c.Direction != admin.Inbound || c.Destination.Service != "api" {
 		t.Errorf("the connection is traced as %+v", c)
 	}
+	if n := m.metric(1, "nodeproxy_connections_opened_total", `path="plaintext"`, `destination_service="api"`); n != 1 {
+		t.Errorf("one plaintext connection is counted as %v", n)
+	}
 	m.reaches(web, m.vip("api"))
 }
 

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -109,6 +110,39 @@ func TestTwoServicesInOnePodHaveTheirOwnIdentities(t *testing.T) {
 	}
 }
 
+func TestTwoWorkloadsInTheNodesNamespaceAreNotTakenForEachOther(t *testing.T) {
+	m := newMesh(t)
+	api := m.place(1, "api")
+	who := make(map[string]*netlab.Workload)
+	numbers := map[string]uint16{"red": 8081, "blue": 8082}
+	for service, number := range numbers {
+		w, err := m.Nodes[0].HostWorkload(service)
+		m.must(err)
+		m.Daemons[0].Enroll(w, service)
+		m.define(0, service, number, w.IPv4)
+		m.serve(w, fmt.Sprintf(":%d", number))
+		who[service] = w
+	}
+	m.allow("red", "api")
+	m.start()
+	identity := identities(m)
+	m.awaitGeneration(0)
+	m.awaitGeneration(1)
+	for service, w := range who {
+		m.reaches(w, m.vip("api"))
+		if got := identity(); got != service {
+			t.Errorf("%s is taken for %q", service, got)
+		}
+	}
+	if out := m.dial(api, m.vip("red"), "peer"); !strings.Contains(out, fmt.Sprintf(":%d\n", numbers["red"])) {
+		t.Errorf("red is not reached at its port: %s", out)
+	}
+	m.getsNothing(api, m.vip("blue"))
+	m.getsNothing(who["red"], fmt.Sprintf("127.0.0.1:%d", numbers["blue"]))
+	m.getsNothing(who["blue"], fmt.Sprintf("127.0.0.1:%d", numbers["red"]))
+	m.reaches(who["red"], fmt.Sprintf("127.0.0.1:%d", numbers["red"]))
+}
+
 func TestACgroupWithTwoNamespacesIsServedInBoth(t *testing.T) {
 	m := newMesh(t)
 	web := m.place(0, "web")
@@ -201,6 +235,24 @@ func TestEqualAddressesAndPortsInTwoNamespacesDoNotMeet(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestAnAddressThatTwoNamespacesHaveIsGuardedInTheWorkloadsAlone(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	plain, err := m.Nodes[0].Workload("plain")
+	m.must(err)
+	m.serve(plain, ":8080")
+	shared := netip.MustParseAddr("10.99.0.1")
+	for _, w := range []*netlab.Workload{web, plain} {
+		m.must(w.Namespace.Address(netlab.Uplink, netip.PrefixFrom(shared, 32)))
+	}
+	m.start()
+	if out := m.from(plain.Cgroup, web.Namespace, "-timeout", "3s", at(shared, port), "peer"); strings.Contains(out, "accept=") {
+		t.Errorf("a stranger in the workload's namespace reaches its strict port: %s", out)
+	}
+	m.reaches(plain, at(shared, port))
+	m.reaches(web, at(shared, port)) // its own
 }
 
 func TestAnAncestorOfTheDaemonIsRefusedAsAWorkload(t *testing.T) {

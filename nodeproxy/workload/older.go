@@ -1,0 +1,81 @@
+package workload
+
+import (
+	"time"
+
+	"nodeproxy.io/redirect"
+)
+
+// older is what a workload had open when it was enrolled, and is to lose.
+type older struct {
+	due      time.Time
+	accepted map[uint64]bool // cookies. What it dialled needs no list: it can dial no more like it
+	ended    int
+}
+
+// noteOlder remembers what e, which was just enrolled, has open past the mesh.
+func (m *Manager) noteOlder(e *entry) {
+	if m.cfg.Existing == nil {
+		return
+	}
+	o := &older{due: time.Now().Add(*m.cfg.Existing), accepted: make(map[uint64]bool)}
+	m.older[e.cgroup] = o
+	err := m.bypasses(e, func(_ *redirect.Namespace, b redirect.Bypass) error {
+		if b.Accepted {
+			o.accepted[b.Cookie] = true
+		}
+		return nil
+	})
+	if err != nil {
+		m.warn(e.Cgroup, "connections older than the enrolment may go on", err, "service", e.Service)
+	}
+}
+
+// endOlder resets what is due. It looks again in the next reconciliation, until there is nothing: a connect that was under
+// way when the workload was switched on comes late.
+func (m *Manager) endOlder() {
+	for _, e := range m.workloads {
+		o := m.older[e.cgroup]
+		if o == nil || !e.enrolled || time.Now().Before(o.due) {
+			continue
+		}
+		found := 0
+		err := m.bypasses(e, func(ns *redirect.Namespace, b redirect.Bypass) error {
+			if b.Accepted && !o.accepted[b.Cookie] {
+				return nil
+			}
+			found++
+			return ns.Reset(b.Socket)
+		})
+		o.ended += found
+		switch {
+		case err != nil:
+			m.warn(e.Cgroup, "connections older than the enrolment go on", err, "service", e.Service)
+			delete(m.older, e.cgroup)
+		case found == 0:
+			delete(m.older, e.cgroup)
+		default:
+			m.log.Info("connections older than the enrolment are reset", "cgroup", e.Cgroup, "service", e.Service, "connections", o.ended)
+		}
+	}
+}
+
+// bypasses calls f for each connection of e that goes past the mesh, until it returns an error.
+func (m *Manager) bypasses(e *entry, f func(*redirect.Namespace, redirect.Bypass) error) error {
+	for _, inode := range e.inodes {
+		s := m.namespaces[inode]
+		if s == nil {
+			continue
+		}
+		found, err := s.Bypasses(e.ID, func(cgroup uint64) bool { return e.subtree[cgroup] })
+		if err != nil {
+			return err
+		}
+		for _, b := range found {
+			if err := f(s.Namespace, b); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
