@@ -78,6 +78,12 @@ func TestAStrictPortInTheHostsNamespaceGivesStrangersNothing(t *testing.T) {
 	server := m.serve(api, ":8080", ":9999")
 	m.allow("api", "web")
 	places := strangers(t, m)
+	neighbour, err := node.HostWorkload("neighbour") // whose connections to itself are announced, too
+	m.must(err)
+	m.Daemons[1].Enroll(neighbour, "neighbour")
+	m.define(1, "neighbour", 8081, neighbour.IPv4, neighbour.IPv6)
+	m.serve(neighbour, ":8081")
+	places["a denied workload in the same namespace"] = neighbour
 	m.start()
 	for name, from := range places {
 		for what, to := range map[string]string{
@@ -116,6 +122,9 @@ func TestAPermissivePortLetsPlaintextInAndCountsIt(t *testing.T) {
 	c := traced.await("plaintext connection", func(c admin.Connection) bool { return c.Path == admin.PathPlaintext })
 	if c.Verdict != admin.Allowed || c.Direction != admin.Inbound || c.Destination.Service != "api" {
 		t.Errorf("the connection is traced as %+v", c)
+	}
+	if n := m.metric(1, "nodeproxy_connections_opened_total", `path="plaintext"`, `destination_service="api"`); n != 1 {
+		t.Errorf("%v plaintext connections are counted", n)
 	}
 	m.reaches(web, m.vip("api"))
 }
