@@ -152,7 +152,7 @@ func (p *Proxy) sourceStatus() admin.SourceStatus {
 func workloadStatus(w workload.WorkloadState) admin.Workload {
 	s := admin.Workload{
 		ID: w.Workload.ID, Service: w.Workload.Service, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
-		Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
+		Mesh: w.Workload.Mesh.String(), Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
 		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS,
 	}
 	for _, ns := range w.Namespaces {

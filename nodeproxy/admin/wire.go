@@ -151,6 +151,7 @@ type Workload struct {
 	Service    string   `json:"service"`
 	Cgroup     string   `json:"cgroup"`
 	Provider   string   `json:"provider"`
+	Mesh       string   `json:"mesh"` // "enabled", "observe", "disabled"
 	Mode       string   `json:"mode"`
 	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected"
 	Detail     string   `json:"detail,omitempty"`

@@ -14,7 +14,7 @@ import (
 	"nodeproxy.io/redirect"
 )
 
-// Canaries makes connections on behalf of every protected workload of status, in each of its network namespaces, and
+// Canaries makes connections on behalf of every workload of status that is, or should be, protected, in each of its network namespaces, and
 // reports what became of them:
 //
 //   - as the workload, to an address that the daemon redirects and that belongs to no service. It went the way into the mesh
@@ -35,13 +35,19 @@ func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) [
 	}
 	var results []Result
 	for i := range status.Workloads {
-		if w := &status.Workloads[i]; w.State == "protected" && w.Processes > 0 && ctx.Err() == nil {
+		if w := &status.Workloads[i]; isTried(w) && ctx.Err() == nil {
 			c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Service)}
 			results = append(results, c.run(ctx)...)
 			results = append(results, c.applications(applications)...)
 		}
 	}
 	return results
+}
+
+// isTried says whether connections of w must go into the mesh. What of an unprotected workload does not work is then told
+// beside the daemon's own reason, and whether or not its audit has been there already.
+func isTried(w *admin.Workload) bool {
+	return w.Processes > 0 && (w.State == "protected" || w.State == "unprotected" && w.Mesh == "enabled")
 }
 
 // canary tries one workload.

@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/tests/netlab"
 )
@@ -149,13 +150,19 @@ func TestACanaryOfEachMissingHookFailsAndSaysWhatToDo(t *testing.T) {
 		cgroup + "sockops":       {"a sockops hook is not attached", below(ebpf.SockOps, ebpf.AttachCGroupSockOps)},
 		"namespaces/*/sk_lookup": {"nothing guards its network namespace", func() func() { return m.crowdOut(web) }},
 	} {
-		complaint, allow := c.complaint, c.forbid()
+		allow := c.forbid()
 		m.detach(0, hook)
-		if results := m.canaries(0); check.Worst(results) != check.Failed {
-			t.Errorf("without %s: %s", hook, list(results))
-		} else if !strings.Contains(list(results), "was detached, by somebody else, and cannot be repaired") { // the daemon's audit may be first
-			says(t, results, check.Failed, "canary", complaint, "restart the daemon")
-		}
+		says(t, m.canaries(0), check.Failed, "canary web", c.complaint, "restart the daemon") // before the daemon's audit or after
+		_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+			if s.Workloads[0].State != "unprotected" {
+				return fmt.Errorf("the workloads are %+v", s.Workloads)
+			}
+			return nil
+		})
+		m.must(err)
+		results := m.canaries(0)
+		says(t, results, check.Failed, "workload web", "was detached, by somebody else, and cannot be repaired")
+		says(t, results, check.Failed, "canary web", c.complaint, "restart the daemon")
 		allow()
 		m.stop(0)
 		m.restart(0)

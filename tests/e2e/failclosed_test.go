@@ -59,9 +59,14 @@ func TestWithADeadDaemonNothingConnectsAndASquatterHearsNothing(t *testing.T) {
 		t.Fatalf("the daemons listen on %v and %v", out, in)
 	}
 	m.reaches(web, m.vip("api"))
+	mesh := m.mesh(0, "api")
+	steered, err := m.Lab.Start(netlab.Command{Path: programs.app, Args: []string{"serve", mesh}, Namespace: api.Namespace})
+	m.must(err) // nobody is bound to a mesh port
+	m.must(steered.WaitOutput(m.ctx(), "ready"))
+	m.reaches(web, m.vip("api"))
 	m.kill(0)
 	m.kill(1)
-	squatters := []*netlab.Process{squat(m, web, out), squat(m, api, in)}
+	squatters := []*netlab.Process{squat(m, web, out), squat(m, api, in), steered}
 	capture, err := m.Capture()
 	m.must(err)
 	for _, args := range [][]string{
@@ -74,6 +79,7 @@ func TestWithADeadDaemonNothingConnectsAndASquatterHearsNothing(t *testing.T) {
 		}
 	}
 	m.getsNothing(stranger, "-timeout", "3s", at(api.IPv4, port))
+	m.getsNothing(stranger, "-timeout", "3s", mesh)
 	for _, p := range squatters {
 		if strings.Contains(p.Output(), "accepted") {
 			t.Errorf("a squatter got a connection: %s", p.Output())

@@ -35,6 +35,8 @@ func badPeers(t *testing.T, root *mtlstest.Authority, id *url.URL, usage x509.Ex
 	elsewhere := *id
 	elsewhere.Host = "11111111-2222-3333-4444-555555555555.consul"
 	stranger := mtlstest.NewRoot(t, func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: id.Host}} })
+	alongside := stranger.Leaf(t, id.String())
+	alongside.Certificate = append(alongside.Certificate[:1:1], stranger.Cert.Raw)
 	bare := root.Intermediate(t).Leaf(t, id.String())
 	bare.Certificate = bare.Certificate[:1]
 	return []badPeer{
@@ -44,6 +46,8 @@ func badPeers(t *testing.T, root *mtlstest.Authority, id *url.URL, usage x509.Ex
 			c.IsCA, c.KeyUsage, c.ExtKeyUsage, c.URIs = false, x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{usage}, []*url.URL{id}
 		}).Self(), catalog.ReasonPeerIdentity},
 		{"of another mesh's root", stranger.Leaf(t, id.String()), catalog.ReasonPeerIdentity},
+		{"of another mesh's root, which comes along", alongside, catalog.ReasonPeerIdentity},
+		{"a CA's", leaf(func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true }), catalog.ReasonPeerIdentity},
 		{"two URI SANs", leaf(func(c *x509.Certificate) { c.URIs = append(c.URIs, &elsewhere) }), catalog.ReasonPeerIdentity},
 		{"missing intermediate", bare, catalog.ReasonPeerIdentity},
 		{"wrong extended key usage", leaf(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{other} }), catalog.ReasonPeerIdentity},

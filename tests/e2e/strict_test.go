@@ -78,6 +78,12 @@ func TestAStrictPortInTheHostsNamespaceGivesStrangersNothing(t *testing.T) {
 	server := m.serve(api, ":8080", ":9999")
 	m.allow("api", "web")
 	places := strangers(t, m)
+	neighbour, err := node.HostWorkload("neighbour") // whose connections to itself are announced, too
+	m.must(err)
+	m.Daemons[1].Enroll(neighbour, "neighbour")
+	m.define(1, "neighbour", 8081, neighbour.IPv4, neighbour.IPv6)
+	m.serve(neighbour, ":8081")
+	places["a denied workload in the same namespace"] = neighbour
 	m.start()
 	for name, from := range places {
 		for what, to := range map[string]string{
