@@ -2,6 +2,8 @@ package nodeproxy
 
 import (
 	"context"
+	"crypto/tls"
+	"maps"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -10,6 +12,33 @@ import (
 
 // retryApply is how long after a failure the kernel is asked again to apply the same snapshot.
 const retryApply = time.Second
+
+// lingering is how long the certificate of a service that no workload here runs as any more is used: connections to and of a
+// workload that was just un-enrolled are still accepted.
+const lingering = 3 * time.Second
+
+// formerLeaf is a certificate that the snapshot in force has no more. When it lingers longer, because there is no newer
+// snapshot, nobody uses it: its service is not served.
+type formerLeaf struct {
+	*tls.Certificate
+	until time.Time
+}
+
+// formerLeaves are the certificates of last that next has not, as long as they linger.
+func formerLeaves(last *state, next *catalog.Snapshot) map[string]formerLeaf {
+	former := make(map[string]formerLeaf)
+	if last == nil {
+		return former
+	}
+	maps.Copy(former, last.former)
+	for name, leaf := range last.snap.Leaves {
+		former[name] = formerLeaf{leaf, time.Now().Add(lingering)}
+	}
+	maps.DeleteFunc(former, func(name string, leaf formerLeaf) bool {
+		return next.Leaves[name] != nil || time.Now().After(leaf.until)
+	})
+	return former
+}
 
 // offer leaves snap for the loop in the place of an older one that it has not taken yet. The source calls it, one call
 // at a time.
@@ -60,11 +89,18 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 // putInForce makes snap decide: certificates and policy with one swap, then every live connection again. Steering comes
 // after it, so that nothing is steered to us before we have its certificate. It returns false when it dropped snap.
 func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
-	if current := p.gate.current(); current != nil && snap.Generation <= current.snap.Generation {
+	current := p.gate.current()
+	if current != nil && snap.Generation <= current.snap.Generation {
 		p.cfg.Log.Error("drop a snapshot that is not newer than the one in force", "generation", snap.Generation, "in force", current.snap.Generation)
 		return false
 	}
-	p.gate.swap(&state{snap: snap, credentials: mtls.New(snap)})
+	next := &state{snap: snap, former: formerLeaves(current, snap)}
+	certificates := maps.Clone(snap.Leaves)
+	for name, leaf := range next.former {
+		certificates[name] = leaf.Certificate
+	}
+	next.credentials = mtls.New(snap, certificates)
+	p.gate.swap(next)
 	p.recheck()
 	p.balancer.prune(snap)
 	return true

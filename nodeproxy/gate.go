@@ -13,6 +13,7 @@ import (
 type state struct {
 	snap        *catalog.Snapshot
 	credentials *mtls.Credentials
+	former      map[string]formerLeaf // by service
 }
 
 // verdict is a decision and its place in the order of all decisions.

@@ -59,26 +59,42 @@ func (r *Redirect) hooks() []hook {
 	}
 }
 
-// NewWorkload hands out a workload id. Ids are never used again while the pins exist.
-func (r *Redirect) NewWorkload() (uint32, error) {
+// NewWorkload hands out a workload id, in the group of its service's workloads. Rules may name it at once, so that what is delivered to
+// it passes before it is enrolled. Ids are never used again while the pins exist.
+func (r *Redirect) NewWorkload(group uint32) (uint32, error) {
 	var id uint32
 	err := r.updateHeartbeat(func(h *outboundHeartbeat) error {
 		h.NextWorkload++
 		id = h.NextWorkload
 		return nil
 	})
-	return id, err
+	if err != nil {
+		return 0, err
+	}
+	if err := r.obj.Workloads.Put(id, outboundWorkload{Group: group}); err != nil {
+		return 0, fmt.Errorf("add workload %d (room for %d): %w", id, r.obj.Workloads.MaxEntries(), err)
+	}
+	return id, nil
 }
 
-// Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload, in the group of its
-// service's workloads. An enrolled cgroup becomes the new workload in one step. On error the cgroup is as it was.
-func (r *Redirect) Enroll(cgroup string, workload, group uint32, n Nesting) (err error) {
+// Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload. An enrolled cgroup
+// becomes the new workload in one step. On error the cgroup is as it was, and the id is gone.
+func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.forgetWorkload(workload))
+		}
+	}()
 	id, err := CgroupID(cgroup)
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	var w outboundWorkload
+	if err := r.obj.Workloads.Lookup(workload, &w); err != nil {
+		return fmt.Errorf("enroll %s: find workload %d: %w", cgroup, workload, err)
+	}
 	e, known := r.enrolled[id]
 	if !known {
 		if e, err = r.attach(cgroup, id); err != nil {
@@ -90,14 +106,11 @@ func (r *Redirect) Enroll(cgroup string, workload, group uint32, n Nesting) (err
 			err = errors.Join(err, r.detach(id, e))
 		}
 	}()
-	if err := r.obj.Workloads.Put(workload, outboundWorkload{Group: group}); err != nil {
-		return fmt.Errorf("add workload of %s (room for %d): %w", cgroup, r.obj.Workloads.MaxEntries(), err)
-	}
 	old := e.workload
 	if err := r.setMembership(id, e, workload, n.flags()|r.treated[workload]); err != nil {
-		return errors.Join(err, r.forgetWorkload(workload))
+		return err
 	}
-	e.cgroup, e.group = cgroup, group
+	e.cgroup, e.group = cgroup, w.Group
 	r.enrolled[id] = e
 	if old != 0 {
 		return r.forgetWorkload(old)

@@ -13,13 +13,13 @@ import (
 func (p *pod) treat(t redirect.Treatment) {
 	p.n.t.Helper()
 	var err error
-	if p.id, err = p.n.r.NewWorkload(); err != nil {
+	if p.id, err = p.n.r.NewWorkload(1); err != nil {
 		p.n.t.Fatal(err)
 	}
 	if err := p.n.r.Treat(p.id, t); err != nil {
 		p.n.t.Fatal(err)
 	}
-	if err := p.n.r.Enroll(p.cgroup.Path(), p.id, 1, redirect.Nesting{}); err != nil {
+	if err := p.n.r.Enroll(p.cgroup.Path(), p.id, redirect.Nesting{}); err != nil {
 		p.n.t.Fatal(err)
 	}
 }
@@ -87,14 +87,14 @@ func TestACgroupTakenOutOfAnEnrolledOneIsLeftAlone(t *testing.T) {
 	if out := p.dialFrom(child, "tcp4", "10.9.1.2:7001"); !strings.Contains(out, "for workload") {
 		t.Fatalf("before: %s", out)
 	}
-	id, err := n.r.NewWorkload()
+	id, err := n.r.NewWorkload(9)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := n.r.Treat(id, redirect.Untreated()); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.r.Enroll(child.Path(), id, 9, redirect.Nesting{Outer: true}); err != nil {
+	if err := n.r.Enroll(child.Path(), id, redirect.Nesting{Outer: true}); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.r.SetNesting(cgroupID(t, p.cgroup.Path()), redirect.Nesting{Inner: true}); err != nil {

@@ -32,11 +32,11 @@ func (n *node) hostPod(name string, group uint32, ns *redirect.Namespace) *pod {
 
 func (n *node) enrollAs(cgroup *netlab.Cgroup, group uint32, nesting redirect.Nesting) uint32 {
 	n.t.Helper()
-	id, err := n.r.NewWorkload()
+	id, err := n.r.NewWorkload(group)
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	if err := n.r.Enroll(cgroup.Path(), id, group, nesting); err != nil {
+	if err := n.r.Enroll(cgroup.Path(), id, nesting); err != nil {
 		n.t.Fatal(err)
 	}
 	return id

@@ -23,14 +23,14 @@ func TestAnUpstreamIsRedirectedForItsWorkloadOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id, err := n.r.NewWorkload()
+	id, err := n.r.NewWorkload(2)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := n.r.SetNesting(outer, redirect.Nesting{Inner: true}); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.r.Enroll(other.Path(), id, 2, redirect.Nesting{Outer: true}); err != nil {
+	if err := n.r.Enroll(other.Path(), id, redirect.Nesting{Outer: true}); err != nil {
 		t.Fatal(err)
 	}
 	holder := p.app(nil, "NP_APP=listen", "NP_ADDR=127.0.0.1:9191") // a sidecar, say

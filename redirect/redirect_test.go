@@ -266,10 +266,10 @@ func (p *pod) listen() {
 func (p *pod) enroll(nesting redirect.Nesting) {
 	p.n.t.Helper()
 	var err error
-	if p.id, err = p.n.r.NewWorkload(); err != nil {
+	if p.id, err = p.n.r.NewWorkload(1); err != nil {
 		p.n.t.Fatal(err)
 	}
-	if err := p.n.r.Enroll(p.cgroup.Path(), p.id, 1, nesting); err != nil {
+	if err := p.n.r.Enroll(p.cgroup.Path(), p.id, nesting); err != nil {
 		p.n.t.Fatal(err)
 	}
 }
@@ -588,14 +588,14 @@ func TestNestedWorkloads(t *testing.T) {
 	if got := p.dialFrom(child, "tcp4", "240.0.0.1:80"); !strings.Contains(got, fmt.Sprintf("for workload %d", p.id)) {
 		t.Fatalf("below an enrolled cgroup: %s", got)
 	}
-	inner, err := n.r.NewWorkload()
+	inner, err := n.r.NewWorkload(2)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := n.r.SetNesting(outerID, redirect.Nesting{Inner: true}); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.r.Enroll(child.Path(), inner, 2, redirect.Nesting{Outer: true}); err != nil {
+	if err := n.r.Enroll(child.Path(), inner, redirect.Nesting{Outer: true}); err != nil {
 		t.Fatal(err)
 	}
 	if got := p.dialFrom(child, "tcp4", "240.0.0.1:80"); !strings.Contains(got, fmt.Sprintf("for workload %d", inner)) {
@@ -641,7 +641,7 @@ func TestPinsOutliveTheDaemonAndAreTakenOver(t *testing.T) {
 	if got := p.dial("tcp4", "240.0.0.1:80"); !strings.Contains(got, fmt.Sprintf("240.0.0.1:80 for workload %d", p.id)) {
 		t.Errorf("after the take-over: %s", got)
 	}
-	if id, err := n.r.NewWorkload(); err != nil || id <= p.id {
+	if id, err := n.r.NewWorkload(1); err != nil || id <= p.id {
 		t.Errorf("workload id %d, %v: want one above %d", id, err, p.id)
 	}
 }
@@ -699,10 +699,10 @@ func TestCleanupLeavesNothing(t *testing.T) {
 
 func TestEnrollOfACgroupThatIsNoneChangesNothing(t *testing.T) {
 	n := newNode(t)
-	if err := n.r.Enroll(t.TempDir(), 77, 1, redirect.Nesting{}); err == nil || !strings.Contains(err.Error(), "not on cgroup2") {
+	if err := n.r.Enroll(t.TempDir(), 77, redirect.Nesting{}); err == nil || !strings.Contains(err.Error(), "not on cgroup2") {
 		t.Errorf("got %v", err)
 	}
-	if err := n.r.Enroll(filepath.Join(n.lab.Cgroup().Path(), "absent"), 78, 1, redirect.Nesting{}); !errors.Is(err, os.ErrNotExist) {
+	if err := n.r.Enroll(filepath.Join(n.lab.Cgroup().Path(), "absent"), 78, redirect.Nesting{}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v", err)
 	}
 	fills, err := n.r.Fills()

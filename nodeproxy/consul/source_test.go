@@ -39,7 +39,7 @@ const patience = 60 * time.Second
 
 // world is one agent, a proxy before it that can misbehave, and a source.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	lab    *netlab.Lab
 	agent  *lab.Agent
 	front  *lab.Front
@@ -53,7 +53,7 @@ type world struct {
 	news   chan struct{}
 }
 
-func newWorld(t *testing.T, cfg lab.Config) *world {
+func newWorld(t testing.TB, cfg lab.Config) *world {
 	t.Helper()
 	lab.Require(t)
 	l, err := netlab.New()
@@ -83,7 +83,7 @@ func newWorld(t *testing.T, cfg lab.Config) *world {
 }
 
 // testWriter writes the source's log into the test's.
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(p []byte) (int, error) {
 	w.t.Log(strings.TrimSpace(string(p)))

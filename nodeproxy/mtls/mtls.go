@@ -23,23 +23,24 @@ import (
 // Credentials are the certificates and roots of one snapshot. They are immutable and safe for concurrent use; a
 // connection keeps none of them after its handshake.
 type Credentials struct {
-	snap  *catalog.Snapshot
-	roots *x509.CertPool
+	snap   *catalog.Snapshot
+	leaves map[string]*tls.Certificate
+	roots  *x509.CertPool
 }
 
-// New returns the credentials of snap.
-func New(snap *catalog.Snapshot) *Credentials {
+// New returns the credentials of snap, with leaves as the certificates of the local services.
+func New(snap *catalog.Snapshot, leaves map[string]*tls.Certificate) *Credentials {
 	roots := x509.NewCertPool()
 	for _, root := range snap.Roots {
 		roots.AddCert(root)
 	}
-	return &Credentials{snap: snap, roots: roots}
+	return &Credentials{snap: snap, leaves: leaves, roots: roots}
 }
 
 // Leaf returns the certificate of a local service. The error is a *catalog.Refusal with ReasonNoCertificate when there
 // is none, or it is not valid now.
 func (c *Credentials) Leaf(service string) (*tls.Certificate, error) {
-	leaf := c.snap.Leaves[service]
+	leaf := c.leaves[service]
 	if leaf == nil || leaf.Leaf == nil {
 		return nil, refuse(catalog.ReasonNoCertificate, "find the certificate of %q: the source has not delivered one: see the source in nodeproxy status", service)
 	}

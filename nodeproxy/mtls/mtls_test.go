@@ -43,7 +43,7 @@ func credentials(t testing.TB, roots []*mtlstest.Authority, leaves map[string]*t
 	if err != nil {
 		t.Fatal(err)
 	}
-	return mtls.New(snap)
+	return mtls.New(snap, snap.Leaves)
 }
 
 // pair is two ends of a TCP connection over loopback, with a deadline for the whole test.

@@ -26,7 +26,7 @@ func within(t *testing.T, root *mtlstest.Authority, limits catalog.TLS) *mtls.Cr
 	if err != nil {
 		t.Fatal(err)
 	}
-	return mtls.New(snap)
+	return mtls.New(snap, snap.Leaves)
 }
 
 func TestTheTargetsIdentityAndNotTheDialledOnesIsVerified(t *testing.T) {

@@ -73,15 +73,27 @@ func literal(ctx context.Context, addr string) (netip.AddrPort, error) {
 
 // Deliver implements the proxy's Kernel.
 func (m *Manager) Deliver(ctx context.Context, to *Served, client netip.AddrPort) (net.Conn, error) {
-	v := m.view.Load()
-	for _, s := range v.served {
-		if s.Instance != to.Instance || s.Namespace.Cookie != to.Namespace.Cookie || len(s.Workloads) == 0 {
-			continue
+	for {
+		v := m.view.Load()
+		conn, err := v.deliver(ctx, to, client)
+		if err == nil || ctx.Err() != nil || m.view.Load() == v {
+			return conn, err
 		}
-		if s.instance.DeliverySocket != "" {
-			return m.deliverUnix(ctx, v, s)
+		// The workload became another one meanwhile, and the kernel did not know the first any more.
+	}
+}
+
+func (v *view) deliver(ctx context.Context, to *Served, client netip.AddrPort) (net.Conn, error) {
+	for _, all := range []map[servedKey]*served{v.served, v.former} {
+		for _, s := range all {
+			if s.Instance != to.Instance || s.Namespace.Cookie != to.Namespace.Cookie || len(s.Workloads) == 0 {
+				continue
+			}
+			if s.instance.DeliverySocket != "" {
+				return deliverUnix(ctx, v, s)
+			}
+			return deliverTCP(ctx, v, s, client)
 		}
-		return deliverTCP(ctx, v, s, client)
 	}
 	return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownWorkload, Err: fmt.Errorf("no enrolled workload serves instance %s any more", to.Instance)}
 }
@@ -285,7 +297,7 @@ func established(conn *net.TCPConn) bool {
 }
 
 // deliverUnix connects to a socket path as the workload's processes see it, and checks who listens there.
-func (m *Manager) deliverUnix(ctx context.Context, v *view, s *served) (net.Conn, error) {
+func deliverUnix(ctx context.Context, v *view, s *served) (net.Conn, error) {
 	path := s.instance.DeliverySocket
 	refuse := func(reason catalog.Reason, err error) (net.Conn, error) {
 		return nil, &catalog.Refusal{Reason: reason, Err: fmt.Errorf("deliver to instance %s at %s: %w", s.Instance, path, err)}

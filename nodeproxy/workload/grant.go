@@ -159,8 +159,5 @@ func (m *Manager) release(e *entry, keep bool) {
 		return
 	}
 	delete(m.older, e.cgroup)
-	if err := m.redirect.Unenroll(e.cgroup); err != nil {
-		m.log.Error("un-enrolment left something behind; run `nodeproxy cleanup` once the daemon is stopped", "cgroup", e.Cgroup, "error", err)
-	}
-	m.log.Info("workload un-enrolled", "cgroup", e.Cgroup, "service", e.Service)
+	m.leaving = append(m.leaving, e)
 }

@@ -22,7 +22,7 @@ const (
 	reapEvery      = 30 * time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
-	namespaceGrace = 3 * time.Second       // how long a namespace of no workload keeps its listeners
+	grace          = 3 * time.Second       // how long a namespace of no workload keeps its listeners, and what is served no more is carried on
 	maxNamespaces  = 16                    // of one workload
 )
 
@@ -79,6 +79,8 @@ type Manager struct {
 	serving    sync.WaitGroup    // of name queries, one for each namespace
 	missed     bool              // a namespace could not be opened in this reconciliation
 	drifted    drifts
+	former     former
+	leaving    []*entry // released, and not detached yet
 	watcher    *watcher
 	probers    probers
 	older      map[uint64]*older // by cgroup id
@@ -95,6 +97,7 @@ type entry struct {
 	subtree   map[uint64]bool // ids of its cgroup and those below
 	problem   error
 	access    Access
+	left      bool     // was released before the last reconciliation
 	steered   uint64   // the cgroup whose name queries are
 	noDNS     error    // why they are not
 	misplaced []string // instances of its service whose address is in none of its namespaces
@@ -148,6 +151,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
 		older:      make(map[uint64]*older),
+		former:     former{workloads: make(map[uint32]formerWorkload), served: make(map[servedKey]formerServed)},
 	}
 	m.view.Store(&view{})
 	return m, nil

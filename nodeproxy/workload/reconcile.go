@@ -32,8 +32,9 @@ func (m *Manager) reconcile() {
 	if m.complete() {
 		m.protect(next)
 	} else {
-		next.index(m.workloads) // an earlier daemon's guards stay as they are until we know better
+		m.index(next) // an earlier daemon's guards stay as they are until we know better
 	}
+	m.leave()
 	m.closeNamespaces()
 	m.audit()
 	shown := *next
@@ -73,13 +74,13 @@ func (m *Manager) silent() map[string]bool {
 func (m *Manager) protect(next *view) {
 	ready := m.enrollable(next)
 	for _, e := range ready {
-		id, err := m.redirect.NewWorkload()
+		id, err := m.redirect.NewWorkload(m.group(e.Service))
 		if err != nil {
 			e.problem = err
 		}
 		e.ID = id
 	}
-	next.index(m.workloads)
+	m.index(next)
 	m.view.Store(next)
 	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
 		m.log.Error("inbound rules are incomplete", "error", err)
@@ -214,7 +215,7 @@ func (m *Manager) watchNamespaces() {
 
 func (m *Manager) closeNamespaces() {
 	for inode, s := range m.namespaces {
-		if time.Since(s.used) < namespaceGrace {
+		if time.Since(s.used) < grace {
 			continue
 		}
 		delete(m.namespaces, inode)
@@ -254,7 +255,7 @@ func (m *Manager) enroll(e *entry) {
 	joins := e.Mesh == Enabled && !m.redirect.Redirects(e.cgroup)
 	err := m.redirect.Treat(e.ID, e.treatment())
 	if err == nil {
-		err = m.redirect.Enroll(e.Cgroup, e.ID, m.group(e.Service), m.nesting(e))
+		err = m.redirect.Enroll(e.Cgroup, e.ID, m.nesting(e))
 	}
 	if err != nil {
 		e.enrolled, e.problem, e.ID = false, err, 0

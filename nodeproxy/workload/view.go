@@ -19,6 +19,7 @@ type view struct {
 	subtree map[uint32]map[uint64]bool // cgroup ids by workload
 	spaces  map[uint64]*space          // by cookie
 	served  map[servedKey]*served
+	former  map[servedKey]*served // served a moment ago
 	states  []WorkloadState
 	refused []RefusedClaim
 
@@ -194,7 +195,7 @@ func (m *Manager) Origin(ns *Namespace, conn *net.TCPConn) (*Origin, error) {
 // Served implements the proxy's Kernel.
 func (m *Manager) Served(ns *Namespace, at netip.AddrPort) (*Served, error) {
 	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
-	s := m.view.Load().served[servedKey{ns.Cookie, at}]
+	s := m.view.Load().servedAt(servedKey{ns.Cookie, at})
 	if s == nil {
 		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownService, Err: fmt.Errorf("no instance of this node is served at %s in network namespace %d", at, ns.Inode)}
 	}
@@ -202,6 +203,13 @@ func (m *Manager) Served(ns *Namespace, at netip.AddrPort) (*Served, error) {
 		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownWorkload, Err: fmt.Errorf("no enrolled workload serves instance %s", s.Instance)}
 	}
 	return &s.Served, nil
+}
+
+func (v *view) servedAt(key servedKey) *served {
+	if s := v.served[key]; s != nil {
+		return s
+	}
+	return v.former[key]
 }
 
 // State implements the proxy's Kernel.

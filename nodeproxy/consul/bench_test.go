@@ -1,0 +1,132 @@
+package consul_test
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"runtime"
+	"testing"
+
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls"
+	lab "nodeproxy.io/tests/consul"
+)
+
+// BenchmarkDecision decides on a connection and finds the certificate to answer it with: from the snapshot in memory, and as
+// a proxy does that asks the agent each time. Then it reports what a service of this node takes.
+func BenchmarkDecision(b *testing.B) {
+	const services, sources = 1000, 10 // intentions of each service
+	w := newWorld(b, lab.Config{HCL: "limits {\n  http_max_conns_per_client = 1000\n}\nconnect {\n  enabled = true\n  ca_config {\n    csr_max_per_second = 1000\n  }\n}\n"})
+	w.config.Log = slog.New(slog.DiscardHandler)
+	name := func(i int) string { return fmt.Sprintf("service-%d", i) }
+	var names []string
+	for i := range services {
+		names = append(names, name(i))
+		service := lab.Service(name(i), name(i)+"-1", fmt.Sprintf("10.1.%d.%d", i/200, 2+i%200), 8080)
+		service["Connect"].(map[string]any)["SidecarService"].(map[string]any)["Port"] = 21000
+		w.must(w.agent.Register(w.ctx(), service))
+		actions := make(map[string]string)
+		for j := range sources {
+			actions[name((i+j+1)%services)] = []string{"allow", "deny"}[j%2]
+		}
+		w.must(w.agent.Intentions(w.ctx(), name(i), actions))
+	}
+
+	before := heap()
+	w.run(names...)
+	snap := w.await("everything is known", func(s *catalog.Snapshot) error {
+		if len(s.Leaves) != services || len(s.Services) < services {
+			return fmt.Errorf("%d certificates and %d services are", len(s.Leaves), len(s.Services))
+		}
+		for i := range services {
+			if !s.Policy.Decide(s.Identity(name((i+1)%services)), name(i)).Allowed || s.Policy.Decide(s.Identity(name((i+2)%services)), name(i)).Allowed {
+				return fmt.Errorf("the intentions of %s are not", name(i))
+			}
+		}
+		return nil
+	})
+	credentials := mtls.New(snap, snap.Leaves)
+
+	b.Run("in memory", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			service := i % services
+			if !snap.Policy.Decide(snap.Identity(name((service+1)%services)), name(service)).Allowed {
+				b.Fatal("it is denied")
+			}
+			if _, err := credentials.Leaf(name(service)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("from the agent", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			service := i % services
+			var answer struct{ Authorized bool }
+			w.must(w.agent.Do(b.Context(), http.MethodPost, "/v1/agent/connect/authorize", map[string]string{
+				"Target": name(service), "ClientCertURI": snap.Identity(name((service + 1) % services)).String(), "ClientCertSerial": "01",
+			}, &answer))
+			if !answer.Authorized {
+				b.Fatal("it is denied")
+			}
+			var leaf struct{ CertPEM, PrivateKeyPEM string }
+			w.must(w.agent.Do(b.Context(), http.MethodGet, "/v1/agent/connect/ca/leaf/"+name(service), nil, &leaf))
+			if _, err := tls.X509KeyPair([]byte(leaf.CertPEM), []byte(leaf.PrivateKeyPEM)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("memory", func(b *testing.B) {
+		w.forget()
+		used := heap() - before
+		copies := make([]tls.Certificate, 0, services)
+		without := heap()
+		for b.Loop() {
+			copies = copies[:0]
+			for _, leaf := range snap.Leaves {
+				copies = append(copies, w.again(leaf))
+			}
+		}
+		certificates := heap() - without
+		runtime.KeepAlive(copies)
+		b.ReportMetric(float64(certificates)/services, "B/certificate")
+		b.ReportMetric(float64(used-certificates)/services, "B/service")
+	})
+	w.stop()
+}
+
+// forget lets go of all snapshots but the last.
+func (w *world) forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.all = nil
+}
+
+// again reads a certificate and its key once more, so that nothing is shared.
+func (w *world) again(cert *tls.Certificate) (own tls.Certificate) {
+	w.t.Helper()
+	for _, der := range cert.Certificate {
+		own.Certificate = append(own.Certificate, bytes.Clone(der))
+	}
+	var err error
+	own.Leaf, err = x509.ParseCertificate(own.Certificate[0])
+	w.must(err)
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	w.must(err)
+	own.PrivateKey, err = x509.ParsePKCS8PrivateKey(key)
+	w.must(err)
+	return own
+}
+
+// heap is what is in use once the garbage is collected.
+func heap() int64 {
+	runtime.GC()
+	runtime.GC()
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	return int64(stats.HeapAlloc)
+}
