@@ -5,10 +5,16 @@
  */
 #include "exclude.h"
 #include "maps.h"
+#include <bpf/bpf_core_read.h>
+
+#include "grant.h"
 
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 #define ECONNREFUSED 111
+#define SOL_SOCKET 1
+#define SO_BINDTOIFINDEX 62
+#define NO_DEVICE 0x7fffffff
 
 #define CONTINUE 1
 #define REFUSE 0
@@ -116,8 +122,81 @@ static __always_inline int pass(struct bpf_sock *sk, const struct membership *m)
 	return mark(sk, m) ? CONTINUE : REFUSE; /* without the mark the outer workload would claim the socket */
 }
 
-/* Decides on one connect. Returns the listener's port in host order when it is to be redirected, else 0 with *verdict. */
-static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *sk, const struct dial *d, int *verdict)
+/* Of the kernel's own, found by its BTF. */
+struct sock_common {
+	unsigned long skc_flags;
+} __attribute__((preserve_access_index));
+struct tcp_sock {
+	_Bool is_mptcp;
+	__u64 bytes_sent;
+	__u64 bytes_retrans;
+	__u64 bytes_received;
+} __attribute__((preserve_access_index));
+#define SOCK_DONE 1 /* of enum sock_flags: the peer's FIN has come */
+
+/* Whether it is a subflow: its siblings could be joined later, and destroying it would not end its connection. */
+static __always_inline int is_multipath(struct bpf_sock *sk)
+{
+	struct tcp_sock *tp = 0;
+
+	if (!bpf_core_field_exists(tp->is_mptcp))
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
+	return tp && tp->is_mptcp;
+}
+
+/* Whether the socket is bound to no address, or to the one that was found to reach the target. */
+static __always_inline int bound_to(struct bpf_sock *sk, const struct dial *d, const struct addr *src)
+{
+	__be32 ip4 = READ(sk->src_ip4);
+	struct addr bound;
+
+	if (READ(sk->family) == AF_INET) {
+		addr_v4(&bound, ip4);
+	} else {
+		addr_v6(&bound, READ(sk->src_ip6[0]), READ(sk->src_ip6[1]), READ(sk->src_ip6[2]), READ(sk->src_ip6[3]));
+		if (!(bound.w[0] | bound.w[1] | bound.w[2] | bound.w[3]))
+			return 1;
+	}
+	return (d->v4 && addr_is_v4(&bound) && !bound.w[3]) || addr_equal(&bound, src);
+}
+
+/* Whether the workload may go straight to a target of a grant, and which; then it is noted in d. */
+static __always_inline int direct_target(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct dial *d, __u64 netns,
+					 const struct workload *w, struct origin *o)
+{
+	struct grant_key key = { .ip = d->dst, .netns = netns, .workload = o->workload, .port = d->port };
+	struct grant_target *t;
+	struct grant *g;
+	__u32 device = READ(sk->bound_dev_if);
+
+	g = bpf_map_lookup_elem(&grants, &key);
+	if (!g) {
+		key.port = 0;
+		g = bpf_map_lookup_elem(&grants, &key);
+	}
+	if (!g || !g->n || !grant_valid(g))
+		return 0;
+	t = &g->target[bpf_get_prandom_u32() % g->n & (GRANT_TARGETS - 1)];
+	if (!still_listening(t) || !bound_to(sk, d, &t->src))
+		return 0;
+	if (device == 1 || (device && t->netns == netns))
+		return 0; /* what is local is reached by lo alone, and nothing else is */
+	if (w->direct >= MAX_DIRECT_PER_WORKLOAD || w->granted >= MAX_GRANTED_PER_WORKLOAD)
+		return 0;
+	if (is_multipath(sk))
+		return 0;
+	o->to = t->netns;
+	o->device = device;
+	o->key_port = key.port;
+	o->group = t->group;
+	d->dst = t->ip;
+	d->port = t->port;
+	return 1;
+}
+
+/* Decides on one connect. Returns 1 when d was changed to where it goes instead, else 0 with *verdict. */
+static __always_inline int decide(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct dial *d, int *verdict)
 {
 	struct membership *m = bpf_get_local_storage(&memberships, 0);
 	struct destination *dest;
@@ -166,43 +245,52 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 		*verdict = refuse(sk, m, d, REASON_STALE);
 		return 0; /* nobody would serve the redirected connection */
 	}
-	device = READ(sk->bound_dev_if);
-	if (device > 1) {
-		*verdict = refuse(sk, m, d, REASON_BOUND_DEVICE);
-		return 0; /* bound to another device than lo: loopback is out of reach */
-	}
-	netns = bpf_get_netns_cookie(ctx);
-	ns = bpf_map_lookup_elem(&ns_ready, &netns);
-	port = ns ? (d->v4 ? ns->port4 : ns->port6) : 0;
-	if (!port) {
-		*verdict = refuse(sk, m, d, REASON_NOT_READY);
-		return 0; /* no listener in this namespace yet */
-	}
 	w = bpf_map_lookup_elem(&workloads, &id);
 	if (!w) {
 		*verdict = refuse(sk, m, d, REASON_UNKNOWN_WORKLOAD);
 		return 0; /* being un-enrolled */
-	}
-	if (w->pending >= MAX_PENDING_PER_WORKLOAD) {
-		*verdict = refuse(sk, m, d, REASON_CAPACITY);
-		return 0; /* too many of its connections are on their way to us */
 	}
 	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!o) {
 		*verdict = refuse(sk, m, d, REASON_STORAGE);
 		return 0; /* no memory for the origin */
 	}
+	netns = bpf_get_netns_cookie(ctx);
 	o->dst = d->dst;
 	o->dport = d->port;
-	o->flags = ORIGIN_REDIRECTED;
 	o->workload = id;
 	o->netns = netns;
 	o->cookie = bpf_get_socket_cookie(ctx);
 	o->seconds = bpf_ktime_get_ns() / SECOND;
 	o->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(o->comm, sizeof(o->comm));
+	if (direct_target(ctx, sk, d, netns, w, o)) {
+		o->flags = ORIGIN_GRANTED;
+		return 1;
+	}
+	o->flags = ORIGIN_REDIRECTED;
+	device = READ(sk->bound_dev_if);
+	if (device > 1) {
+		*verdict = refuse(sk, m, d, REASON_BOUND_DEVICE);
+		return 0; /* bound to another device than lo: loopback is out of reach */
+	}
+	ns = bpf_map_lookup_elem(&ns_ready, &netns);
+	port = ns ? (d->v4 ? ns->port4 : ns->port6) : 0;
+	if (!port) {
+		*verdict = refuse(sk, m, d, REASON_NOT_READY);
+		return 0; /* no listener in this namespace yet */
+	}
+	if (w->pending >= MAX_PENDING_PER_WORKLOAD) {
+		*verdict = refuse(sk, m, d, REASON_CAPACITY);
+		return 0; /* too many of its connections are on their way to us */
+	}
+	if (d->v4)
+		addr_v4(&d->dst, bpf_htonl(0x7f000001));
+	else
+		addr_v6(&d->dst, 0, 0, 0, bpf_htonl(1));
+	d->port = bpf_htons(port);
 	count(STAT_REDIRECTED);
-	return port;
+	return 1;
 }
 
 static __always_inline int is_tcp(__u32 protocol)
@@ -216,17 +304,15 @@ int connect4(struct bpf_sock_addr *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct dial d = { .v4 = 1 };
 	int verdict;
-	__u16 port;
 
 	if (!is_tcp(READ(ctx->protocol)) || !sk)
 		return CONTINUE; /* UDP and the rest are not ours */
 	addr_v4(&d.dst, READ(ctx->user_ip4));
 	d.port = READ(ctx->user_port);
-	port = decide(ctx, sk, &d, &verdict);
-	if (!port)
+	if (!decide(ctx, sk, &d, &verdict))
 		return verdict;
-	ctx->user_ip4 = bpf_htonl(0x7f000001);
-	ctx->user_port = bpf_htons(port);
+	ctx->user_ip4 = d.dst.w[3];
+	ctx->user_port = d.port;
 	return CONTINUE;
 }
 
@@ -236,21 +322,19 @@ int connect6(struct bpf_sock_addr *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct dial d = {};
 	int verdict;
-	__u16 port;
 
 	if (!is_tcp(READ(ctx->protocol)) || !sk)
 		return CONTINUE; /* UDP and the rest are not ours */
 	addr_v6(&d.dst, READ(ctx->user_ip6[0]), READ(ctx->user_ip6[1]), READ(ctx->user_ip6[2]), READ(ctx->user_ip6[3]));
 	d.port = READ(ctx->user_port);
 	d.v4 = addr_is_v4(&d.dst);
-	port = decide(ctx, sk, &d, &verdict);
-	if (!port)
+	if (!decide(ctx, sk, &d, &verdict))
 		return verdict;
-	ctx->user_ip6[0] = 0;
-	ctx->user_ip6[1] = 0;
-	ctx->user_ip6[2] = d.v4 ? MAPPED_PREFIX : 0;
-	ctx->user_ip6[3] = d.v4 ? bpf_htonl(0x7f000001) : bpf_htonl(1);
-	ctx->user_port = bpf_htons(port);
+	ctx->user_ip6[0] = d.dst.w[0];
+	ctx->user_ip6[1] = d.dst.w[1];
+	ctx->user_ip6[2] = d.dst.w[2];
+	ctx->user_ip6[3] = d.dst.w[3];
+	ctx->user_port = d.port;
 	return CONTINUE;
 }
 
@@ -268,7 +352,7 @@ static __always_inline int shown_peer(struct bpf_sock *sk, struct addr *ip, __be
 		return 1;
 	}
 	o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
-	if (!o || !(o->flags & ORIGIN_REDIRECTED))
+	if (!o || !o->flags)
 		return 0;
 	*ip = o->dst;
 	*port = o->dport;
@@ -364,26 +448,203 @@ static __always_inline void forget_direct(const struct tuple *t)
 		__sync_fetch_and_add(&w->direct, -1);
 }
 
-/* Announces a connection to a strict port. When direct or the workload's share of it is full, the SYN is refused. */
-static __always_inline void announce(struct bpf_sock_ops *ctx, const struct tuple *t, const struct peer *p)
+/* Announces a connection to a strict port, by its 4-tuple. When direct or the workload's share of it is full, the SYN is
+ * refused. */
+static __always_inline void put_direct(struct bpf_sock_ops *ctx, const struct tuple *t, struct direct *d)
 {
-	struct direct d = { .workload = p->workload, .kind = p->kind, .peer = p->ip, .peer_port = p->port };
-	struct workload *w = bpf_map_lookup_elem(&workloads, &p->workload);
+	__u32 id = d->workload;
+	struct workload *w = bpf_map_lookup_elem(&workloads, &id);
 
 	if (!w || w->direct >= MAX_DIRECT_PER_WORKLOAD)
 		return;
-	d.time = bpf_ktime_get_ns();
-	d.cookie = bpf_get_socket_cookie(ctx);
-	if (bpf_map_update_elem(&direct, t, &d, BPF_NOEXIST)) {
+	d->time = bpf_ktime_get_ns();
+	d->cookie = bpf_get_socket_cookie(ctx);
+	if (bpf_map_update_elem(&direct, t, d, BPF_NOEXIST)) {
 		struct direct *old = bpf_map_lookup_elem(&direct, t);
 
-		if (!old || bpf_map_update_elem(&direct, t, &d, BPF_EXIST))
+		if (!old || bpf_map_update_elem(&direct, t, d, BPF_EXIST))
 			return;
 	} else {
 		__sync_fetch_and_add(&w->direct, 1);
 	}
 	watch_close(ctx);
 }
+
+static __always_inline void announce(struct bpf_sock_ops *ctx, const struct tuple *t, const struct peer *p)
+{
+	struct direct d = { .workload = p->workload, .kind = p->kind, .peer = p->ip, .peer_port = p->port };
+
+	put_direct(ctx, t, &d);
+}
+
+/* --- grants, see grant.h ------------------------------------------------------------------------------------------ */
+
+/* The application's own bytes: what was received counts the FIN as one. */
+static __always_inline void count_bytes(struct bpf_sock *sk, struct grant_event *e)
+{
+	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+
+	if (!tp)
+		return;
+	e->sent = tp->bytes_sent - tp->bytes_retrans;
+	e->received = tp->bytes_received;
+	if (e->received && ((struct sock_common *)tp)->skc_flags & (1UL << SOCK_DONE))
+		e->received--;
+}
+
+static __always_inline void tell(struct bpf_sock_ops *ctx, const struct granted *g, __u64 cookie, __u16 stage, __u16 seen)
+{
+	struct grant_event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	__u64 flags = BPF_RB_NO_WAKEUP; /* the daemon looks by itself: waking it costs more than a connection does */
+
+	if (seen == SEEN_IMPOSTOR)
+		flags = BPF_RB_FORCE_WAKEUP;
+
+	if (!e) {
+		count(STAT_EVENTS_LOST);
+		return;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->src = g->t.src;
+	e->dst = g->t.dst;
+	e->dialled = g->dialled;
+	e->sport = g->t.sport;
+	e->dport = g->t.dport;
+	e->dialled_port = g->dialled_port;
+	e->stage = stage;
+	e->seen = seen;
+	e->from = g->netns;
+	e->to = g->t.netns;
+	e->cookie = cookie;
+	e->opened = g->opened;
+	e->workload = g->workload;
+	e->pid = g->pid;
+	e->device = g->device;
+	__builtin_memcpy(e->comm, g->comm, sizeof(e->comm));
+	count_bytes(ctx->sk, e);
+	e->rtt_us = READ(ctx->srtt_us) >> 3;
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_SIZE / 4)
+		flags = BPF_RB_FORCE_WAKEUP;
+	bpf_ringbuf_submit(e, flags);
+}
+
+/* A workload dials what it is granted: the connection is in granted and in direct before its SYN leaves. Without room for
+ * it the SYN is refused. */
+static __always_inline void grant_connects(struct bpf_sock_ops *ctx, struct tuple *t, const struct origin *o)
+{
+	struct direct d = {
+		.workload = o->workload, .kind = DIRECT_GRANTED, .peer = o->dst, .peer_port = o->dport,
+		.from = o->netns, .key_port = o->key_port, .group = o->group,
+	};
+	struct granted g = {
+		.dialled = o->dst, .dialled_port = o->dport, .netns = o->netns, .workload = o->workload, .pid = o->pid,
+		.device = o->device,
+	};
+	__u64 cookie = o->cookie;
+	__u32 id = o->workload;
+	struct workload *w = bpf_map_lookup_elem(&workloads, &id);
+
+	t->netns = o->to;
+	g.t = *t;
+	__builtin_memcpy(g.comm, o->comm, sizeof(g.comm));
+	if (!w || bpf_map_update_elem(&granted, &cookie, &g, BPF_NOEXIST))
+		return;
+	__sync_fetch_and_add(&w->granted, 1);
+	put_direct(ctx, t, &d);
+	watch_close(ctx);
+}
+
+/* A SYN has reached a listener of this workload. Of nested workloads the nearest runs first, and it is what counts. */
+static __always_inline void grant_reaches(struct bpf_sock_ops *ctx, __u32 id)
+{
+	struct workload *w;
+	struct direct *d;
+	struct tuple t;
+
+	read_tuple(ctx, &t, 1);
+	d = bpf_map_lookup_elem(&direct, &t);
+	if (!d || d->kind != DIRECT_GRANTED || d->listener)
+		return;
+	w = bpf_map_lookup_elem(&workloads, &id);
+	if (w)
+		d->listener = w->group;
+}
+
+/* Cuts a socket off from every device, before it has sent more than its SYN. The daemon resets it. */
+static __always_inline void muzzle(struct bpf_sock_ops *ctx, struct granted *g, __u64 cookie)
+{
+	int nowhere = NO_DEVICE;
+
+	g->device = NO_DEVICE;
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &nowhere, sizeof(nowhere));
+	tell(ctx, g, cookie, GRANT_IMPOSTOR, SEEN_IMPOSTOR);
+}
+
+static __always_inline void grant_opens(struct bpf_sock_ops *ctx, const struct origin *o)
+{
+	__u64 cookie = o->cookie;
+	struct granted *g = bpf_map_lookup_elem(&granted, &cookie);
+	__u16 seen = SEEN_ADMITTED;
+	struct direct *d;
+	struct tuple t;
+
+	if (!g || g->opened)
+		return;
+	t = g->t;
+	d = bpf_map_lookup_elem(&direct, &t);
+	if (d && d->cookie == cookie && d->listener != o->group) {
+		d->seen = SEEN_IMPOSTOR;
+		if (d->listener) {
+			muzzle(ctx, g, cookie);
+			return;
+		}
+		seen = SEEN_IMPOSTOR; /* nobody's, or one that answers with a SYN cookie, which runs no program */
+	}
+	g->opened = bpf_ktime_get_ns();
+	count(STAT_GRANTED);
+	tell(ctx, g, cookie, GRANT_OPENED, seen);
+}
+
+static __always_inline void grant_closes(struct bpf_sock_ops *ctx, const struct origin *o)
+{
+	__u64 cookie = o->cookie;
+	struct granted *found = bpf_map_lookup_elem(&granted, &cookie);
+	__u16 seen = SEEN_NEVER;
+	struct granted g;
+	struct workload *w;
+	struct direct *d;
+	__u32 id;
+
+	if (!found)
+		return;
+	__builtin_memcpy(&g, found, sizeof(g));
+	if (bpf_map_delete_elem(&granted, &cookie))
+		return; /* somebody else told of it */
+	d = bpf_map_lookup_elem(&direct, &g.t);
+	if (d && d->cookie == cookie) {
+		seen = d->seen;
+		forget_direct(&g.t);
+	}
+	id = g.workload;
+	w = bpf_map_lookup_elem(&workloads, &id);
+	if (w)
+		__sync_fetch_and_add(&w->granted, -1);
+	if (!g.opened)
+		count(STAT_GRANT_FAILED);
+	tell(ctx, &g, cookie, g.opened ? GRANT_CLOSED : GRANT_FAILED, seen);
+}
+
+/* A listener of a workload closes. This runs before its port is free for others. */
+static __always_inline void listener_closes(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	__u64 *n = bpf_map_lookup_elem(&closes, &netns);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
+/* --- sockops of workloads and of the daemon ----------------------------------------------------------------------- */
 
 /* Whether a connection that is not redirected goes to a guarded port of this very namespace. Guards are found by port: an
  * announcement that no SYN here matches admits nothing. */
@@ -410,6 +671,10 @@ static __always_inline void workload_connects(struct bpf_sock_ops *ctx, struct b
 	if (o && o->workload != id)
 		return; /* a nearer enrolment's */
 	read_tuple(ctx, &t, 0);
+	if (o && o->flags & ORIGIN_GRANTED) {
+		grant_connects(ctx, &t, o);
+		return;
+	}
 	if (!o || !(o->flags & ORIGIN_REDIRECTED)) {
 		if (guarded_and_own(&t))
 			announce(ctx, &t, &own);
@@ -425,15 +690,22 @@ static __always_inline void workload_connects(struct bpf_sock_ops *ctx, struct b
 /* The application accepts: learn the client behind the proxy. */
 static __always_inline void workload_accepts(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
+	struct granted *g;
 	struct direct *d;
 	struct peer *p;
 	struct tuple t;
+	__u64 cookie;
 
 	read_tuple(ctx, &t, 1);
 	d = bpf_map_lookup_elem(&direct, &t);
 	if (!d)
 		return;
-	if (d->peer_port) {
+	if (d->kind == DIRECT_GRANTED) {
+		cookie = d->cookie;
+		g = bpf_map_lookup_elem(&granted, &cookie);
+		if (g)
+			g->accepted = 1;
+	} else if (d->peer_port) {
 		p = bpf_sk_storage_get(&sk_peer, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (p) {
 			p->ip = d->peer;
@@ -443,32 +715,62 @@ static __always_inline void workload_accepts(struct bpf_sock_ops *ctx, struct bp
 	forget_direct(&t);
 }
 
+/* A socket of the workload is closed: nothing of it remains in the maps. */
+static __always_inline void workload_closes(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct origin *o;
+	struct tuple t;
+
+	if (READ(ctx->args[0]) == BPF_TCP_LISTEN) {
+		listener_closes(ctx);
+		return;
+	}
+	o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+	if (o && o->flags & ORIGIN_GRANTED) {
+		grant_closes(ctx, o);
+		return;
+	}
+	read_tuple(ctx, &t, 0);
+	if (o && (o->flags & ORIGIN_REDIRECTED))
+		forget_pending(&t, o->workload);
+	else
+		forget_direct(&t);
+}
+
 SEC("sockops")
 int workload_sockops(struct bpf_sock_ops *ctx)
 {
 	struct membership *m = bpf_get_local_storage(&memberships, 0);
 	struct bpf_sock *sk = ctx->sk;
+	__u32 op = READ(ctx->op);
 	struct origin *o;
-	struct tuple t;
 
-	if (!sk || !m->workload)
+	if (!m->workload)
 		return 1;
-	switch (READ(ctx->op)) {
+	if (op == BPF_SOCK_OPS_RWND_INIT) { /* of a request, which is no socket yet */
+		grant_reaches(ctx, m->workload);
+		return 1;
+	}
+	if (!sk)
+		return 1;
+	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		workload_connects(ctx, sk, m->workload);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+		if (o && o->flags & ORIGIN_GRANTED)
+			grant_opens(ctx, o);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		workload_accepts(ctx, sk);
 		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		watch_close(ctx);
+		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (READ(ctx->args[1]) != BPF_TCP_CLOSE)
-			break;
-		read_tuple(ctx, &t, 0);
-		o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
-		if (o && (o->flags & ORIGIN_REDIRECTED))
-			forget_pending(&t, o->workload);
-		else
-			forget_direct(&t);
+		if (READ(ctx->args[1]) == BPF_TCP_CLOSE)
+			workload_closes(ctx, sk);
 		break;
 	}
 	return 1;
@@ -481,6 +783,7 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct origin *from, *to;
+	struct direct *d;
 	struct peer *p;
 	struct tuple t;
 
@@ -492,6 +795,10 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 		if (!p)
 			break; /* towards another node */
 		read_tuple(ctx, &t, 0);
+		if (p->kind == DIRECT_PATH) {
+			t.netns = p->netns;
+			p->ip = t.src;
+		}
 		announce(ctx, &t, p);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
@@ -513,6 +820,12 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 		if (!p)
 			break;
 		read_tuple(ctx, &t, 0);
+		if (p->kind == DIRECT_PATH) {
+			t.netns = p->netns;
+			d = bpf_map_lookup_elem(&direct, &t);
+			if (d && d->seen)
+				p->kind = DIRECT_PATH_SEEN;
+		}
 		forget_direct(&t);
 		break;
 	}

@@ -2,6 +2,7 @@ package nodeproxy
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -44,13 +45,16 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 		case <-retry.C:
 		}
 		current := p.gate.current()
-		if current == nil || kernelCtx.Err() != nil {
+		if current == nil {
 			continue
 		}
 		retry.Stop()
-		err := p.cfg.Kernel.Apply(kernelCtx, current.snap)
+		err := p.cfg.Kernel.Revoke(current.snap)
+		if kernelCtx.Err() == nil {
+			err = errors.Join(err, p.cfg.Kernel.Apply(kernelCtx, current.snap))
+		}
 		p.setApplying(err)
-		if err != nil && kernelCtx.Err() == nil {
+		if err != nil {
 			p.cfg.Log.Error("apply the snapshot to the kernel: it is tried again", "generation", current.snap.Generation, "error", err)
 			retry.Reset(retryApply)
 		}
@@ -60,20 +64,30 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 // putInForce makes snap decide: certificates and policy with one swap, then every live connection again. Steering comes
 // after it, so that nothing is steered to us before we have its certificate. It returns false when it dropped snap.
 func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
-	if current := p.gate.current(); current != nil && snap.Generation <= current.snap.Generation {
+	current := p.gate.current()
+	if current != nil && snap.Generation <= current.snap.Generation {
 		p.cfg.Log.Error("drop a snapshot that is not newer than the one in force", "generation", snap.Generation, "in force", current.snap.Generation)
 		return false
 	}
-	p.gate.swap(&state{snap: snap, credentials: mtls.New(snap)})
+	next := &state{snap: snap, credentials: mtls.New(snap)}
+	if current != nil {
+		next.trust = current.trust
+		if !next.credentials.SameTerms(current.credentials) {
+			next.trust++
+		}
+	}
+	p.gate.swap(next)
 	p.recheck()
+	p.tunnels.retire(next)
 	p.balancer.prune(snap)
 	return true
 }
 
 // recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
-// the policy in force denies.
+// the policy in force denies. Direct ones are ended by Kernel.Revoke.
 func (p *Proxy) recheck() {
 	var denied []*connection
+	p.direct.recheck(&p.gate)
 	for _, c := range p.live.all() {
 		source, service, known := c.pair()
 		if !known {

@@ -13,6 +13,7 @@ import (
 type state struct {
 	snap        *catalog.Snapshot
 	credentials *mtls.Credentials
+	trust       uint64 // rises when the roots, or what the mesh asks of TLS, are others than before
 }
 
 // verdict is a decision and its place in the order of all decisions.

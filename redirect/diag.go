@@ -16,12 +16,13 @@ type Socket struct {
 	V6Only bool
 	Cgroup uint64 // id of its creator's cgroup; 0 when it is not known yet
 	Inode  uint32
+	Cookie uint64 // of the socket
 	// Handshaking is a connection whose last ACK has not arrived, or that waits for data (TCP_DEFER_ACCEPT). It has no cgroup yet.
 	Handshaking bool
 	Listening   bool
 }
 
-// Listeners lists the sockets of the namespace that listen on port.
+// Listeners lists the sockets of the namespace that listen on port; 0: on any.
 func (ns *Namespace) Listeners(port uint16) ([]Socket, error) { return listeners(ns.diag, port) }
 
 func listeners(d *diag, port uint16) ([]Socket, error) {
@@ -33,7 +34,7 @@ func listeners(d *diag, port uint16) ([]Socket, error) {
 			return nil, fmt.Errorf("list listeners on port %d: %w", port, err)
 		}
 		for _, s := range found {
-			if s.Local.Port() == port {
+			if port == 0 || s.Local.Port() == port {
 				all = append(all, s)
 			}
 		}
@@ -43,11 +44,7 @@ func listeners(d *diag, port uint16) ([]Socket, error) {
 
 // Accepted finds the server's end of the connection from client to server, both in this namespace.
 func (ns *Namespace) Accepted(client, server netip.AddrPort) (Socket, error) {
-	family := uint8(unix.AF_INET6)
-	if server.Addr().Is4() {
-		family = unix.AF_INET
-	}
-	found, err := ns.diag.query(diagRequest{family: family, states: ^uint32(0), src: server.Addr(), sport: server.Port(), dst: client.Addr(), dport: client.Port()})
+	found, err := ns.diag.query(diagRequest{family: familyOf(server.Addr()), states: ^uint32(0), src: server.Addr(), sport: server.Port(), dst: client.Addr(), dport: client.Port()})
 	if err != nil {
 		return Socket{}, fmt.Errorf("find accepted socket of %s → %s: %w", client, server, err)
 	}
@@ -59,6 +56,7 @@ func (ns *Namespace) Accepted(client, server netip.AddrPort) (Socket, error) {
 
 const (
 	sockDiagByFamily = 20
+	sockDestroy      = 21 // SOCK_DESTROY of linux/sock_diag.h
 	tcpSynRecv       = 3
 	tcpListen        = 10
 	attrSKV6Only     = 11 // INET_DIAG_SKV6ONLY
@@ -82,26 +80,35 @@ type diagRequest struct {
 	dump         bool
 	src, dst     netip.Addr
 	sport, dport uint16
+	device       uint32 // what the socket is bound to
+	cookie       uint64 // 0: any
+	typ          uint16 // 0: sockDiagByFamily
 }
 
-func openDiag(ns *Namespace) (*diag, error) {
-	d := &diag{fd: -1, buf: make([]byte, 32<<10)}
-	if err := ns.Do(d.open); err != nil {
-		return nil, fmt.Errorf("in network namespace %d: %w", ns.Inode, err)
+func openDiag(ns *Namespace) (d *diag, err error) {
+	err = ns.Do(func() (err error) {
+		d, err = newDiag()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open sock_diag in network namespace %d: %w", ns.Inode, err)
 	}
 	return d, nil
 }
 
-// open opens the socket in the network namespace of the calling thread.
-func (d *diag) open() (err error) {
-	if d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG); err != nil {
-		return fmt.Errorf("open sock_diag: %w (is the kernel built with INET_DIAG?)", err)
+// newDiag opens one in the namespace of the calling thread.
+func newDiag() (*diag, error) {
+	d := &diag{buf: make([]byte, 32<<10)}
+	var err error
+	d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return nil, fmt.Errorf("%w (is the kernel built with INET_DIAG?)", err)
 	}
 	// The kernel answers within the call; the deadline guards against a lost answer.
 	if err := unix.SetsockoptTimeval(d.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		return errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
+		return nil, errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
 	}
-	return nil
+	return d, nil
 }
 
 func (d *diag) close() error {
@@ -141,15 +148,29 @@ func (d *diag) query(req diagRequest) ([]Socket, error) {
 	}
 }
 
+// destroy resets the connection that the request names by its cookie too: without one, what else would be found in place
+// of a connection that is gone is the listener.
+func (d *diag) destroy(req diagRequest) error {
+	req.typ, req.states = sockDestroy, ^uint32(0)
+	_, err := d.query(req)
+	return err
+}
+
+// gone says whether a query's error means that there is no such connection.
+func gone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESTALE) }
+
 func (q diagRequest) encode(seq uint32) []byte {
-	flags := uint16(unix.NLM_F_REQUEST)
+	flags, typ := uint16(unix.NLM_F_REQUEST), uint16(sockDiagByFamily)
 	if q.dump {
 		flags |= unix.NLM_F_DUMP
+	}
+	if q.typ != 0 {
+		flags, typ = flags|unix.NLM_F_ACK, q.typ
 	}
 	b := make([]byte, 0, unix.NLMSG_HDRLEN+sizeofRequest)
 	ne := binary.NativeEndian
 	b = ne.AppendUint32(b, unix.NLMSG_HDRLEN+sizeofRequest)
-	b = ne.AppendUint16(b, sockDiagByFamily)
+	b = ne.AppendUint16(b, typ)
 	b = ne.AppendUint16(b, flags)
 	b = ne.AppendUint32(b, seq)
 	b = ne.AppendUint32(b, 0)
@@ -159,8 +180,11 @@ func (q diagRequest) encode(seq uint32) []byte {
 	b = binary.BigEndian.AppendUint16(b, q.dport)
 	b = appendDiagAddr(b, q.src)
 	b = appendDiagAddr(b, q.dst)
-	b = ne.AppendUint32(b, 0)
-	return append(b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff) // INET_DIAG_NOCOOKIE
+	b = ne.AppendUint32(b, q.device)
+	if q.cookie == 0 {
+		return ne.AppendUint64(b, ^uint64(0)) // INET_DIAG_NOCOOKIE
+	}
+	return ne.AppendUint32(ne.AppendUint32(b, uint32(q.cookie)), uint32(q.cookie>>32))
 }
 
 func appendDiagAddr(b []byte, ip netip.Addr) []byte {
@@ -217,6 +241,7 @@ func parseSocket(body []byte) Socket {
 	s := Socket{
 		Local:       netip.AddrPortFrom(ip.Unmap(), binary.BigEndian.Uint16(id)),
 		Inode:       ne.Uint32(body[4+sizeofID+16:]),
+		Cookie:      uint64(ne.Uint32(id[40:])) | uint64(ne.Uint32(id[44:]))<<32,
 		Handshaking: body[1] == tcpSynRecv,
 		Listening:   body[1] == tcpListen,
 	}

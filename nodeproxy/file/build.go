@@ -79,7 +79,7 @@ func (b *builder) add(inst *instance) {
 	local := inst.node == b.cfg.Node
 	out := &catalog.Instance{
 		ID: inst.id, Service: inst.service, Node: inst.node, Local: local, Healthy: !local || b.healthy(inst),
-		Delivery: inst.delivery, DeliverySocket: inst.socket, Native: inst.native,
+		Delivery: inst.delivery, DeliverySocket: inst.socket, Native: inst.native, Tunnels: !local && !inst.native,
 		Permissive: b.mesh.entries.isPermissive(inst.service, b.cfg.Permissive),
 		Tags:       slices.Clone(inst.tags), Meta: maps.Clone(inst.meta),
 	}

@@ -143,6 +143,9 @@ type Handler interface {
 
 	// Verdict reports a connection that the kernel itself refused, or let in as plaintext. It does not block.
 	Verdict(v KernelVerdict)
+
+	// Direct reports a change of a connection that does not pass the proxy. It does not block.
+	Direct(c DirectConnection)
 }
 
 // KernelVerdict is a decision that a BPF program took.
@@ -171,6 +174,7 @@ type State struct {
 	Maps      []MapFill
 	Counters  map[string]uint64 // the programs' own, since the maps were made
 	Queries   *dns.Counts       // nil: DNS is not enabled
+	Direct    DirectState
 }
 
 // WorkloadState is one enrolled workload.
