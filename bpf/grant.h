@@ -8,6 +8,18 @@
 
 #include "maps.h"
 
+/* Of the kernel's own, found by its BTF. */
+struct sock_common {
+	unsigned long skc_flags;
+} __attribute__((preserve_access_index));
+struct tcp_sock {
+	_Bool is_mptcp;
+	__u64 bytes_sent;
+	__u64 bytes_retrans;
+	__u64 bytes_received;
+} __attribute__((preserve_access_index));
+#define SOCK_DONE 1 /* of enum sock_flags: the peer's FIN has come */
+
 /* Whether a grant is in force at this moment by the wall clock, which the daemon relates to the kernel's every second. */
 static __always_inline int grant_valid(const struct grant *g)
 {

@@ -239,6 +239,9 @@ func (m *Manager) Direct(source string, to catalog.Destination) (why string) {
 			return ""
 		}
 	}
+	if d.proxied[source] {
+		return labelledMTLS
+	}
 	return d.whyNot(m.cfg.PreferLocal, to)
 }
 

@@ -51,6 +51,7 @@ type Claim struct {
 	Mesh     Mesh       `json:",omitzero"`
 	Ports    []uint16   `json:",omitempty"` // guarded besides those of the service's instances
 	Exclude  Exclusions `json:",omitzero"`
+	Proxied  bool       `json:",omitempty"` // no connection of its, either way, goes direct within the node
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
 }
 
@@ -64,7 +65,7 @@ type Exclusions struct {
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
 	sameMode := (c.Mode == nil) == (o.Mode == nil) && (c.Mode == nil || *c.Mode == *o.Mode)
-	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && sameMode && slices.Equal(c.Ports, o.Ports) &&
+	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && sameMode && slices.Equal(c.Ports, o.Ports) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
@@ -93,6 +94,7 @@ type Workload struct {
 	Provider string
 	Mode     Mode
 	Mesh     Mesh
+	Proxied  bool // no connection of its, either way, goes direct within the node
 }
 
 // Application is where the connections of a local instance are delivered to, and whether that would succeed now.

@@ -20,7 +20,9 @@ func TestWithinANodeOnlyPlainCallsGoDirect(t *testing.T) {
 		m.serve(api, fmt.Sprintf(":%d", p))
 		s := Service("api", id, api.IPv4.String(), p)
 		s["Meta"] = map[string]string{"version": id}
-		s["Connect"] = map[string]any{"SidecarService": map[string]any{"Proxy": map[string]any{"LocalServiceAddress": api.IPv4.String()}}} // not loopback, Consul's default
+		if p == v2 { // v1 has Consul's default, loopback
+			s["Connect"] = map[string]any{"SidecarService": map[string]any{"Proxy": map[string]any{"LocalServiceAddress": api.IPv4.String()}}}
+		}
 		m.must(m.agents[0].Register(m.ctx(), s))
 		if p == v1 {
 			address = fmt.Sprintf("%s:%d", api.IPv4, p)

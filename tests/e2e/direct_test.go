@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -179,6 +180,12 @@ func TestWhatCannotGoDirectTakesTheProxyAndExplainSaysWhy(t *testing.T) {
 		"an application on 127.0.0.1": {
 			listen: []string{"127.0.0.1:8080"}, why: "nothing listens on",
 		},
+		"an application that is delivered to on loopback, where another listener is": {
+			prepare: func(m *mesh, api *netlab.Workload) {
+				m.must(m.Define(0, "api", sidecar("api", api.IPv4.String(), port, "local_service_address = \"127.0.0.1\"")))
+			},
+			listen: []string{"127.0.0.1:8080", ":8080"}, why: "on loopback alone",
+		},
 		"MaxInboundConnections": {
 			prepare: func(m *mesh, _ *netlab.Workload) {
 				m.must(m.ConfigEntry("defaults-api", "Kind = \"service-defaults\"\nName = \"api\"\nMaxInboundConnections = 50\n"))
@@ -224,6 +231,64 @@ func TestWhatCannotGoDirectTakesTheProxyAndExplainSaysWhy(t *testing.T) {
 				t.Errorf("explain says %s, %q; want %q", e.Path, e.NotDirect, c.why)
 			}
 		})
+	}
+}
+
+func TestALabelOfEitherEndTakesTheProxyWithinANode(t *testing.T) {
+	m := newMesh(t)
+	m.Daemons[0].Labels = "  xattr {\n    enabled = true\n  }\n"
+	ends := make(map[string]*netlab.Workload)
+	for _, name := range []string{"web", "api"} {
+		w, err := m.Nodes[0].Workload(name)
+		m.must(err)
+		m.label(w.Cgroup, "service", name)
+		m.define(0, name, port, w.IPv4)
+		m.serve(w, ":8080")
+		ends[name] = w
+	}
+	m.allow("api", "web")
+	m.start()
+	path := func(want admin.Path, why string) {
+		t.Helper()
+		_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+			e, err := m.Daemons[0].Admin().Explain(m.ctx(), "web", "api")
+			if err != nil || e.Path != want || !strings.Contains(e.NotDirect, why) || s.SameNode.Settling {
+				return fmt.Errorf("the path is %s, because %q: %w", e.Path, e.NotDirect, cmp.Or(err, errNotYet))
+			}
+			return nil
+		})
+		m.must(err)
+		before := m.metric(0, "nodeproxy_connections_opened_total", `direction="outbound"`, fmt.Sprintf("path=%q", want))
+		m.reaches(ends["web"], m.vip("api"))
+		if now := m.metric(0, "nodeproxy_connections_opened_total", `direction="outbound"`, fmt.Sprintf("path=%q", want)); now != before+1 {
+			t.Errorf("%s went from %v to %v: %s", want, before, now, m.series(0, "nodeproxy_connections_opened_total"))
+		}
+	}
+	for _, name := range []string{"web", "api"} {
+		m.awaitWorkload(ends[name].Cgroup, name, "protected")
+	}
+	path(admin.PathDirect, "")
+	for _, name := range []string{"web", "api"} {
+		m.label(ends[name].Cgroup, "same-node", "mtls")
+		path(admin.PathMTLS, "the label same-node")
+		m.label(ends[name].Cgroup, "same-node", "direct")
+		path(admin.PathDirect, "")
+	}
+}
+
+func TestAnApplicationDeliveredToOnLoopbackGoesDirectIfItListensOnEveryAddress(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	api, err := m.Place(0, "api", port)
+	m.must(err)
+	m.must(m.Define(0, "api", sidecar("api", api.IPv4.String(), port, "local_service_address = \"127.0.0.1\"\nlocal_service_port = 8081")))
+	m.serve(api, ":8081")
+	m.allow("api", "web")
+	m.start()
+	m.reaches(web, m.vip("api"))
+	if n := m.metric(0, "nodeproxy_connections_opened_total", `path="direct"`); n != 1 {
+		e, err := m.Daemons[0].Admin().Explain(m.ctx(), "web", "api")
+		t.Errorf("%v connections are direct, of 1: %+v, %v", n, e, err)
 	}
 }
 
