@@ -258,10 +258,10 @@ func TestALabelOfEitherEndTakesTheProxyWithinANode(t *testing.T) {
 			return nil
 		})
 		m.must(err)
-		before := m.metric(0, "nodeproxy_connections_opened_total", `direction="outbound"`, fmt.Sprintf("path=%q", want))
+		traced := m.traced(0)
 		m.reaches(ends["web"], m.vip("api"))
-		if now := m.metric(0, "nodeproxy_connections_opened_total", `direction="outbound"`, fmt.Sprintf("path=%q", want)); now != before+1 {
-			t.Errorf("%s went from %v to %v: %s", want, before, now, m.series(0, "nodeproxy_connections_opened_total"))
+		if c := traced.await("close", func(c admin.Connection) bool { return c.Event == admin.EventClose && c.Direction == admin.Outbound }); c.Path != want {
+			t.Errorf("a connection took the path %s, not %s", c.Path, want)
 		}
 	}
 	for _, name := range []string{"web", "api"} {
@@ -285,10 +285,10 @@ func TestAnApplicationDeliveredToOnLoopbackGoesDirectIfItListensOnEveryAddress(t
 	m.serve(api, ":8081")
 	m.allow("api", "web")
 	m.start()
+	traced := m.traced(0)
 	m.reaches(web, m.vip("api"))
-	if n := m.metric(0, "nodeproxy_connections_opened_total", `path="direct"`); n != 1 {
-		e, err := m.Daemons[0].Admin().Explain(m.ctx(), "web", "api")
-		t.Errorf("%v connections are direct, of 1: %+v, %v", n, e, err)
+	if c := traced.await("close", func(c admin.Connection) bool { return c.Event == admin.EventClose && c.Direction == admin.Outbound }); c.Path != admin.PathDirect {
+		t.Errorf("the connection took the path %s", c.Path)
 	}
 }
 
