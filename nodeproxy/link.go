@@ -290,9 +290,18 @@ func (l *link) answer() error {
 	return errStreamReset
 }
 
-// awaitOpening waits for the OPEN of the next stream, answering pings. The first bytes of the application follow from next.
-func (l *link) awaitOpening() (tunnel.Opening, error) {
+// awaitOpening waits until a time for the OPEN of the next stream, answering pings. A frame that has begun has no more than
+// whole to arrive: it takes a buffer, which an idle tunnel has not. The first bytes of the application follow from next.
+func (l *link) awaitOpening(until time.Time, whole time.Duration) (tunnel.Opening, error) {
 	for {
+		if err := l.need(1); err != nil {
+			return tunnel.Opening{}, err
+		}
+		if by := time.Now().Add(whole); by.Before(until) {
+			if err := l.wire.SetDeadline(by); err != nil {
+				return tunnel.Opening{}, err
+			}
+		}
 		h, err := l.frame()
 		if err != nil {
 			return tunnel.Opening{}, err
@@ -301,7 +310,7 @@ func (l *link) awaitOpening() (tunnel.Opening, error) {
 		case tunnel.Ping:
 			body, err := l.body(h.Length)
 			if err == nil {
-				err = l.control(tunnel.Pong, body)
+				err = errors.Join(l.control(tunnel.Pong, body), l.wire.SetDeadline(until))
 			}
 			if err != nil {
 				return tunnel.Opening{}, err

@@ -438,6 +438,27 @@ func TestIdleTunnelsAreBoundedAndOneTooManyIsGoodForOneStream(t *testing.T) {
 	eventually(t, "the bound holds", func() bool { return m.proxy.Status().Connections.Tunnels.Inbound == 4 })
 }
 
+func TestAnIdleTunnelDoesNotWaitForTheRestOfAFrame(t *testing.T) {
+	m := newMesh(t, tunnelled, func(c *Config, _ *fakeKernel) { c.Limits.Handshake = time.Second })
+	at := m.instance("api", "api-1", m.silent().String()).Mesh
+	m.publish()
+	whole, begun := m.tunnelTo(at, "web"), m.tunnelTo(at, "web")
+	eventually(t, "both are idle", func() bool { return m.proxy.Status().Connections.Tunnels.Inbound == 2 })
+	for range 2 {
+		if err := whole.Ping(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begun.tls.Write(make([]byte, 1))
+	if _, err := begun.next(); err == nil {
+		t.Error("it is answered")
+	}
+	eventually(t, "one is left", func() bool { return m.proxy.Status().Connections.Tunnels.Inbound == 1 })
+	if err := whole.Ping(time.Now().Add(patience)); err != nil {
+		t.Errorf("what was pinged was closed with it: %v", err)
+	}
+}
+
 func TestNewCertificatesAndRootsRetireTunnels(t *testing.T) {
 	for name, change := range map[string]func(*mesh){
 		"the source's leaf":      func(m *mesh) { m.renew("web") },
@@ -917,7 +938,7 @@ func linkPair(t testing.TB, pool *buffers) (client, server *link) {
 	client, server = &link{tls: c.tls, wire: c.wire, session: tunnel.NewSession(false)}, &link{tls: s.tls, wire: s.wire, session: tunnel.NewSession(true)}
 	done := make(chan error, 1)
 	go func() {
-		_, err := server.awaitOpening()
+		_, err := server.awaitOpening(time.Now().Add(patience), patience)
 		done <- errors.Join(err, server.control(tunnel.Accepted, nil))
 	}()
 	if err := errors.Join(client.open(newOpening("10.0.0.1:1"), nil), <-done); err != nil {

@@ -20,7 +20,8 @@ const lateClose = 15 * time.Second
 type tunnelEnd struct {
 	inbound // the connection that became the tunnel
 	link    *link
-	trust   uint64 // of the state by which the peer was verified
+	trust   uint64    // of the state by which the peer was verified
+	until   time.Time // when it is closed without a stream
 
 	mu      sync.Mutex
 	places  func() // gives back what an idle tunnel takes; nil while there is a stream
@@ -40,7 +41,7 @@ func (in *inbound) serveTunnel(l *link, trust uint64) error {
 		return nil
 	}
 	for {
-		o, err := l.awaitOpening()
+		o, err := l.awaitOpening(e.until, e.cfg.Limits.Handshake)
 		if err != nil || !e.wake() || !e.stream(o) || !e.rest() {
 			return nil // whoever is opening notices, and does it again
 		}
@@ -78,7 +79,8 @@ func (e *tunnelEnd) rest() bool {
 func (e *tunnelEnd) restFor(wait time.Duration, places func()) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.retired || e.stopping.Load() || e.conn.SetDeadline(time.Now().Add(wait)) != nil {
+	e.until = time.Now().Add(wait)
+	if e.retired || e.stopping.Load() || e.conn.SetDeadline(e.until) != nil {
 		places()
 		return false
 	}
