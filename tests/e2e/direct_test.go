@@ -182,9 +182,10 @@ func TestWhatCannotGoDirectTakesTheProxyAndExplainSaysWhy(t *testing.T) {
 		},
 		"an application that is delivered to on loopback, where another listener is": {
 			prepare: func(m *mesh, api *netlab.Workload) {
-				m.must(m.Define(0, "api", sidecar("api", api.IPv4.String(), port, "local_service_address = \"127.0.0.1\"")))
+				m.must(m.Define(0, "api", sidecar("api", api.IPv4.String(), port, "local_service_address = \"127.0.0.1\"\nlocal_service_port = 8080")))
+				m.serve(api, at(api.IPv4, port))
 			},
-			listen: []string{"127.0.0.1:8080", ":8080"}, why: "on loopback alone",
+			listen: []string{"127.0.0.1:8080"}, why: "on loopback alone",
 		},
 		"MaxInboundConnections": {
 			prepare: func(m *mesh, _ *netlab.Workload) {
