@@ -3,7 +3,7 @@
  * What an inbound SYN meets in one network namespace. Attached to the namespace for as long as a workload lives in it,
  * and loaded once for each, because the hook cannot ask in which namespace it runs.
  */
-#include "maps.h"
+#include "grant.h"
 
 #define IPPROTO_TCP 6
 
@@ -106,19 +106,62 @@ static __always_inline struct rule *find_rule(const struct flow *f)
 	return bpf_map_lookup_elem(&rules, &key);
 }
 
-/* Whether exactly this connection was announced by the socket that opens it: as what (DIRECT_*), or 0. */
-static __always_inline int announced(const struct flow *f, const struct rule *r)
+/* Whether the grant that sent a connection here still stands and leads here. */
+static __always_inline int granted_here(const struct flow *f, const struct direct *d)
+{
+	struct grant_key key = { .ip = d->peer, .netns = d->from, .workload = d->workload, .port = d->key_port };
+	struct grant *g;
+	int open;
+	__u32 i;
+
+	if (heartbeat_stale(&open))
+		return 0;
+	g = bpf_map_lookup_elem(&grants, &key);
+	if (!g || !grant_valid(g))
+		return 0;
+	for (i = 0; i < GRANT_TARGETS; i++) {
+		struct grant_target *t = &g->target[i];
+
+		if (i < g->n && t->netns == netns_cookie && t->port == f->t.dport && addr_equal(&t->ip, &f->t.dst))
+			return still_listening(t);
+	}
+	return 0;
+}
+
+enum admission {
+	ADMIT_UNKNOWN,	/* nobody announced it */
+	ADMIT_PASS,
+	ADMIT_PROBE,	/* a prober */
+	ADMIT_REFUSE,	/* and whoever announced it knows why */
+};
+
+/* Whether exactly this connection was announced by the socket that opens it. The entry stays until it is established: the
+ * last ACK of a handshake with SYN cookies is looked up again. */
+static __always_inline enum admission announced(const struct flow *f, const struct rule *r)
 {
 	struct direct *d = bpf_map_lookup_elem(&direct, &f->t);
 	struct workload *w;
 
 	if (!d || bpf_ktime_get_ns() - d->time > HANDSHAKE_SECONDS * SECOND)
-		return 0;
-	if (d->kind != DIRECT_OWN || netns_private)
-		return d->kind;
-	w = bpf_map_lookup_elem(&workloads, &d->workload);
-	/* In the node's namespace a workload passes to its own service's port only. */
-	return w && w->group == r->group ? d->kind : 0;
+		return ADMIT_UNKNOWN;
+	switch (d->kind) {
+	case DIRECT_PATH:
+		d->seen = SEEN_ADMITTED;
+		return ADMIT_REFUSE;
+	case DIRECT_PROBE:
+		return ADMIT_PROBE;
+	case DIRECT_GRANTED:
+		d->listener = 0; /* to be proved again */
+		d->seen = granted_here(f, d) ? SEEN_ADMITTED : SEEN_REFUSED;
+		return d->seen == SEEN_ADMITTED ? ADMIT_PASS : ADMIT_REFUSE;
+	case DIRECT_OWN:
+		if (netns_private)
+			return ADMIT_PASS;
+		w = bpf_map_lookup_elem(&workloads, &d->workload);
+		/* in the node's namespace a workload passes to its own service's port only */
+		return w && w->group == r->group ? ADMIT_PASS : ADMIT_UNKNOWN;
+	}
+	return ADMIT_PASS;
 }
 
 static __always_inline int may_be_plaintext(const struct flow *f, const struct rule *r)
@@ -133,8 +176,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 {
 	struct flow f;
 	struct rule *r;
-	int open = 0, kind;
+	enum admission admission;
+	int open = 0;
 
+	if (!READ(ctx->ingress_ifindex))
+		return SK_PASS; /* no packet: sock_diag(7) looking for a socket */
 	read_flow(ctx, &f);
 	if (READ(ctx->protocol) != IPPROTO_TCP) {
 		r = find_rule(&f);
@@ -151,11 +197,13 @@ int lookup(struct bpf_sk_lookup *ctx)
 		return steer(ctx, &f, r, LISTENER_INBOUND);
 	if (netns_private && addr_is_loopback(&f.t.dst))
 		return SK_PASS; /* the workload talks to itself */
-	kind = announced(&f, r);
-	if (kind) {
-		count(kind == DIRECT_PROBE ? STAT_PROBED : STAT_DELIVERED);
+	admission = announced(&f, r);
+	if (admission == ADMIT_PASS || admission == ADMIT_PROBE) {
+		count(admission == ADMIT_PROBE ? STAT_PROBED : STAT_DELIVERED);
 		return SK_PASS;
 	}
+	if (admission == ADMIT_REFUSE)
+		return SK_DROP; /* a path test, or a grant that has just ended */
 	if (r->action == RULE_OBSERVE) {
 		if (!may_be_plaintext(&f, r))
 			report(&f, r, REASON_PLAINTEXT, EVENT_OBSERVED);

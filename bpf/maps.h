@@ -2,6 +2,7 @@
 /*
  * The maps, each with who writes and who reads it. "daemon" is userspace; "connect", "peername", "workload_sockops" and
  * "proxy_sockops" are the programs of outbound.c, "lookup" is that of inbound.c. ARCHITECTURE.md says what full means.
+ * How grants work is in grant.h.
  */
 #pragma once
 
@@ -11,9 +12,10 @@
 
 /* What userspace must know too. */
 enum constant {
-	MAP_ABI = 2,	    /* raise it when a key, a value or a meaning changes: the pin directory carries it */
+	MAP_ABI = 3,	    /* raise it when a key, a value or a meaning changes: the pin directory carries it */
 	STALE_SECONDS = 5,  /* heartbeat older than this: the daemon is gone or hung */
 	HANDSHAKE_SECONDS = 130, /* the SYN-retry horizon: older entries of pending and direct are nobody's */
+	GRANT_TARGETS = 4,  /* of one grant: a power of two */
 };
 
 #define MAX_WORKLOADS 16384
@@ -22,6 +24,9 @@ enum constant {
 #define MAX_PENDING_PER_WORKLOAD 16384
 #define MAX_DIRECT 65536
 #define MAX_DIRECT_PER_WORKLOAD 16384
+#define MAX_GRANTS 262144
+#define MAX_GRANTED 131072
+#define MAX_GRANTED_PER_WORKLOAD 16384
 
 /* Which workload a cgroup is. Written by the daemon, one write that switches all hooks of the cgroup; read by every
  * cgroup program. workload 0: attached but not enrolled, everything passes. */
@@ -47,6 +52,7 @@ struct workload {
 	__s32 pending; /* entries of pending */
 	__s32 direct;  /* entries of direct; the daemon's reaping may race with a program, so neither is exact */
 	__u32 group;   /* the workloads of one service are one group */
+	__s32 granted; /* entries of granted */
 };
 
 struct {
@@ -112,8 +118,9 @@ struct {
 
 /* Where a redirected connection was going and whose it is. */
 enum origin_flag {
-	ORIGIN_REDIRECTED = 1,	/* else the socket was only marked as seen by this workload */
+	ORIGIN_REDIRECTED = 1,	/* to the proxy */
 	ORIGIN_PROBE = 2,	/* on an accepted socket: a prober's, which was going nowhere */
+	ORIGIN_GRANTED = 4,	/* to the instance itself; none of them: the socket was only marked as seen by this workload */
 };
 struct origin {
 	struct addr dst;
@@ -125,6 +132,12 @@ struct origin {
 	__u32 pid;
 	__u32 seconds; /* of the monotonic clock, when it was written */
 	char comm[16];
+	__u64 to;	 /* granted: the destination's namespace */
+	__u32 device;	 /* granted: what the socket is bound to */
+	__be16 key_port; /* granted: the port in the grant's key */
+	__u16 pad;
+	__u32 group; /* granted: of the workloads that may accept */
+	__u32 pad2;
 };
 
 /* On the client's socket. Written by connect; read by connect, peername, workload_sockops. */
@@ -229,7 +242,16 @@ enum direct_kind {
 	DIRECT_DELIVERY = 1,	/* the proxy's own, authorised */
 	DIRECT_CHECK = 2,	/* a health check of the daemon */
 	DIRECT_OWN = 3,	/* the workload calling its own port */
+	DIRECT_GRANTED = 4,	/* a workload calling an instance that it is granted */
 	DIRECT_PROBE = 5,	/* a health check of the node's prober, by prober_sockops */
+	DIRECT_PATH = 6,	/* the daemon finding out whether a 4-tuple arrives as it left: refused, and marked as seen */
+	DIRECT_PATH_SEEN = 7,	/* in sk_peer only: it did */
+};
+enum direct_seen {
+	SEEN_NEVER,
+	SEEN_ADMITTED,
+	SEEN_REFUSED, /* the grant had ended */
+	SEEN_IMPOSTOR, /* what answered was not proved to be a workload that may */
 };
 struct direct {
 	__u64 time;
@@ -237,7 +259,13 @@ struct direct {
 	__u32 workload;
 	__u16 kind;
 	__be16 peer_port; /* the client to show to the application; 0: none */
-	struct addr peer;
+	struct addr peer; /* granted: what was dialled */
+	__u64 from;	  /* granted: the client's namespace */
+	__be16 key_port;  /* granted: the port in the grant's key */
+	__u16 seen;	  /* written by lookup and, of an impostor, by workload_sockops */
+	__u32 group;	  /* granted: of the workloads that may accept */
+	__u32 listener;	  /* granted: the group of what the SYN reached; 0: no workload's. Written by its workload_sockops */
+	__u32 pad;
 };
 
 struct {
@@ -255,6 +283,7 @@ struct peer {
 	__be16 port; /* 0: nothing to show */
 	__u16 kind;  /* DIRECT_* */
 	__u32 workload;
+	__u64 netns; /* of a path test: the destination's; its ip becomes the source address that the kernel chose */
 };
 
 struct {
@@ -264,11 +293,78 @@ struct {
 	__type(value, struct peer);
 } sk_peer SEC(".maps");
 
+/* What a workload in one of its namespaces may dial without the proxy. Written by the daemon; read by connect, and by lookup
+ * at the other end. */
+struct grant_key {
+	struct addr ip; /* as dialled */
+	__u64 netns;	/* the client's */
+	__u32 workload;
+	__be16 port; /* 0: every port */
+	__u16 pad;
+};
+struct grant_target {
+	struct addr ip;
+	struct addr src; /* the client's address towards it */
+	__u64 netns;
+	__u64 closes; /* of its namespace, when the application was last seen listening */
+	__be16 port;
+	__u16 pad;
+	__u32 group; /* of the workloads that may accept */
+};
+struct grant {
+	__u64 not_after; /* ns since 1970: the end of the certificate that ends first */
+	__u32 n;
+	__u32 pad;
+	struct grant_target target[GRANT_TARGETS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_GRANTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct grant_key);
+	__type(value, struct grant);
+} grants SEC(".maps");
+
+/* How often a listener of a workload has closed in a namespace: what was seen listening there before may be somebody
+ * else's port now. Entries are made by the daemon and counted up by workload_sockops; read by connect and lookup. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_WORKLOADS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, __u64);
+} closes SEC(".maps");
+
+/* Every connection on a grant, by its client's socket cookie, from before its SYN until it is closed: what a revocation
+ * has to end. Written by workload_sockops; read and reaped by the daemon. */
+struct granted {
+	struct tuple t; /* netns: the destination's */
+	struct addr dialled;
+	__u64 netns;  /* the client's */
+	__u64 opened; /* monotonic, ns; 0: not yet */
+	__u32 workload;
+	__u32 pid;
+	__u32 device; /* what the client's socket is bound to */
+	__be16 dialled_port;
+	__u16 accepted; /* the destination's workload has it */
+	char comm[16];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_GRANTED);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct granted);
+} granted SEC(".maps");
+
 /* The daemon's pulse. Written by the daemon every second; read by connect and lookup. */
 struct heartbeat {
 	__u64 beat; /* CLOCK_MONOTONIC, ns; 0: never */
 	__u32 open; /* on_failure = "open" */
 	__u32 next_workload;
+	__s64 wall; /* CLOCK_REALTIME less CLOCK_BOOTTIME, ns */
 };
 
 struct {
@@ -311,9 +407,41 @@ struct event {
 	char comm[16];
 };
 
+/* What becomes of a connection on a grant. Written by workload_sockops into the same ring; its size tells it from an event. */
+enum grant_stage {
+	GRANT_OPENED = 1,
+	GRANT_CLOSED = 2,
+	GRANT_FAILED = 3, /* it was never established */
+	GRANT_IMPOSTOR = 4, /* to be reset: it can neither send nor receive */
+};
+struct grant_event {
+	struct addr src;
+	struct addr dst;
+	struct addr dialled;
+	__be16 sport;
+	__be16 dport;
+	__be16 dialled_port;
+	__u16 stage;
+	__u64 from; /* the client's namespace */
+	__u64 to;   /* the destination's */
+	__u64 cookie;
+	__u64 opened;	/* monotonic, ns */
+	__u64 sent;	/* the client's bytes */
+	__u64 received; /* the destination's */
+	__u32 rtt_us;
+	__u32 workload;
+	__u32 pid;
+	__u16 seen; /* enum direct_seen */
+	__u16 pad;
+	__u32 device; /* what the client's socket is bound to */
+	__u32 pad2;
+	char comm[16];
+};
+
+#define EVENTS_SIZE (1 << 20)
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
+	__uint(max_entries, EVENTS_SIZE);
 } events SEC(".maps");
 
 /* Counters. Written by all programs; read by the daemon. */
@@ -328,6 +456,8 @@ enum stat {
 	STAT_UNPROTECTED_UDP,
 	STAT_EVENTS_LOST,
 	STAT_PROBED,
+	STAT_GRANTED,
+	STAT_GRANT_FAILED,
 	STAT_MAX,
 };
 
@@ -351,7 +481,10 @@ SHARED(enum, listener_kind);
 SHARED(enum, rule_action);
 SHARED(enum, direct_kind);
 SHARED(enum, event_flag);
+SHARED(enum, direct_seen);
+SHARED(enum, grant_stage);
 SHARED(struct, event);
+SHARED(struct, grant_event);
 
 static __always_inline void count(__u32 which)
 {

@@ -4,7 +4,8 @@
  * daemon's own. Loaded once for the node: which workload a hook runs for is in the storage of the cgroup it is attached to.
  */
 #include "exclude.h"
-#include "maps.h"
+#include "grant_dial.h"
+#include "grant_sockops.h"
 
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
@@ -14,12 +15,6 @@
 #define REFUSE 0
 
 /* --- connect ------------------------------------------------------------------------------------------------------ */
-
-struct dial {
-	struct addr dst;
-	__be16 port;
-	__u16 v4; /* the connection runs over IPv4 */
-};
 
 /* Forgets an older origin of a reused socket, and tells an outer workload that this one has decided. */
 static __always_inline int mark(struct bpf_sock *sk, const struct membership *m)
@@ -116,8 +111,8 @@ static __always_inline int pass(struct bpf_sock *sk, const struct membership *m)
 	return mark(sk, m) ? CONTINUE : REFUSE; /* without the mark the outer workload would claim the socket */
 }
 
-/* Decides on one connect. Returns the listener's port in host order when it is to be redirected, else 0 with *verdict. */
-static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *sk, const struct dial *d, int *verdict)
+/* Decides on one connect. Returns 1 when d was changed to where it goes instead, else 0 with *verdict. */
+static __always_inline int decide(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct dial *d, int *verdict)
 {
 	struct membership *m = bpf_get_local_storage(&memberships, 0);
 	struct destination *dest;
@@ -166,43 +161,52 @@ static __always_inline __u16 decide(struct bpf_sock_addr *ctx, struct bpf_sock *
 		*verdict = refuse(sk, m, d, REASON_STALE);
 		return 0; /* nobody would serve the redirected connection */
 	}
-	device = READ(sk->bound_dev_if);
-	if (device > 1) {
-		*verdict = refuse(sk, m, d, REASON_BOUND_DEVICE);
-		return 0; /* bound to another device than lo: loopback is out of reach */
-	}
-	netns = bpf_get_netns_cookie(ctx);
-	ns = bpf_map_lookup_elem(&ns_ready, &netns);
-	port = ns ? (d->v4 ? ns->port4 : ns->port6) : 0;
-	if (!port) {
-		*verdict = refuse(sk, m, d, REASON_NOT_READY);
-		return 0; /* no listener in this namespace yet */
-	}
 	w = bpf_map_lookup_elem(&workloads, &id);
 	if (!w) {
 		*verdict = refuse(sk, m, d, REASON_UNKNOWN_WORKLOAD);
 		return 0; /* being un-enrolled */
-	}
-	if (w->pending >= MAX_PENDING_PER_WORKLOAD) {
-		*verdict = refuse(sk, m, d, REASON_CAPACITY);
-		return 0; /* too many of its connections are on their way to us */
 	}
 	o = bpf_sk_storage_get(&sk_out, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!o) {
 		*verdict = refuse(sk, m, d, REASON_STORAGE);
 		return 0; /* no memory for the origin */
 	}
+	netns = bpf_get_netns_cookie(ctx);
 	o->dst = d->dst;
 	o->dport = d->port;
-	o->flags = ORIGIN_REDIRECTED;
 	o->workload = id;
 	o->netns = netns;
 	o->cookie = bpf_get_socket_cookie(ctx);
 	o->seconds = bpf_ktime_get_ns() / SECOND;
 	o->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(o->comm, sizeof(o->comm));
+	if (direct_target(ctx, sk, d, netns, w, o)) {
+		o->flags = ORIGIN_GRANTED;
+		return 1;
+	}
+	o->flags = ORIGIN_REDIRECTED;
+	device = READ(sk->bound_dev_if);
+	if (device > 1) {
+		*verdict = refuse(sk, m, d, REASON_BOUND_DEVICE);
+		return 0; /* bound to another device than lo: loopback is out of reach */
+	}
+	ns = bpf_map_lookup_elem(&ns_ready, &netns);
+	port = ns ? (d->v4 ? ns->port4 : ns->port6) : 0;
+	if (!port) {
+		*verdict = refuse(sk, m, d, REASON_NOT_READY);
+		return 0; /* no listener in this namespace yet */
+	}
+	if (w->pending >= MAX_PENDING_PER_WORKLOAD) {
+		*verdict = refuse(sk, m, d, REASON_CAPACITY);
+		return 0; /* too many of its connections are on their way to us */
+	}
+	if (d->v4)
+		addr_v4(&d->dst, bpf_htonl(0x7f000001));
+	else
+		addr_v6(&d->dst, 0, 0, 0, bpf_htonl(1));
+	d->port = bpf_htons(port);
 	count(STAT_REDIRECTED);
-	return port;
+	return 1;
 }
 
 static __always_inline int is_tcp(__u32 protocol)
@@ -216,17 +220,15 @@ int connect4(struct bpf_sock_addr *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct dial d = { .v4 = 1 };
 	int verdict;
-	__u16 port;
 
 	if (!is_tcp(READ(ctx->protocol)) || !sk)
 		return CONTINUE; /* UDP and the rest are not ours */
 	addr_v4(&d.dst, READ(ctx->user_ip4));
 	d.port = READ(ctx->user_port);
-	port = decide(ctx, sk, &d, &verdict);
-	if (!port)
+	if (!decide(ctx, sk, &d, &verdict))
 		return verdict;
-	ctx->user_ip4 = bpf_htonl(0x7f000001);
-	ctx->user_port = bpf_htons(port);
+	ctx->user_ip4 = d.dst.w[3];
+	ctx->user_port = d.port;
 	return CONTINUE;
 }
 
@@ -236,21 +238,19 @@ int connect6(struct bpf_sock_addr *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct dial d = {};
 	int verdict;
-	__u16 port;
 
 	if (!is_tcp(READ(ctx->protocol)) || !sk)
 		return CONTINUE; /* UDP and the rest are not ours */
 	addr_v6(&d.dst, READ(ctx->user_ip6[0]), READ(ctx->user_ip6[1]), READ(ctx->user_ip6[2]), READ(ctx->user_ip6[3]));
 	d.port = READ(ctx->user_port);
 	d.v4 = addr_is_v4(&d.dst);
-	port = decide(ctx, sk, &d, &verdict);
-	if (!port)
+	if (!decide(ctx, sk, &d, &verdict))
 		return verdict;
-	ctx->user_ip6[0] = 0;
-	ctx->user_ip6[1] = 0;
-	ctx->user_ip6[2] = d.v4 ? MAPPED_PREFIX : 0;
-	ctx->user_ip6[3] = d.v4 ? bpf_htonl(0x7f000001) : bpf_htonl(1);
-	ctx->user_port = bpf_htons(port);
+	ctx->user_ip6[0] = d.dst.w[0];
+	ctx->user_ip6[1] = d.dst.w[1];
+	ctx->user_ip6[2] = d.dst.w[2];
+	ctx->user_ip6[3] = d.dst.w[3];
+	ctx->user_port = d.port;
 	return CONTINUE;
 }
 
@@ -268,7 +268,7 @@ static __always_inline int shown_peer(struct bpf_sock *sk, struct addr *ip, __be
 		return 1;
 	}
 	o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
-	if (!o || !(o->flags & ORIGIN_REDIRECTED))
+	if (!o || !o->flags)
 		return 0;
 	*ip = o->dst;
 	*port = o->dport;
@@ -308,83 +308,6 @@ int getpeername6(struct bpf_sock_addr *ctx)
 
 /* --- sockops ------------------------------------------------------------------------------------------------------ */
 
-/* The connection as its client sees it: src is the client. accepted: ctx is the server's end. */
-static __always_inline void read_tuple(struct bpf_sock_ops *ctx, struct tuple *t, int accepted)
-{
-	struct addr local, remote;
-	__u32 family = READ(ctx->family);
-	__be16 lport = bpf_htons((__u16)READ(ctx->local_port));
-	__be16 rport = READ(ctx->remote_port) >> 16;
-	__be32 local4 = READ(ctx->local_ip4), remote4 = READ(ctx->remote_ip4);
-
-	addr_v6(&local, READ(ctx->local_ip6[0]), READ(ctx->local_ip6[1]), READ(ctx->local_ip6[2]), READ(ctx->local_ip6[3]));
-	addr_v6(&remote, READ(ctx->remote_ip6[0]), READ(ctx->remote_ip6[1]), READ(ctx->remote_ip6[2]),
-		READ(ctx->remote_ip6[3]));
-	if (family == AF_INET) {
-		addr_v4(&local, local4);
-		addr_v4(&remote, remote4);
-	}
-	__builtin_memset(t, 0, sizeof(*t));
-	t->src = accepted ? remote : local;
-	t->dst = accepted ? local : remote;
-	t->sport = accepted ? rport : lport;
-	t->dport = accepted ? lport : rport;
-	t->netns = bpf_get_netns_cookie(ctx);
-}
-
-static __always_inline void watch_close(struct bpf_sock_ops *ctx)
-{
-	bpf_sock_ops_cb_flags_set(ctx, READ(ctx->bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG);
-}
-
-static __always_inline void forget_pending(const struct tuple *t, __u32 workload)
-{
-	struct workload *w;
-
-	if (bpf_map_delete_elem(&pending, t))
-		return; /* somebody else did */
-	w = bpf_map_lookup_elem(&workloads, &workload);
-	if (w)
-		__sync_fetch_and_add(&w->pending, -1);
-}
-
-static __always_inline void forget_direct(const struct tuple *t)
-{
-	struct direct *d = bpf_map_lookup_elem(&direct, t);
-	struct workload *w;
-	__u32 workload;
-
-	if (!d)
-		return;
-	workload = d->workload; /* who announced it pays for it */
-	if (bpf_map_delete_elem(&direct, t))
-		return; /* somebody else did */
-	w = bpf_map_lookup_elem(&workloads, &workload);
-	if (w)
-		__sync_fetch_and_add(&w->direct, -1);
-}
-
-/* Announces a connection to a strict port. When direct or the workload's share of it is full, the SYN is refused. */
-static __always_inline void announce(struct bpf_sock_ops *ctx, const struct tuple *t, const struct peer *p)
-{
-	struct direct d = { .workload = p->workload, .kind = p->kind, .peer = p->ip, .peer_port = p->port };
-	struct workload *w = bpf_map_lookup_elem(&workloads, &p->workload);
-
-	if (!w || w->direct >= MAX_DIRECT_PER_WORKLOAD)
-		return;
-	d.time = bpf_ktime_get_ns();
-	d.cookie = bpf_get_socket_cookie(ctx);
-	if (bpf_map_update_elem(&direct, t, &d, BPF_NOEXIST)) {
-		struct direct *old = bpf_map_lookup_elem(&direct, t);
-
-		if (!old || bpf_map_update_elem(&direct, t, &d, BPF_EXIST))
-			return;
-	} else {
-		__sync_fetch_and_add(&w->direct, 1);
-	}
-	watch_close(ctx);
-}
-
 /* Whether a connection that is not redirected goes to a guarded port of this very namespace. Guards are found by port: an
  * announcement that no SYN here matches admits nothing. */
 static __always_inline int guarded_and_own(const struct tuple *t)
@@ -410,6 +333,10 @@ static __always_inline void workload_connects(struct bpf_sock_ops *ctx, struct b
 	if (o && o->workload != id)
 		return; /* a nearer enrolment's */
 	read_tuple(ctx, &t, 0);
+	if (o && o->flags & ORIGIN_GRANTED) {
+		grant_connects(ctx, &t, o);
+		return;
+	}
 	if (!o || !(o->flags & ORIGIN_REDIRECTED)) {
 		if (guarded_and_own(&t))
 			announce(ctx, &t, &own);
@@ -425,15 +352,22 @@ static __always_inline void workload_connects(struct bpf_sock_ops *ctx, struct b
 /* The application accepts: learn the client behind the proxy. */
 static __always_inline void workload_accepts(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
+	struct granted *g;
 	struct direct *d;
 	struct peer *p;
 	struct tuple t;
+	__u64 cookie;
 
 	read_tuple(ctx, &t, 1);
 	d = bpf_map_lookup_elem(&direct, &t);
 	if (!d)
 		return;
-	if (d->peer_port) {
+	if (d->kind == DIRECT_GRANTED) {
+		cookie = d->cookie;
+		g = bpf_map_lookup_elem(&granted, &cookie);
+		if (g)
+			g->accepted = 1;
+	} else if (d->peer_port) {
 		p = bpf_sk_storage_get(&sk_peer, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (p) {
 			p->ip = d->peer;
@@ -443,32 +377,62 @@ static __always_inline void workload_accepts(struct bpf_sock_ops *ctx, struct bp
 	forget_direct(&t);
 }
 
+/* A socket of the workload is closed: nothing of it remains in the maps. */
+static __always_inline void workload_closes(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct origin *o;
+	struct tuple t;
+
+	if (READ(ctx->args[0]) == BPF_TCP_LISTEN) {
+		listener_closes(ctx);
+		return;
+	}
+	o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+	if (o && o->flags & ORIGIN_GRANTED) {
+		grant_closes(ctx, o);
+		return;
+	}
+	read_tuple(ctx, &t, 0);
+	if (o && (o->flags & ORIGIN_REDIRECTED))
+		forget_pending(&t, o->workload);
+	else
+		forget_direct(&t);
+}
+
 SEC("sockops")
 int workload_sockops(struct bpf_sock_ops *ctx)
 {
 	struct membership *m = bpf_get_local_storage(&memberships, 0);
 	struct bpf_sock *sk = ctx->sk;
+	__u32 op = READ(ctx->op);
 	struct origin *o;
-	struct tuple t;
 
-	if (!sk || !m->workload)
+	if (!m->workload)
 		return 1;
-	switch (READ(ctx->op)) {
+	if (op == BPF_SOCK_OPS_RWND_INIT) { /* of a request, which is no socket yet */
+		grant_reaches(ctx, m->workload);
+		return 1;
+	}
+	if (!sk)
+		return 1;
+	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		workload_connects(ctx, sk, m->workload);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
+		if (o && o->flags & ORIGIN_GRANTED)
+			grant_opens(ctx, o);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		workload_accepts(ctx, sk);
 		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		watch_close(ctx);
+		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (READ(ctx->args[1]) != BPF_TCP_CLOSE)
-			break;
-		read_tuple(ctx, &t, 0);
-		o = bpf_sk_storage_get(&sk_out, sk, 0, 0);
-		if (o && (o->flags & ORIGIN_REDIRECTED))
-			forget_pending(&t, o->workload);
-		else
-			forget_direct(&t);
+		if (READ(ctx->args[1]) == BPF_TCP_CLOSE)
+			workload_closes(ctx, sk);
 		break;
 	}
 	return 1;
@@ -481,6 +445,7 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct origin *from, *to;
+	struct direct *d;
 	struct peer *p;
 	struct tuple t;
 
@@ -492,6 +457,10 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 		if (!p)
 			break; /* towards another node */
 		read_tuple(ctx, &t, 0);
+		if (p->kind == DIRECT_PATH) {
+			t.netns = p->netns;
+			p->ip = t.src;
+		}
 		announce(ctx, &t, p);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
@@ -513,6 +482,12 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 		if (!p)
 			break;
 		read_tuple(ctx, &t, 0);
+		if (p->kind == DIRECT_PATH) {
+			t.netns = p->netns;
+			d = bpf_map_lookup_elem(&direct, &t);
+			if (d && d->seen)
+				p->kind = DIRECT_PATH_SEEN;
+		}
 		forget_direct(&t);
 		break;
 	}

@@ -69,11 +69,12 @@ inbound {
   probers        = []            # cgroups of those who check applications in plaintext, besides the node's Consul agent
 }
 
-same_node = "mtls" # how the bytes go between two workloads of this node
-# not yet: same_node = "direct"
-tunnels = false
-# not yet: tunnels = true
-prefer_local = true # instances of this node are tried before others
+# How the bytes go between two workloads of this node. direct: from one application to the other, authorised in the kernel; where
+# it is not possible (nodeproxy explain says why), and with mtls always, through the proxy.
+same_node = "direct"
+tunnels = true # warm connections between nodeproxies carry what is between nodes; false: plain Connect mTLS
+# Instances of this node are tried before others. With false a virtual IP goes direct only if every healthy instance is on this node.
+prefer_local = true
 
 # While no daemon runs: closed refuses what needs one. open lets instances be dialled in plaintext and opens strict ports, and
 # still refuses virtual IPs.
@@ -91,7 +92,7 @@ existing_connections = "keep"
 
 # What is above a limit is refused with the reason "capacity". Durations have a unit: "500ms", "5s", "1h".
 limits {
-  connections  = 100000 # on the node. Each takes two file descriptors: see RLIMIT_NOFILE in "nodeproxy check"
+  connections  = 100000 # on the node. Each takes two file descriptors and a bit: see RLIMIT_NOFILE in "nodeproxy check"
   per_workload = 20000
   handshake    = "5s"
   connect      = "5s"   # of one attempt to reach an instance or the application

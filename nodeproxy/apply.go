@@ -3,6 +3,7 @@ package nodeproxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"maps"
 	"time"
 
@@ -73,13 +74,16 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 		case <-retry.C:
 		}
 		current := p.gate.current()
-		if current == nil || kernelCtx.Err() != nil {
+		if current == nil {
 			continue
 		}
 		retry.Stop()
-		err := p.cfg.Kernel.Apply(kernelCtx, current.snap)
+		err := p.cfg.Kernel.Revoke(current.snap)
+		if kernelCtx.Err() == nil {
+			err = errors.Join(err, p.cfg.Kernel.Apply(kernelCtx, current.snap))
+		}
 		p.setApplying(err)
-		if err != nil && kernelCtx.Err() == nil {
+		if err != nil {
 			p.cfg.Log.Error("apply the snapshot to the kernel: it is tried again", "generation", current.snap.Generation, "error", err)
 			retry.Reset(retryApply)
 		}
@@ -100,16 +104,24 @@ func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 		certificates[name] = leaf.Certificate
 	}
 	next.credentials = mtls.New(snap, certificates)
+	if current != nil {
+		next.trust = current.trust
+		if !next.credentials.SameTerms(current.credentials) {
+			next.trust++
+		}
+	}
 	p.gate.swap(next)
 	p.recheck()
+	p.tunnels.retire(next)
 	p.balancer.prune(snap)
 	return true
 }
 
 // recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
-// the policy in force denies.
+// the policy in force denies. Direct ones are ended by Kernel.Revoke.
 func (p *Proxy) recheck() {
 	var denied []*connection
+	p.direct.recheck(&p.gate)
 	for _, c := range p.live.all() {
 		source, service, known := c.pair()
 		if !known {

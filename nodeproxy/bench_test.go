@@ -17,10 +17,17 @@ func quietly(c *Config, _ *fakeKernel) {
 	c.Limits.Connections, c.Limits.PerWorkload = 100000, 50000
 }
 
+func overBothPaths(b *testing.B, benchmark func(*testing.B, option)) {
+	b.Run("mtls", func(b *testing.B) { benchmark(b, func(*Config, *fakeKernel) {}) })
+	b.Run("tunnel", func(b *testing.B) { benchmark(b, tunnelled) })
+}
+
 // BenchmarkRoundTrip is a request of 128 bytes and its answer through both proxies of a mesh connection, which both run
 // in this process.
-func BenchmarkRoundTrip(b *testing.B) {
-	client, server := newMesh(b, quietly).pair()
+func BenchmarkRoundTrip(b *testing.B) { overBothPaths(b, benchmarkRoundTrip) }
+
+func benchmarkRoundTrip(b *testing.B, path option) {
+	client, server := newMesh(b, quietly, path).pair()
 	go io.Copy(struct{ io.Writer }{server}, struct{ io.Reader }{server})
 	request := make([]byte, 128)
 	b.ReportAllocs()
@@ -36,8 +43,10 @@ func BenchmarkRoundTrip(b *testing.B) {
 }
 
 // BenchmarkConnect opens a connection through both proxies, passes a request and its answer, and closes it.
-func BenchmarkConnect(b *testing.B) {
-	m := newMesh(b, quietly)
+func BenchmarkConnect(b *testing.B) { overBothPaths(b, benchmarkConnect) }
+
+func benchmarkConnect(b *testing.B, path option) {
+	m := newMesh(b, quietly, path)
 	at := m.echo()
 	b.ReportAllocs()
 	defer reportCPU(b)()
@@ -53,8 +62,10 @@ func BenchmarkConnect(b *testing.B) {
 }
 
 // BenchmarkIdleConnection reports the memory that one idle connection takes on both proxies together.
-func BenchmarkIdleConnection(b *testing.B) {
-	m := newMesh(b, quietly)
+func BenchmarkIdleConnection(b *testing.B) { overBothPaths(b, benchmarkIdleConnection) }
+
+func benchmarkIdleConnection(b *testing.B, path option) {
+	m := newMesh(b, quietly, path)
 	at := m.echo()
 	var before, after runtime.MemStats
 	runtime.GC()

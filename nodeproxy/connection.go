@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,14 +33,16 @@ type connection struct {
 	service  string // the destination; "" while source and service are not known
 	sockets  []net.Conn
 	releases []func()
+	path     admin.Path // that bytes take once c is open
 	opened   bool
+	silent   bool  // nothing is told of c
 	ended    error // why we ended it, set once
 }
 
 func newConnection(id uint64, direction admin.Direction) *connection {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &connection{
-		id: id, started: time.Now(), ctx: ctx, cancel: cancel,
+		id: id, started: time.Now(), ctx: ctx, cancel: cancel, path: admin.PathMTLS,
 		about: admin.Connection{ID: id, Direction: direction, Path: admin.PathNone, Verdict: admin.Allowed},
 	}
 }
@@ -79,6 +82,28 @@ func (c *connection) hold(conn net.Conn) error {
 	return nil
 }
 
+// letGo makes conn, which c holds, survive c. It returns false when c is condemned already: conn may be reset then.
+func (c *connection) letGo(conn net.Conn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sockets = slices.DeleteFunc(c.sockets, func(held net.Conn) bool { return held == conn })
+	return c.ended == nil
+}
+
+// via sets the path that bytes take once c is open. It is plain mTLS if nobody says otherwise.
+func (c *connection) via(path admin.Path) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.path = path
+}
+
+// silence makes c end without a word.
+func (c *connection) silence() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.silent = true
+}
+
 // onEnd calls release when c has ended.
 func (c *connection) onEnd(release func()) {
 	c.mu.Lock()
@@ -115,7 +140,7 @@ func (c *connection) open() error {
 		return c.ended
 	}
 	c.opened = true
-	c.about.Path = admin.PathMTLS
+	c.about.Path = c.path
 	return nil
 }
 
@@ -149,8 +174,8 @@ func (c *connection) resetSockets() {
 }
 
 // finish is the owner's last call. It resets what is still open when err is not nil, gives back what c took, and returns
-// what is to be told of the end.
-func (c *connection) finish(err error) admin.Connection {
+// what is to be told of the end; false when nothing is.
+func (c *connection) finish(err error) (_ admin.Connection, told bool) {
 	c.cancel()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -167,8 +192,9 @@ func (c *connection) finish(err error) admin.Connection {
 	for _, release := range c.releases {
 		release()
 	}
+	c.sockets = nil
 	if c.opened {
-		return c.event(admin.EventClose)
+		return c.event(admin.EventClose), true
 	}
 	c.about.Verdict = admin.Denied
 	if c.about.Reason == "" {
@@ -177,7 +203,7 @@ func (c *connection) finish(err error) admin.Connection {
 			c.about.Reason = catalog.ReasonDeliveryFailed
 		}
 	}
-	return c.event(admin.EventDenied)
+	return c.event(admin.EventDenied), !c.silent
 }
 
 // line is c as an "open" event with the bytes so far; false when it is not open.

@@ -20,7 +20,11 @@ import (
 )
 
 func TestHalfCloseOfTheClientLeavesTheAnswerOpen(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testHalfCloseOfTheClientLeavesTheAnswerOpen)
+}
+
+func testHalfCloseOfTheClientLeavesTheAnswerOpen(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	say(t, client, "request")
 	client.CloseWrite()
@@ -40,7 +44,11 @@ func TestHalfCloseOfTheClientLeavesTheAnswerOpen(t *testing.T) {
 }
 
 func TestHalfCloseOfTheServerLeavesTheRequestOpen(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testHalfCloseOfTheServerLeavesTheRequestOpen)
+}
+
+func testHalfCloseOfTheServerLeavesTheRequestOpen(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	say(t, server, "all I have to say")
 	server.CloseWrite()
@@ -54,17 +62,21 @@ func TestHalfCloseOfTheServerLeavesTheRequestOpen(t *testing.T) {
 	wantEOF(t, server)
 }
 
-func TestServerSpeaksFirst(t *testing.T) {
-	m := newMesh(t)
+func TestServerSpeaksFirst(t *testing.T) { onEveryPath(t, testServerSpeaksFirst) }
+
+func testServerSpeaksFirst(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	say(t, server, "220 ready")
 	hear(t, client, "220 ready")
 }
 
-func TestResetStaysReset(t *testing.T) {
+func TestResetStaysReset(t *testing.T) { onEveryPath(t, testResetStaysReset) }
+
+func testResetStaysReset(t *testing.T, path option) {
 	for name, fromServer := range map[string]bool{"of the client": false, "of the server": true} {
 		t.Run(name, func(t *testing.T) {
-			m := newMesh(t)
+			m := newMesh(t, path)
 			client, server := m.pair()
 			say(t, client, "x")
 			hear(t, server, "x")
@@ -84,7 +96,11 @@ func TestResetStaysReset(t *testing.T) {
 }
 
 func TestResetAfterHalfCloseIsPassedOnAtOnce(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testResetAfterHalfCloseIsPassedOnAtOnce)
+}
+
+func testResetAfterHalfCloseIsPassedOnAtOnce(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	client.CloseWrite()
 	wantEOF(t, server)
@@ -136,8 +152,10 @@ func TestCloseNotifyAloneIsAHalfClose(t *testing.T) {
 	}
 }
 
-func TestLargeTransfersArriveWhole(t *testing.T) {
-	m := newMesh(t)
+func TestLargeTransfersArriveWhole(t *testing.T) { onEveryPath(t, testLargeTransfersArriveWhole) }
+
+func testLargeTransfersArriveWhole(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	data := make([]byte, 24<<20+13)
 	rand.Read(data)
@@ -175,8 +193,10 @@ func TestLargeTransfersArriveWhole(t *testing.T) {
 	}
 }
 
-func TestBackpressureReachesTheSender(t *testing.T) {
-	m := newMesh(t)
+func TestBackpressureReachesTheSender(t *testing.T) { onEveryPath(t, testBackpressureReachesTheSender) }
+
+func testBackpressureReachesTheSender(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, _ := m.pair() // the server reads nothing
 	client.SetWriteDeadline(time.Now().Add(time.Second))
 	n, err := io.Copy(client, neverEnding{})
@@ -190,7 +210,11 @@ type neverEnding struct{}
 func (neverEnding) Read(p []byte) (int, error) { return len(p), nil }
 
 func TestASlowReaderLosesNothingAfterAHalfClose(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testASlowReaderLosesNothingAfterAHalfClose)
+}
+
+func testASlowReaderLosesNothingAfterAHalfClose(t *testing.T, path option) {
+	m := newMesh(t, path)
 	release := make(chan struct{})
 	total := make(chan int64, 1)
 	config := &tls.Config{Certificates: []tls.Certificate{*m.leaf("api")}, ClientAuth: tls.RequireAnyClientCert}
@@ -226,16 +250,18 @@ func TestASlowReaderLosesNothingAfterAHalfClose(t *testing.T) {
 	}
 }
 
-func TestDeliversToAUnixSocket(t *testing.T) {
-	path := t.TempDir() + "/app.sock"
-	ln, err := net.Listen("unix", path)
+func TestDeliversToAUnixSocket(t *testing.T) { onEveryPath(t, testDeliversToAUnixSocket) }
+
+func testDeliversToAUnixSocket(t *testing.T, path option) {
+	at := t.TempDir() + "/app.sock"
+	ln, err := net.Listen("unix", at)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	m := newMesh(t, func(_ *Config, k *fakeKernel) {
+	m := newMesh(t, path, func(_ *Config, k *fakeKernel) {
 		k.deliver = func(context.Context, *workload.Served, netip.AddrPort) (net.Conn, error) {
-			return net.Dial("unix", path)
+			return net.Dial("unix", at)
 		}
 	})
 	m.instance("api", "api-1", "")
@@ -257,8 +283,10 @@ func TestDeliversToAUnixSocket(t *testing.T) {
 	}
 }
 
-func TestIdleLimit(t *testing.T) {
-	m := newMesh(t, func(c *Config, _ *fakeKernel) { c.Limits.Idle = 400 * time.Millisecond })
+func TestIdleLimit(t *testing.T) { onEveryPath(t, testIdleLimit) }
+
+func testIdleLimit(t *testing.T, path option) {
+	m := newMesh(t, path, func(c *Config, _ *fakeKernel) { c.Limits.Idle = 400 * time.Millisecond })
 	client, server := m.pair()
 	begin := time.Now()
 	for time.Since(begin) < time.Second { // busy for longer than the limit
@@ -328,7 +356,11 @@ func TestPlainLegsAreSplicedWithHalfClose(t *testing.T) {
 }
 
 func TestLargeWritesOfSmallPiecesKeepTheirOrder(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testLargeWritesOfSmallPiecesKeepTheirOrder)
+}
+
+func testLargeWritesOfSmallPiecesKeepTheirOrder(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	var want bytes.Buffer
 	for i := range 3000 {

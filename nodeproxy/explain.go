@@ -27,7 +27,7 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	e := admin.Explanation{
 		Source: source, Destination: to.Name(),
 		Allowed: why.Allowed, Why: why.Sentence, Considered: []string{}, Generation: why.Generation,
-		Path: admin.PathMTLS, Virtual: []string{}, Instances: p.instances(target.Instances),
+		Path: p.pathTo(now.snap, target.Instances), Virtual: []string{}, Instances: p.instances(target.Instances),
 		Missing: p.missing(now, source, to), Ignored: []string{}, Balance: string(route.Balance),
 	}
 	if to.Service != nil {
@@ -42,8 +42,13 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	for _, intention := range why.Considered {
 		e.Considered = append(e.Considered, intention.String())
 	}
-	if !e.Allowed {
+	switch {
+	case !e.Allowed:
 		e.Path = admin.PathNone
+	case to.Service != nil && slices.ContainsFunc(to.Service.Instances, func(inst *catalog.Instance) bool { return inst.Local && (to.Instance == nil || inst == to.Instance) }):
+		if e.NotDirect = p.cfg.Kernel.Direct(source, to); e.NotDirect == "" {
+			e.Path = admin.PathDirect
+		}
 	}
 	return e, nil
 }

@@ -24,6 +24,7 @@ type fakeKernel struct {
 	dial    func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error)
 	deliver func(ctx context.Context, s *workload.Served, client netip.AddrPort) (net.Conn, error)
 	apply   func(*catalog.Snapshot) error
+	owns    func(netip.Addr) bool
 	err     error // what Run fails with
 
 	mu        sync.Mutex
@@ -33,6 +34,8 @@ type fakeKernel struct {
 	apps      map[string]string // address by instance
 	delivered int
 	clients   []netip.AddrPort
+	revoked   []uint64 // generations
+	notDirect string
 	listeners []net.Listener
 	serving   sync.WaitGroup
 	ready     chan struct{}
@@ -55,6 +58,15 @@ func (k *fakeKernel) Run(ctx context.Context, h workload.Handler) error {
 	k.serving.Wait()
 	return nil
 }
+
+func (k *fakeKernel) Revoke(snap *catalog.Snapshot) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.revoked = append(k.revoked, snap.Generation)
+	return nil
+}
+
+func (k *fakeKernel) Direct(string, catalog.Destination) string { return k.notDirect }
 
 func (k *fakeKernel) Apply(ctx context.Context, snap *catalog.Snapshot) error {
 	if k.apply != nil {
@@ -95,6 +107,8 @@ func (k *fakeKernel) Dial(ctx context.Context, _ *workload.Namespace, to netip.A
 	}
 	return dialTCP(ctx, to.String())
 }
+
+func (k *fakeKernel) Owns(ip netip.Addr) bool { return k.owns != nil && k.owns(ip) }
 
 func dialTCP(ctx context.Context, to string) (*net.TCPConn, error) {
 	var d net.Dialer

@@ -14,6 +14,7 @@ type state struct {
 	snap        *catalog.Snapshot
 	credentials *mtls.Credentials
 	former      map[string]formerLeaf // by service
+	trust       uint64                // rises when the roots, or what the mesh asks of TLS, are others than before
 }
 
 // verdict is a decision and its place in the order of all decisions.

@@ -2,6 +2,7 @@ package nodeproxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,8 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls"
+	"nodeproxy.io/nodeproxy/tunnel"
 	"nodeproxy.io/nodeproxy/workload"
 )
 
@@ -24,46 +27,64 @@ func (p *Proxy) ServeInbound(ns *workload.Namespace, ln *net.TCPListener) {
 		in, err := p.admitInbound(c, ns, conn)
 		p.run(c, err, in.serve)
 	})
+	p.tunnels.retireNamespace(ns.Cookie)
 }
 
 // inbound is one connection of a Connect peer.
 type inbound struct {
 	*Proxy
-	c         *connection
-	conn      *net.TCPConn
-	client    netip.AddrPort
-	served    *workload.Served
-	handshake *handshake
+	c      *connection
+	conn   *net.TCPConn
+	ns     *workload.Namespace
+	client netip.AddrPort // what the application sees as its peer
+	at     netip.AddrPort // what the peer dialled
+	served *workload.Served
+
+	handshake      *handshake
+	connectionDone func() // gives a place back
 }
 
 // admitInbound finds out which instance conn is for, by its local address, and takes a place among the handshakes in
 // progress. It does not block.
 func (p *Proxy) admitInbound(c *connection, ns *workload.Namespace, conn *net.TCPConn) (*inbound, error) {
-	client, at := addrPort(conn.RemoteAddr()), addrPort(conn.LocalAddr())
-	c.describe(func(about *admin.Connection) {
-		about.Source.Address, about.Destination.Address = client.String(), at.String()
-	})
-	served, err := p.cfg.Kernel.Served(ns, at)
+	in := &inbound{Proxy: p, c: c, conn: conn, ns: ns, client: addrPort(conn.RemoteAddr()), at: addrPort(conn.LocalAddr())}
+	in.describe(nil)
+	served, err := p.cfg.Kernel.Served(ns, in.at)
 	if err != nil {
 		return nil, withReason(err, catalog.ReasonUnknownService)
 	}
-	c.describe(func(about *admin.Connection) {
+	in.served = served
+	in.describe(served)
+	if err := in.takePlace(); err != nil {
+		return nil, err
+	}
+	if in.handshake, err = p.handshakes.begin(c, conn, p.cfg.Limits.handshakeSlots(served.Instance, in.client.Addr())); err != nil {
+		return nil, err
+	}
+	c.onEnd(in.handshake.end)
+	return in, nil
+}
+
+// describe notes both ends of in's connection; served is nil while it is not known.
+func (in *inbound) describe(served *workload.Served) {
+	in.c.describe(func(about *admin.Connection) {
+		about.Source.Address, about.Destination.Address = in.client.String(), in.at.String()
+		if served == nil {
+			return
+		}
 		about.Destination.Service, about.Destination.Instance = served.Service, served.Instance
 		if len(served.Workloads) == 1 {
 			about.Destination.Workload = served.Workloads[0].Cgroup
 		}
 	})
-	whole, err := p.slots.take(slot{everyConnection, p.cfg.Limits.Connections})
-	if err != nil {
-		return nil, err
+}
+
+// takePlace takes a place among all connections of the node.
+func (in *inbound) takePlace() (err error) {
+	if in.connectionDone, err = in.slots.take(slot{everyConnection, in.cfg.Limits.Connections}); err == nil {
+		in.c.onEnd(in.connectionDone)
 	}
-	c.onEnd(whole)
-	handshake, err := p.handshakes.begin(c, conn, p.cfg.Limits.handshakeSlots(served.Instance, client.Addr()))
-	if err != nil {
-		return nil, err
-	}
-	c.onEnd(handshake.end)
-	return &inbound{Proxy: p, c: c, conn: conn, client: client, served: served, handshake: handshake}, nil
+	return err
 }
 
 func addrPort(addr net.Addr) netip.AddrPort {
@@ -85,6 +106,9 @@ func (in *inbound) serve() error {
 	if err != nil {
 		return err
 	}
+	if l, ok := peer.(*link); ok {
+		return in.serveTunnel(l, now.trust)
+	}
 	in.handshake.end()
 	if err := in.authorize(in.c); err != nil {
 		return err
@@ -104,7 +128,7 @@ func (in *inbound) serve() error {
 
 // authenticate does the handshake and notes who the peer is. When it fails the connection is closed in order and not reset, so
 // that the TLS alert, which says why, arrives.
-func (in *inbound) authenticate(now *state) (*secureLeg, error) {
+func (in *inbound) authenticate(now *state) (leg, error) {
 	begin := time.Now()
 	deadline := begin.Add(in.cfg.Limits.Handshake)
 	w, err := newWire(in.conn, in.buffers)
@@ -114,25 +138,43 @@ func (in *inbound) authenticate(now *state) (*secureLeg, error) {
 	if err := in.conn.SetDeadline(deadline); err != nil {
 		return nil, fmt.Errorf("set the deadline of the handshake: %w", err)
 	}
-	ctx, cancel := context.WithDeadline(in.c.ctx, deadline)
-	defer cancel()
-	done := func() {}
-	defer func() { done() }()
-	secure, source, err := now.credentials.Accept(w, in.served.Service, func() (err error) {
-		in.handshake.reach(heard)
-		done, err = in.turns.take(ctx, answerTurn(in.client.Addr()))
-		w.first = func() { in.handshake.reach(answered); done() }
-		return err
-	})
-	in.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
+	protocol := ""
+	if in.cfg.Tunnels {
+		protocol = tunnel.ALPN
+	}
+	secure, source, err := in.answer(now, w, protocol, deadline)
+	took := time.Since(begin)
+	in.c.describe(func(about *admin.Connection) { about.Handshake = took })
 	if err != nil {
 		if catalog.ReasonOf(err, "") != catalog.ReasonNoCertificate {
 			_ = in.conn.Close()
 		}
 		return nil, err
 	}
-	in.c.identify(source, in.served.Service)
-	return newSecureLeg(secure, w), errors.Join(tune(in.conn), in.conn.SetDeadline(time.Time{}))
+	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(time.Time{})); err != nil {
+		return nil, err
+	}
+	if protocol != "" && secure.ConnectionState().NegotiatedProtocol == protocol {
+		l := newLink(secure, w, source, true)
+		l.handshake = took
+		return l, nil
+	}
+	in.c.identify(source.Identity, in.served.Service)
+	return newSecureLeg(secure, w), nil
+}
+
+// answer does the TLS handshake. Its costly part waits for a turn.
+func (in *inbound) answer(now *state, w *wire, protocol string, deadline time.Time) (*tls.Conn, mtls.Peer, error) {
+	ctx, cancel := context.WithDeadline(in.c.ctx, deadline)
+	defer cancel()
+	done := func() {}
+	defer func() { done() }()
+	return now.credentials.Accept(w, in.served.Service, protocol, func() (err error) {
+		in.handshake.reach(heard)
+		done, err = in.turns.take(ctx, answerTurn(in.client.Addr()))
+		w.first = func() { in.handshake.reach(answered); done() }
+		return err
+	})
 }
 
 // reserve takes the places of an authorised connection.

@@ -16,6 +16,14 @@ type Kernel interface {
 	// all calls of h to return, and leaves what is pinned in place: nothing new connects until a daemon runs again.
 	Run(ctx context.Context, h workload.Handler) error
 
+	// Revoke ends what the kernel lets pass without the proxy and snap's policy denies: first the right to connect, then the
+	// connections that are there. It is called once snap's policy is in force, before Apply, and also after Run has
+	// returned, while connections drain. Nothing that snap denies is granted afterwards.
+	Revoke(snap *catalog.Snapshot) error
+
+	// Direct says why connections of source to a destination on this node pass the proxy; "" when they do not.
+	Direct(source string, to catalog.Destination) (why string)
+
 	// Apply brings steering in line with snap: what is removed first, then what is added. It is called after the
 	// snapshot's certificates and policy are in force. On error the kernel keeps what could be applied and Apply may be
 	// called again.
@@ -29,6 +37,9 @@ type Kernel interface {
 
 	// Served says which local instance is reached by the mesh address at in ns. Refusals: unknown-service, unknown-workload.
 	Served(ns *workload.Namespace, at netip.AddrPort) (*workload.Served, error)
+
+	// Owns says whether ip is an address of this node, or of a namespace in which workloads of it are.
+	Owns(ip netip.Addr) bool
 
 	// Dial connects to the mesh address to from inside ns.
 	Dial(ctx context.Context, ns *workload.Namespace, to netip.AddrPort) (*net.TCPConn, error)

@@ -13,10 +13,11 @@ import (
 // leg is one of the two connections that a relay joins. One goroutine calls next, release and watch, another write and
 // closeWrite; close and reset may be called by any.
 type leg interface {
-	// next waits for bytes without holding a buffer, and returns as many as are there. They are valid until release.
-	// io.EOF is an orderly half-close by the peer, any other error the end of the connection.
+	// next waits for bytes without holding a buffer, and returns as many as are there, after headroom that means nothing.
+	// They are valid until release. io.EOF is an orderly half-close by the peer, any other error the end of the connection.
 	next() ([]byte, error)
 	release()
+	// write sends what another leg's next returned. It may change the headroom.
 	write(p []byte) error
 	// closeWrite tells the peer that there will be no more bytes; it can still be read from.
 	closeWrite() error
@@ -54,6 +55,7 @@ type plainLeg struct {
 	conn   plainConn
 	socket *socket
 	held   *buffer
+	early  []byte // what first returned and next did not
 }
 
 func newPlainLeg(conn net.Conn, pool *buffers) (*plainLeg, error) {
@@ -69,22 +71,40 @@ func newPlainLeg(conn net.Conn, pool *buffers) (*plainLeg, error) {
 }
 
 func (l *plainLeg) next() ([]byte, error) {
-	buf, n, err := l.socket.read(plainChunk)
+	if p := l.early; p != nil {
+		l.early = nil
+		return p, nil
+	}
+	buf, n, err := l.socket.read(headroom, headroom+plainChunk)
 	if err != nil {
 		return nil, err
 	}
 	l.held = buf
-	return buf[:n], nil
+	return buf[:headroom+n], nil
+}
+
+// first returns what next will, without waiting and no more than limit bytes: nil when there is nothing yet. What was
+// passed on by other means is not for next any more after release.
+func (l *plainLeg) first(limit int) []byte {
+	if l.early != nil {
+		return l.early
+	}
+	buf, n, err := l.socket.poll(headroom, headroom+limit)
+	if err != nil || buf == nil {
+		return nil // next meets the error again
+	}
+	l.held, l.early = buf, buf[:headroom+n]
+	return l.early
 }
 
 func (l *plainLeg) release() {
 	if l.held != nil {
 		l.socket.pool.put(l.held)
-		l.held = nil
+		l.held, l.early = nil, nil
 	}
 }
 
-func (l *plainLeg) write(p []byte) error { return l.socket.write(p) }
+func (l *plainLeg) write(p []byte) error { return l.socket.write(p[headroom:]) }
 func (l *plainLeg) closeWrite() error    { return l.conn.CloseWrite() }
 func (l *plainLeg) watch() error         { return l.socket.watch() }
 func (l *plainLeg) close()               { _ = l.conn.Close() }
@@ -112,11 +132,11 @@ func (l *secureLeg) next() ([]byte, error) {
 			}
 		}
 		buf := l.wire.pool.get()
-		n, err := l.drain(buf)
+		n, err := drain(l.tls, buf[headroom:], 1)
 		l.drained = errors.Is(err, os.ErrDeadlineExceeded)
 		if n > 0 {
 			l.held = buf
-			return buf[:n], nil // an error comes again with the next call
+			return buf[:headroom+n], nil // an error comes again with the next call
 		}
 		l.wire.pool.put(buf)
 		if !l.drained {
@@ -125,11 +145,12 @@ func (l *secureLeg) next() ([]byte, error) {
 	}
 }
 
-// drain reads all records that have arrived whole and fit. os.ErrDeadlineExceeded means that there is no more.
-func (l *secureLeg) drain(buf *buffer) (n int, err error) {
-	for n < len(buf) && err == nil {
+// drain reads all records that have arrived whole, as long as least bytes are free. os.ErrDeadlineExceeded means that there
+// is no more.
+func drain(conn *tls.Conn, buf []byte, least int) (n int, err error) {
+	for len(buf)-n >= least && err == nil {
 		var got int
-		got, err = l.tls.Read(buf[n:])
+		got, err = conn.Read(buf[n:])
 		n += got
 	}
 	return n, err
@@ -142,11 +163,7 @@ func (l *secureLeg) release() {
 	}
 }
 
-func (l *secureLeg) write(p []byte) error {
-	l.wire.cork()
-	_, err := l.tls.Write(p)
-	return errors.Join(err, l.wire.uncork())
-}
+func (l *secureLeg) write(p []byte) error { return l.wire.seal(l.tls, p[headroom:]) }
 
 // closeWrite sends a close_notify alone. A FIN after it would say nothing more, and make connection trackers on the way
 // forget a half-closed connection within minutes.

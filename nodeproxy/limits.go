@@ -163,3 +163,23 @@ func (l *Limits) inboundSlots(instance, source string, maxInbound int) []slot {
 		{slotKey{what: "MaxInboundConnections", instance: instance}, maxInbound},
 	}
 }
+
+// The bounds of tunnels without a stream: each holds a file descriptor.
+const (
+	idleShare       = 16   // of this many connections one may be an idle tunnel, outbound, and one inbound
+	maxIdleOfSource = 1024 // inbound, of one source service
+	maxIdleOfPair   = 256  // inbound, from one source service to one instance
+)
+
+// idleTunnels is how many of this node's own tunnels may be idle.
+func (l *Limits) idleTunnels() int { return max(1, l.Connections/idleShare) }
+
+// tunnelSlots are those of an inbound tunnel without a stream.
+func (l *Limits) tunnelSlots(instance, source string) []slot {
+	const what = "idle tunnels"
+	return []slot{
+		{slotKey{what: what}, l.idleTunnels()},
+		{slotKey{what: what, peer: source}, maxIdleOfSource},
+		{slotKey{what: what, instance: instance, peer: source}, maxIdleOfPair},
+	}
+}

@@ -23,7 +23,11 @@ import (
 )
 
 func TestAllowedConnectionsAreCutByADeny(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testAllowedConnectionsAreCutByADeny)
+}
+
+func testAllowedConnectionsAreCutByADeny(t *testing.T, path option) {
+	m := newMesh(t, path)
 	m.rule(policy.Allow)
 	client, server := m.pair()
 	say(t, client, "x")
@@ -79,8 +83,12 @@ func TestADenyCutsEitherDirectionOnItsOwn(t *testing.T) {
 }
 
 func TestADenyCutsAConnectionThatIsStillDialling(t *testing.T) {
+	onEveryPath(t, testADenyCutsAConnectionThatIsStillDialling)
+}
+
+func testADenyCutsAConnectionThatIsStillDialling(t *testing.T, path option) {
 	dialling := make(chan struct{}, 1)
-	m := newMesh(t, func(_ *Config, k *fakeKernel) {
+	m := newMesh(t, path, func(_ *Config, k *fakeKernel) {
 		k.dial = func(ctx context.Context, _ netip.AddrPort) (*net.TCPConn, error) {
 			dialling <- struct{}{}
 			<-ctx.Done()
@@ -139,13 +147,17 @@ func TestACondemnedConnectionTakesNothingMore(t *testing.T) {
 	if err := c.open(); !errors.Is(err, denied) {
 		t.Errorf("open: %v", err)
 	}
-	if e := c.finish(nil); e.Event != admin.EventDenied || e.Detail != "denied" {
+	if e, _ := c.finish(nil); e.Event != admin.EventDenied || e.Detail != "denied" {
 		t.Errorf("%+v", e)
 	}
 }
 
 func TestUnconcernedConnectionsSurviveAPolicyChange(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testUnconcernedConnectionsSurviveAPolicyChange)
+}
+
+func testUnconcernedConnectionsSurviveAPolicyChange(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	m.rules = []policy.Intention{{Source: "batch", Destination: "api", Action: policy.Deny}}
 	m.publish()
@@ -154,7 +166,11 @@ func TestUnconcernedConnectionsSurviveAPolicyChange(t *testing.T) {
 }
 
 func TestVerdictsAreInTheOrderOfGenerations(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testVerdictsAreInTheOrderOfGenerations)
+}
+
+func testVerdictsAreInTheOrderOfGenerations(t *testing.T, path option) {
+	m := newMesh(t, path)
 	a := m.app()
 	go func() {
 		for conn := range a.conns {
@@ -255,7 +271,11 @@ func TestGateOrdersVerdictsUnderConcurrentSwaps(t *testing.T) {
 }
 
 func TestRotationDoesNotDisturbLiveConnections(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testRotationDoesNotDisturbLiveConnections)
+}
+
+func testRotationDoesNotDisturbLiveConnections(t *testing.T, path option) {
+	m := newMesh(t, path)
 	client, server := m.pair()
 	say(t, client, "old")
 	hear(t, server, "old")

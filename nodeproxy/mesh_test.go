@@ -44,9 +44,19 @@ type mesh struct {
 	def    policy.Action
 	rules  []policy.Intention
 	cookie uint64
+
+	tunnels bool // every instance is one of a nodeproxy
 }
 
 type option func(*Config, *fakeKernel)
+
+func tunnelled(c *Config, _ *fakeKernel) { c.Tunnels = true }
+
+// onEveryPath runs a test with plain Connect connections, and with tunnels.
+func onEveryPath(t *testing.T, test func(*testing.T, option)) {
+	t.Run("mtls", func(t *testing.T) { test(t, func(*Config, *fakeKernel) {}) })
+	t.Run("tunnel", func(t *testing.T) { test(t, tunnelled) })
+}
 
 // newMesh starts a Proxy whose snapshot has leaves for web and api, and no instance.
 func newMesh(t testing.TB, options ...option) *mesh {
@@ -68,6 +78,7 @@ func newMesh(t testing.TB, options ...option) *mesh {
 	for _, o := range options {
 		o(&cfg, m.kernel)
 	}
+	m.tunnels = cfg.Tunnels
 	var err error
 	if m.proxy, err = New(cfg); err != nil {
 		t.Fatal(err)
@@ -197,7 +208,7 @@ func (m *mesh) instance(service, id, app string) *catalog.Instance {
 	at := m.serve(func(h workload.Handler, ln *net.TCPListener) { h.ServeInbound(&workload.Namespace{}, ln) })
 	inst := &catalog.Instance{
 		ID: id, Service: service, Node: "node-1", Local: true, Healthy: true,
-		Address: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.9"), at.Port()), Mesh: at,
+		Address: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.9"), at.Port()), Mesh: at, Tunnels: m.tunnels,
 	}
 	m.kernel.mu.Lock()
 	defer m.kernel.mu.Unlock()
@@ -223,7 +234,7 @@ func (m *mesh) add(inst *catalog.Instance) {
 func (m *mesh) remote(id string, mesh netip.AddrPort) *catalog.Instance {
 	inst := &catalog.Instance{
 		ID: id, Service: "api", Node: "node-2", Healthy: true,
-		Address: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.8"), mesh.Port()), Mesh: mesh,
+		Address: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.8"), mesh.Port()), Mesh: mesh, Tunnels: m.tunnels,
 	}
 	m.add(inst)
 	return inst

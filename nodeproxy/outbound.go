@@ -14,6 +14,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls"
 	"nodeproxy.io/nodeproxy/workload"
 )
 
@@ -24,6 +25,7 @@ func (p *Proxy) ServeOutbound(ns *workload.Namespace, ln *net.TCPListener) {
 		origin, err := p.admitOutbound(c, ns, app)
 		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
 	})
+	p.tunnels.retireNamespace(ns.Cookie)
 }
 
 // admitOutbound finds out whose connection app is, and takes its places. It does not block.
@@ -74,14 +76,19 @@ func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app *net.T
 	if err != nil {
 		return err
 	}
+	d.application = application
 	peer, err := d.connect()
 	if err != nil {
+		application.release()
 		return err
 	}
 	if err := p.open(c); err != nil {
+		application.release()
 		return err
 	}
-	return p.relay(c, application, peer)
+	err = p.relay(c, application, peer)
+	d.ended(peer, err)
+	return err
 }
 
 // applicationLeg makes a leg of a connection to an application of this node.
@@ -104,7 +111,10 @@ type dialer struct {
 	route  *catalog.Route
 	config catalog.CallConfig
 	call   call
-	target *catalog.Target // whose intention was evaluated last
+	target *catalog.Target   // whose intention was evaluated last
+	inst   *catalog.Instance // of target, the last that was tried
+
+	application *plainLeg
 }
 
 func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to catalog.Destination) *dialer {
@@ -150,7 +160,7 @@ var busyPauses = []time.Duration{50 * time.Millisecond, 100 * time.Millisecond, 
 
 // connect tries one instance after the other until a handshake succeeds, those of the next target when none is left in
 // one: nothing of the application has been passed on yet. After two connect timeouts no further attempt is begun.
-func (d *dialer) connect() (*secureLeg, error) {
+func (d *dialer) connect() (leg, error) {
 	if _, err := d.state.credentials.Leaf(d.origin.Workload.Service); err != nil {
 		return nil, err
 	}
@@ -167,7 +177,7 @@ func (d *dialer) connect() (*secureLeg, error) {
 		if inst == nil {
 			break
 		}
-		tried = append(tried, inst)
+		tried, d.inst = append(tried, inst), inst
 		peer, err := d.attempt(target, inst)
 		if err == nil {
 			d.balancer.succeeded(inst, d.call)
@@ -175,13 +185,16 @@ func (d *dialer) connect() (*secureLeg, error) {
 			return peer, nil
 		}
 		done()
-		if d.c.ctx.Err() != nil || isOurs(err) {
+		if d.c.ctx.Err() != nil || isOurs(err) || isFinal(err) {
 			return nil, err
+		}
+		errs = append(errs, err)
+		if isFull(err) {
+			continue // it answers
 		}
 		if backoff := d.balancer.failed(inst, target.Instances, d.call, err); backoff > 0 {
 			d.cfg.Log.Warn("eject an instance", "service", inst.Service, "instance", inst.ID, "node", inst.Node, "for", backoff, "error", err)
 		}
-		errs = append(errs, err)
 	}
 	if len(errs) == 0 {
 		return nil, refuse(catalog.ReasonNoInstance, "find an instance of %q: %s", d.to.Name(), strings.Join(whyUnusable(d.route), "; "))
@@ -220,7 +233,7 @@ func (d *dialer) choose(tried []*catalog.Instance) (target *catalog.Target, inst
 }
 
 // attempt connects to inst, an instance of target, if the intention allows that.
-func (d *dialer) attempt(target *catalog.Target, inst *catalog.Instance) (*secureLeg, error) {
+func (d *dialer) attempt(target *catalog.Target, inst *catalog.Instance) (leg, error) {
 	if target != d.target {
 		if err := d.aim(target); err != nil {
 			return nil, err
@@ -229,57 +242,105 @@ func (d *dialer) attempt(target *catalog.Target, inst *catalog.Instance) (*secur
 	return d.dial(inst)
 }
 
-// dial connects to inst from the caller's namespace and does the handshake, when it is this connection's turn.
-func (d *dialer) dial(inst *catalog.Instance) (*secureLeg, error) {
-	done, err := d.wait(inst)
-	if err != nil {
-		return nil, err
+// dial makes a leg to inst: a stream of a tunnel, or a connection of its own.
+func (d *dialer) dial(inst *catalog.Instance) (leg, error) {
+	if d.cfg.Tunnels && d.tunnels.speaks(d.state.snap, inst) {
+		return d.openStream(inst)
 	}
-	defer done()
-	ctx, cancel := context.WithTimeout(d.c.ctx, d.timeout())
-	defer cancel()
-	conn, err := d.cfg.Kernel.Dial(ctx, d.origin.Namespace, inst.Mesh)
-	if err != nil {
-		return nil, withReason(fmt.Errorf("dial instance %q at %s: %w", inst.ID, inst.Mesh, err), catalog.ReasonConnectFailed)
+	return d.dialMesh(d.meshDial(inst, ""))
+}
+
+func (d *dialer) meshDial(inst *catalog.Instance, protocol string) meshDial {
+	return meshDial{Proxy: d.Proxy, state: d.state, origin: d.origin, target: d.target, inst: inst, timeout: d.timeout(), protocol: protocol}
+}
+
+// dialMesh is m.dial for d's connection.
+func (d *dialer) dialMesh(m meshDial) (leg, error) {
+	peer, handshake, err := m.dial(d.c.ctx, d.c.hold)
+	d.c.describe(func(about *admin.Connection) { about.Handshake = handshake })
+	if err == nil {
+		d.leadsTo(m.inst)
 	}
-	if err := d.c.hold(conn); err != nil {
-		return nil, err
-	}
-	peer, err := d.secure(conn)
-	if err != nil {
-		_ = conn.Close()
-		return nil, err
-	}
+	return peer, err
+}
+
+// leadsTo notes whom d's connection goes to.
+func (d *dialer) leadsTo(inst *catalog.Instance) {
 	d.c.describe(func(about *admin.Connection) {
 		about.Destination.Instance, about.Destination.Peer = inst.ID, inst.Mesh.String()
 		about.Destination.Identity = d.state.snap.TargetIdentity(d.target).String()
 	})
-	return peer, nil
+}
+
+// meshDial is a connection to inst, an instance of target, that is to be made from the caller's namespace, with an ALPN or "".
+type meshDial struct {
+	*Proxy
+	state    *state
+	origin   *workload.Origin
+	target   *catalog.Target
+	inst     *catalog.Instance
+	timeout  time.Duration // for a turn, and to connect
+	protocol string
+}
+
+// dial connects and does the handshake, when it is this connection's turn and until ctx ends. hold gets the connection
+// before it; the leg is a *link if the other side took the protocol, else a *secureLeg. errNoTunnels means that it is known by now that it would not. How long the handshake took is
+// returned with an error too.
+func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, time.Duration, error) {
+	done, err := m.wait(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer done()
+	if m.protocol != "" && !m.tunnels.speaks(m.state.snap, m.inst) { // another connection's turn has shown it
+		return nil, 0, errNoTunnels
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.timeout)
+	defer cancel()
+	conn, err := m.cfg.Kernel.Dial(ctx, m.origin.Namespace, m.inst.Mesh)
+	if err != nil {
+		return nil, 0, withReason(fmt.Errorf("dial instance %q at %s: %w", m.inst.ID, m.inst.Mesh, err), catalog.ReasonConnectFailed)
+	}
+	if err := hold(conn); err != nil {
+		return nil, 0, err
+	}
+	begin := time.Now()
+	peer, err := m.secure(conn, begin)
+	if _, plain := peer.(*secureLeg); m.protocol != "" && (plain || mtls.NoSuchProtocol(err)) {
+		m.tunnels.isPlain(m.inst.Mesh)
+	}
+	if err != nil {
+		_ = conn.Close()
+	}
+	return peer, time.Since(begin), err
 }
 
 // wait waits for a turn to do a handshake with inst, as long as for a connection.
-func (d *dialer) wait(inst *catalog.Instance) (done func(), err error) {
-	timeout := d.timeout()
-	ctx, cancel := context.WithTimeoutCause(d.c.ctx, timeout, fmt.Errorf("no turn within %s", timeout))
+func (m *meshDial) wait(ctx context.Context) (done func(), err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, m.timeout, fmt.Errorf("no turn within %s", m.timeout))
 	defer cancel()
-	return d.turns.take(ctx, d.cfg.Limits.dialTurns(d.origin.Workload.ID, inst.Node+"/"+inst.ID)...)
+	return m.turns.take(ctx, m.cfg.Limits.dialTurns(m.origin.Workload.ID, m.inst.Node+"/"+m.inst.ID)...)
 }
 
-func (d *dialer) secure(conn *net.TCPConn) (*secureLeg, error) {
-	begin := time.Now()
-	w, err := newWire(conn, d.buffers)
+func (m *meshDial) secure(conn *net.TCPConn, begin time.Time) (leg, error) {
+	w, err := newWire(conn, m.buffers)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(tune(conn), conn.SetDeadline(begin.Add(d.cfg.Limits.Handshake))); err != nil {
+	if err := errors.Join(tune(conn), conn.SetDeadline(begin.Add(m.cfg.Limits.Handshake))); err != nil {
 		return nil, err
 	}
-	secure, err := d.state.credentials.Connect(w, d.origin.Workload.Service, d.target)
-	d.c.describe(func(about *admin.Connection) { about.Handshake = time.Since(begin) })
+	secure, peer, err := m.state.credentials.Connect(w, m.origin.Workload.Service, m.target, m.protocol)
 	if err != nil {
 		return nil, err
 	}
-	return newSecureLeg(secure, w), conn.SetDeadline(time.Time{})
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	if m.protocol != "" && secure.ConnectionState().NegotiatedProtocol == m.protocol {
+		return newLink(secure, w, peer, false), nil
+	}
+	return newSecureLeg(secure, w), nil
 }
 
 // pause waits, or until the connection is cut off.
@@ -297,6 +358,9 @@ func isBusy(err error) bool {
 
 // isOurs says whether a dial failed because of this node and not because of the instance: another would fail as well.
 func isOurs(err error) bool {
+	if isFarRefusal(err) {
+		return false
+	}
 	switch catalog.ReasonOf(err, catalog.ReasonConnectFailed) {
 	case catalog.ReasonConnectFailed, catalog.ReasonHandshakeFailed, catalog.ReasonPeerIdentity:
 	default:

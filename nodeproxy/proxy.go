@@ -37,6 +37,7 @@ type Config struct {
 	Limits   Limits
 
 	PreferLocal bool   // instances of this node go first
+	Tunnels     bool   // are made to and accepted from other nodeproxies
 	Version     string // shown in status
 	MapABI      int    // shown in status
 }
@@ -60,6 +61,8 @@ type Proxy struct {
 	buffers    *buffers
 	live       table
 	observed   observations
+	tunnels    *tunnels
+	direct     directs
 
 	connections sync.WaitGroup // one for each connection in live
 	lastID      atomic.Uint64
@@ -90,6 +93,8 @@ func New(cfg Config) (*Proxy, error) {
 		balancer:   newBalancer(cfg.PreferLocal),
 		buffers:    newBuffers(),
 		live:       table{live: make(map[uint64]*connection)},
+		tunnels:    newTunnels(&cfg.Limits),
+		direct:     directs{open: make(map[uint64]*directConnection)},
 		offers:     make(chan *catalog.Snapshot, 1),
 	}, nil
 }
@@ -112,6 +117,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		}
 	})
 	workers.Go(func() { p.applyAll(sourceCtx, ctx) })
+	workers.Go(func() { p.tunnels.run(ctx) })
 	kernelErr := p.cfg.Kernel.Run(ctx, p)
 	if kernelErr != nil {
 		kernelErr = fmt.Errorf("run the kernel side: %w", kernelErr)
@@ -124,8 +130,10 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return errors.Join(sourceErr, kernelErr)
 }
 
-// drain waits for the live connections, and resets those that are left at the deadline.
+// drain closes the tunnels that nobody uses, waits for the live connections, and resets those that are left at the
+// deadline.
 func (p *Proxy) drain() {
+	p.tunnels.retireEnds(func(*tunnelEnd) bool { return true })
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -177,7 +185,10 @@ func (p *Proxy) run(c *connection, admitted error, serve func() error) {
 }
 
 func (p *Proxy) end(c *connection, err error) {
-	e := c.finish(err)
+	e, told := c.finish(err)
+	if !told {
+		return
+	}
 	if e.Event == admin.EventDenied {
 		p.denied.Add(1)
 	}

@@ -85,6 +85,6 @@ func transfer(dst, src leg, count *atomic.Uint64) error {
 		if err != nil {
 			return err
 		}
-		count.Add(uint64(len(p)))
+		count.Add(uint64(len(p) - headroom))
 	}
 }

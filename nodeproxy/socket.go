@@ -7,13 +7,19 @@ import (
 	"sync"
 	"syscall"
 	"unsafe"
+
+	"nodeproxy.io/nodeproxy/tunnel"
 )
 
 // chunk is how much one system call reads or writes: with TLS records of at most 16 KiB each, several per call.
 const chunk = 64 << 10
 
-// plainChunk is how much plaintext still fits one chunk when it is sealed: four records, with headers and tags.
-const plainChunk = chunk - 512
+// plainChunk is how much plaintext still fits one chunk when it is sealed: four records, with headers and tags. A frame of a
+// tunnel carries as much.
+const plainChunk = tunnel.MaxBody
+
+// headroom is what a leg leaves free before the bytes that it read, for the header that another may write there.
+const headroom = tunnel.HeaderSize + tunnel.OpeningSize
 
 // buffer is one chunk.
 type buffer [chunk]byte
@@ -43,11 +49,12 @@ type socket struct {
 // reading and writing are the arguments and results of one call, and the function that the poller calls back, which
 // would be an allocation each if they were made for the call.
 type reading struct {
-	limit int
-	buf   *buffer
-	n     int
-	err   error
-	ready func(fd uintptr) (done bool)
+	from, to int // of the buffer
+	poll     bool
+	buf      *buffer
+	n        int
+	err      error
+	ready    func(fd uintptr) (done bool)
 }
 
 type writing struct {
@@ -66,11 +73,23 @@ func newSocket(conn syscall.Conn, pool *buffers) (*socket, error) {
 	return s, nil
 }
 
-// read waits until the socket is readable, and only then takes a buffer and reads up to limit bytes into it. The buffer
-// is the caller's. The end of the stream is io.EOF.
-func (s *socket) read(limit int) (buf *buffer, n int, err error) {
+// read waits until the socket is readable, and only then takes a buffer and reads into buf[from:to]. The buffer is the
+// caller's. The end of the stream is io.EOF.
+func (s *socket) read(from, to int) (buf *buffer, n int, err error) {
 	r := &s.reading
-	r.limit = limit
+	r.from, r.to, r.poll = from, to, false
+	return s.doRead()
+}
+
+// poll is read that does not wait: it returns no buffer and no error when there is nothing to read.
+func (s *socket) poll(from, to int) (buf *buffer, n int, err error) {
+	r := &s.reading
+	r.from, r.to, r.poll = from, to, true
+	return s.doRead()
+}
+
+func (s *socket) doRead() (buf *buffer, n int, err error) {
+	r := &s.reading
 	if err := s.raw.Read(r.ready); err != nil {
 		return nil, 0, err
 	}
@@ -82,7 +101,7 @@ func (s *socket) read(limit int) (buf *buffer, n int, err error) {
 func (s *socket) readReady(fd uintptr) (done bool) {
 	r := &s.reading
 	r.buf, r.n, r.err = s.pool.get(), 0, nil
-	n, errno := transferBytes(syscall.SYS_READ, fd, r.buf[:r.limit])
+	n, errno := transferBytes(syscall.SYS_READ, fd, r.buf[r.from:r.to])
 	if n > 0 {
 		r.n = n
 		return true
@@ -93,11 +112,22 @@ func (s *socket) readReady(fd uintptr) (done bool) {
 	case 0:
 		r.err = io.EOF
 	case syscall.EAGAIN:
-		return false
+		return r.poll
 	default:
 		r.err = os.NewSyscallError("read", errno)
 	}
 	return true
+}
+
+// quiet says whether the socket has nothing to read and is not closed, without waiting.
+func (s *socket) quiet() bool {
+	var errno syscall.Errno
+	err := s.raw.Control(func(fd uintptr) {
+		var b [1]byte
+		const flags = syscall.MSG_PEEK | syscall.MSG_DONTWAIT
+		_, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&b)), 1, flags, 0, 0)
+	})
+	return err == nil && errno == syscall.EAGAIN
 }
 
 // write sends all of p.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"runtime"
 	"slices"
 	"time"
 
@@ -51,7 +52,7 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 // Connections lists the open connections as "open" events with the bytes so far, by ID.
 func (p *Proxy) Connections() []admin.Connection {
 	open := []admin.Connection{}
-	for _, c := range p.live.all() {
+	for _, c := range slices.Concat(p.live.all(), p.direct.all()) {
 		if line, ok := c.line(); ok {
 			open = append(open, line)
 		}
@@ -82,10 +83,13 @@ func (p *Proxy) Status() admin.Status {
 		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
 		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Repairs: kernel.Repairs, Maps: []admin.KernelMap{}, Counters: kernel.Counters},
 		Connections: admin.Connections{
-			Active: p.live.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+			Active: p.live.len() + p.direct.len(), Max: p.cfg.Limits.Connections, Opened: p.opened.Load(), Denied: p.denied.Load(),
+			SourceAddressRejected: p.tunnels.rejected.Load(),
 		},
-		Problems: []admin.Problem{}, Canaries: []string{}, Observed: p.observed.list(), Stopping: p.stopping.Load(),
+		SameNode: sameNode(kernel.Direct),
+		Problems: []admin.Problem{}, Canaries: []string{}, Observed: p.observed.list(), Goroutines: runtime.NumGoroutine(), Stopping: p.stopping.Load(),
 	}
+	s.Connections.Tunnels.Outbound, s.Connections.Tunnels.Inbound = p.tunnels.idle()
 	for _, w := range kernel.Workloads {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}
@@ -127,6 +131,14 @@ func (p *Proxy) Status() admin.Status {
 	}
 	for _, problem := range now.snap.Problems {
 		s.Problems = append(s.Problems, admin.Problem(problem))
+	}
+	return s
+}
+
+func sameNode(d workload.DirectState) admin.SameNode {
+	s := admin.SameNode{Path: admin.PathDirect, NotDirect: d.Why, Grants: d.Grants, Active: d.Live, Settling: d.Settling}
+	if d.Why != "" {
+		s.Path = admin.PathMTLS
 	}
 	return s
 }

@@ -1,6 +1,7 @@
 package nodeproxy
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -8,6 +9,9 @@ import (
 	"sync"
 	"time"
 )
+
+// maxRecord is how much plaintext one TLS record carries.
+const maxRecord = 16 << 10
 
 // errTruncated is a peer that closed TCP without a close_notify: what it sent may not be all that it meant to send.
 var errTruncated = errors.New("the peer closed the connection without a TLS close_notify")
@@ -64,7 +68,7 @@ func (w *wire) Read(p []byte) (int, error) {
 // fill waits for bytes and keeps them for Read, which must have returned all it had. The end of the stream is
 // errTruncated, because crypto/tls takes an io.EOF between two records for an orderly end, which only a close_notify is.
 func (w *wire) fill() error {
-	buf, n, err := w.socket.read(chunk)
+	buf, n, err := w.socket.read(0, chunk)
 	if errors.Is(err, io.EOF) {
 		return errTruncated
 	}
@@ -122,6 +126,17 @@ func (w *wire) cork() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.corked = true
+}
+
+// seal sends p over conn, which writes to w: whatever its size, with one system call for a chunk.
+func (w *wire) seal(conn *tls.Conn, p []byte) error {
+	if len(p) <= maxRecord {
+		_, err := conn.Write(p)
+		return err
+	}
+	w.cork()
+	_, err := conn.Write(p)
+	return errors.Join(err, w.uncork())
 }
 
 // uncork sends all that was kept, with one system call.

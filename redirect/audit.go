@@ -44,6 +44,7 @@ func (r *Redirect) Audit(maps bool) []Drift {
 		auditMap(&a, "plaintext_from", r.obj.PlaintextFrom, r.plaintext)
 		auditMap(&a, "rules", r.obj.Rules, r.rules)
 		auditMap(&a, "exclusions", r.obj.Exclusions, r.exclusions)
+		auditMap(&a, "grants", r.obj.Grants, r.grants)
 		auditMap(&a, "probes", r.obj.Probes, r.probes)
 	}
 	return a.found

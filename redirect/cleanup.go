@@ -30,6 +30,10 @@ func (r *Redirect) Prune(keep func(cgroup uint64) bool) error {
 			errs = append(errs, fmt.Errorf("close namespace %d for redirects: %w", cookie, err))
 			continue
 		}
+		if err := r.obj.Closes.Delete(cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("forget closed listeners of namespace %d: %w", cookie, err))
+			continue
+		}
 		if err := os.RemoveAll(filepath.Join(r.dir, "namespaces", strconv.FormatUint(cookie, 10))); err != nil {
 			errs = append(errs, fmt.Errorf("remove guard: %w", err))
 			continue

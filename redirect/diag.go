@@ -25,7 +25,7 @@ type Socket struct {
 	device uint32 // that it is bound to
 }
 
-// Listeners lists the sockets of the namespace that listen on port.
+// Listeners lists the sockets of the namespace that listen on port; 0: on any.
 func (ns *Namespace) Listeners(port uint16) ([]Socket, error) { return listeners(ns.diag, port) }
 
 func listeners(d *diag, port uint16) ([]Socket, error) {
@@ -37,7 +37,7 @@ func listeners(d *diag, port uint16) ([]Socket, error) {
 			return nil, fmt.Errorf("list listeners on port %d: %w", port, err)
 		}
 		for _, s := range found {
-			if s.Local.Port() == port {
+			if port == 0 || s.Local.Port() == port {
 				all = append(all, s)
 			}
 		}
@@ -47,11 +47,7 @@ func listeners(d *diag, port uint16) ([]Socket, error) {
 
 // Accepted finds the server's end of the connection from client to server, both in this namespace.
 func (ns *Namespace) Accepted(client, server netip.AddrPort) (Socket, error) {
-	family := uint8(unix.AF_INET6)
-	if server.Addr().Is4() {
-		family = unix.AF_INET
-	}
-	found, err := ns.diag.query(diagRequest{family: family, states: ^uint32(0), src: server.Addr(), sport: server.Port(), dst: client.Addr(), dport: client.Port()})
+	found, err := ns.diag.query(diagRequest{family: familyOf(server.Addr()), states: ^uint32(0), src: server.Addr(), sport: server.Port(), dst: client.Addr(), dport: client.Port()})
 	if err != nil {
 		return Socket{}, fmt.Errorf("find accepted socket of %s → %s: %w", client, server, err)
 	}
@@ -81,37 +77,19 @@ func (ns *Namespace) sockets() (all []Socket, err error) {
 
 // Reset ends a connection of the namespace at once; both sides see a reset. One that has ended is no error.
 func (ns *Namespace) Reset(s Socket) error {
-	req := diagRequest{destroy: true, family: unix.AF_INET6, src: s.Local.Addr(), sport: s.Local.Port(), dst: s.Remote.Addr(), dport: s.Remote.Port(), device: s.device, cookie: s.Cookie}
+	req := diagRequest{family: unix.AF_INET6, src: s.Local.Addr(), sport: s.Local.Port(), dst: s.Remote.Addr(), dport: s.Remote.Port(), device: s.device, cookie: s.Cookie}
 	if s.Local.Addr().Is4() {
 		req.family = unix.AF_INET
 	}
-	if _, err := ns.diag.query(req); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := ns.diag.destroy(req); err != nil && !gone(err) {
 		return fmt.Errorf("reset %s → %s: %w", s.Local, s.Remote, err)
 	}
 	return nil
 }
 
-// probeReset asks for the end of a connection that cannot be, for what the kernel says of the question.
-func probeReset() (err error) {
-	d := &diag{fd: -1, buf: make([]byte, 4<<10)}
-	if err := d.open(); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, d.close()) }()
-	nowhere := netip.IPv6Unspecified()
-	_, err = d.query(diagRequest{destroy: true, family: unix.AF_INET6, src: nowhere, sport: 1, dst: nowhere, dport: 1})
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		return nil
-	case errors.Is(err, unix.EOPNOTSUPP):
-		return errors.New("the kernel is built without CONFIG_INET_DIAG_DESTROY")
-	}
-	return fmt.Errorf("ask sock_diag to end a connection: %w", err)
-}
-
 const (
 	sockDiagByFamily = 20
-	sockDestroy      = 21
+	sockDestroy      = 21 // SOCK_DESTROY of linux/sock_diag.h
 	tcpSynRecv       = 3
 	tcpTimeWait      = 6
 	tcpClose         = 7
@@ -135,31 +113,37 @@ type diagRequest struct {
 	family       uint8
 	states       uint32
 	dump         bool
-	destroy      bool
 	src, dst     netip.Addr
 	sport, dport uint16
-	device       uint32
-	cookie       uint64 // 0: any, unless destroy is set
+	device       uint32 // what the socket is bound to
+	cookie       uint64 // 0: any
+	typ          uint16 // 0: sockDiagByFamily
 }
 
-func openDiag(ns *Namespace) (*diag, error) {
-	d := &diag{fd: -1, buf: make([]byte, 32<<10)}
-	if err := ns.Do(d.open); err != nil {
-		return nil, fmt.Errorf("in network namespace %d: %w", ns.Inode, err)
+func openDiag(ns *Namespace) (d *diag, err error) {
+	err = ns.Do(func() (err error) {
+		d, err = newDiag()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open sock_diag in network namespace %d: %w", ns.Inode, err)
 	}
 	return d, nil
 }
 
-// open opens the socket in the network namespace of the calling thread.
-func (d *diag) open() (err error) {
-	if d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG); err != nil {
-		return fmt.Errorf("open sock_diag: %w (is the kernel built with INET_DIAG?)", err)
+// newDiag opens one in the namespace of the calling thread.
+func newDiag() (*diag, error) {
+	d := &diag{buf: make([]byte, 32<<10)}
+	var err error
+	d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return nil, fmt.Errorf("%w (is the kernel built with INET_DIAG?)", err)
 	}
 	// The kernel answers within the call; the deadline guards against a lost answer.
 	if err := unix.SetsockoptTimeval(d.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
-		return errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
+		return nil, errors.Join(fmt.Errorf("set sock_diag deadline: %w", err), d.close())
 	}
-	return nil
+	return d, nil
 }
 
 func (d *diag) close() error {
@@ -199,21 +183,29 @@ func (d *diag) query(req diagRequest) ([]Socket, error) {
 	}
 }
 
+// destroy resets the connection that the request names by its cookie too: without one, what else would be found in place
+// of a connection that is gone is the listener.
+func (d *diag) destroy(req diagRequest) error {
+	req.typ, req.states = sockDestroy, ^uint32(0)
+	_, err := d.query(req)
+	return err
+}
+
+// gone says whether a query's error means that there is no such connection.
+func gone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESTALE) }
+
 func (q diagRequest) encode(seq uint32) []byte {
-	kind, flags, cookie := uint16(sockDiagByFamily), uint16(unix.NLM_F_REQUEST), q.cookie
-	switch {
-	case q.dump:
+	flags, typ := uint16(unix.NLM_F_REQUEST), uint16(sockDiagByFamily)
+	if q.dump {
 		flags |= unix.NLM_F_DUMP
-	case q.destroy:
-		kind, flags = sockDestroy, flags|unix.NLM_F_ACK
 	}
-	if cookie == 0 && !q.destroy {
-		cookie = ^uint64(0) // INET_DIAG_NOCOOKIE
+	if q.typ != 0 {
+		flags, typ = flags|unix.NLM_F_ACK, q.typ
 	}
 	b := make([]byte, 0, unix.NLMSG_HDRLEN+sizeofRequest)
 	ne := binary.NativeEndian
 	b = ne.AppendUint32(b, unix.NLMSG_HDRLEN+sizeofRequest)
-	b = ne.AppendUint16(b, kind)
+	b = ne.AppendUint16(b, typ)
 	b = ne.AppendUint16(b, flags)
 	b = ne.AppendUint32(b, seq)
 	b = ne.AppendUint32(b, 0)
@@ -224,7 +216,10 @@ func (q diagRequest) encode(seq uint32) []byte {
 	b = appendDiagAddr(b, q.src)
 	b = appendDiagAddr(b, q.dst)
 	b = ne.AppendUint32(b, q.device)
-	return ne.AppendUint64(b, cookie)
+	if q.cookie == 0 {
+		return ne.AppendUint64(b, ^uint64(0)) // INET_DIAG_NOCOOKIE
+	}
+	return ne.AppendUint32(ne.AppendUint32(b, uint32(q.cookie)), uint32(q.cookie>>32))
 }
 
 func appendDiagAddr(b []byte, ip netip.Addr) []byte {
@@ -283,8 +278,8 @@ func parseSocket(body []byte) Socket {
 		Local:       end(id, id[4:20]),
 		Remote:      end(id[2:], id[20:36]),
 		device:      ne.Uint32(id[36:]),
-		Cookie:      ne.Uint64(id[40:]),
 		Inode:       ne.Uint32(body[4+sizeofID+16:]),
+		Cookie:      uint64(ne.Uint32(id[40:])) | uint64(ne.Uint32(id[44:]))<<32,
 		Handshaking: body[1] == tcpSynRecv,
 		Listening:   body[1] == tcpListen,
 	}

@@ -39,6 +39,12 @@ type dnsDirect struct {
 	Kind     uint16
 	PeerPort uint16
 	Peer     dnsAddr
+	From     uint64
+	KeyPort  uint16
+	Seen     uint16
+	Group    uint32
+	Listener uint32
+	Pad      uint32
 }
 
 type dnsDnsConstant uint32
@@ -78,11 +84,52 @@ const (
 	dnsDnsStatDNS_STAT_MAX    dnsDnsStat = 4
 )
 
+type dnsGrant struct {
+	_        structs.HostLayout
+	NotAfter uint64
+	N        uint32
+	Pad      uint32
+	Target   [4]struct {
+		_      structs.HostLayout
+		Ip     dnsAddr
+		Src    dnsAddr
+		Netns  uint64
+		Closes uint64
+		Port   uint16
+		Pad    uint16
+		Group  uint32
+	}
+}
+
+type dnsGrantKey struct {
+	_        structs.HostLayout
+	Ip       dnsAddr
+	Netns    uint64
+	Workload uint32
+	Port     uint16
+	Pad      uint16
+}
+
+type dnsGranted struct {
+	_           structs.HostLayout
+	T           dnsTuple
+	Dialled     dnsAddr
+	Netns       uint64
+	Opened      uint64
+	Workload    uint32
+	Pid         uint32
+	Device      uint32
+	DialledPort uint16
+	Accepted    uint16
+	Comm        [16]int8
+}
+
 type dnsHeartbeat struct {
 	_            structs.HostLayout
 	Beat         uint64
 	Open         uint32
 	NextWorkload uint32
+	Wall         int64
 }
 
 type dnsListenerKey struct {
@@ -115,6 +162,12 @@ type dnsOrigin struct {
 	Pid      uint32
 	Seconds  uint32
 	Comm     [16]int8
+	To       uint64
+	Device   uint32
+	KeyPort  uint16
+	Pad      uint16
+	Group    uint32
+	Pad2     uint32
 }
 
 type dnsPeer struct {
@@ -123,6 +176,7 @@ type dnsPeer struct {
 	Port     uint16
 	Kind     uint16
 	Workload uint32
+	Netns    uint64
 }
 
 type dnsRangeKey struct {
@@ -161,12 +215,14 @@ type dnsWorkload struct {
 	Pending int32
 	Direct  int32
 	Group   uint32
+	Granted int32
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	dnsMapCloses           = "closes"
 	dnsMapDestinations     = "destinations"
 	dnsMapDirect           = "direct"
 	dnsMapDnsListeners     = "dns_listeners"
@@ -175,6 +231,8 @@ const (
 	dnsMapDnsSpaces        = "dns_spaces"
 	dnsMapDnsStats         = "dns_stats"
 	dnsMapEvents           = "events"
+	dnsMapGranted          = "granted"
+	dnsMapGrants           = "grants"
 	dnsMapHeartbeat        = "heartbeat"
 	dnsMapListeners        = "listeners"
 	dnsMapMemberships      = "memberships"
@@ -199,10 +257,13 @@ const (
 	dnsVarBtfConstant      = "btf_constant"
 	dnsVarBtfDestFlag      = "btf_dest_flag"
 	dnsVarBtfDirectKind    = "btf_direct_kind"
+	dnsVarBtfDirectSeen    = "btf_direct_seen"
 	dnsVarBtfDnsConstant   = "btf_dns_constant"
 	dnsVarBtfDnsStat       = "btf_dns_stat"
 	dnsVarBtfEvent         = "btf_event"
 	dnsVarBtfEventFlag     = "btf_event_flag"
+	dnsVarBtfGrantEvent    = "btf_grant_event"
+	dnsVarBtfGrantStage    = "btf_grant_stage"
 	dnsVarBtfListenerKind  = "btf_listener_kind"
 	dnsVarBtfMemberFlag    = "btf_member_flag"
 	dnsVarBtfOriginFlag    = "btf_origin_flag"
@@ -268,6 +329,7 @@ type dnsProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type dnsMapSpecs struct {
+	Closes        *ebpf.MapSpec `ebpf:"closes"`
 	Destinations  *ebpf.MapSpec `ebpf:"destinations"`
 	Direct        *ebpf.MapSpec `ebpf:"direct"`
 	DnsListeners  *ebpf.MapSpec `ebpf:"dns_listeners"`
@@ -276,6 +338,8 @@ type dnsMapSpecs struct {
 	DnsSpaces     *ebpf.MapSpec `ebpf:"dns_spaces"`
 	DnsStats      *ebpf.MapSpec `ebpf:"dns_stats"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
+	Granted       *ebpf.MapSpec `ebpf:"granted"`
+	Grants        *ebpf.MapSpec `ebpf:"grants"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
@@ -298,10 +362,13 @@ type dnsVariableSpecs struct {
 	BtfConstant     *ebpf.VariableSpec `ebpf:"btf_constant"`
 	BtfDestFlag     *ebpf.VariableSpec `ebpf:"btf_dest_flag"`
 	BtfDirectKind   *ebpf.VariableSpec `ebpf:"btf_direct_kind"`
+	BtfDirectSeen   *ebpf.VariableSpec `ebpf:"btf_direct_seen"`
 	BtfDnsConstant  *ebpf.VariableSpec `ebpf:"btf_dns_constant"`
 	BtfDnsStat      *ebpf.VariableSpec `ebpf:"btf_dns_stat"`
 	BtfEvent        *ebpf.VariableSpec `ebpf:"btf_event"`
 	BtfEventFlag    *ebpf.VariableSpec `ebpf:"btf_event_flag"`
+	BtfGrantEvent   *ebpf.VariableSpec `ebpf:"btf_grant_event"`
+	BtfGrantStage   *ebpf.VariableSpec `ebpf:"btf_grant_stage"`
 	BtfListenerKind *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.VariableSpec `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
@@ -331,6 +398,7 @@ func (o *dnsObjects) Close() error {
 //
 // It can be passed to loadDnsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type dnsMaps struct {
+	Closes        *ebpf.Map `ebpf:"closes"`
 	Destinations  *ebpf.Map `ebpf:"destinations"`
 	Direct        *ebpf.Map `ebpf:"direct"`
 	DnsListeners  *ebpf.Map `ebpf:"dns_listeners"`
@@ -339,6 +407,8 @@ type dnsMaps struct {
 	DnsSpaces     *ebpf.Map `ebpf:"dns_spaces"`
 	DnsStats      *ebpf.Map `ebpf:"dns_stats"`
 	Events        *ebpf.Map `ebpf:"events"`
+	Granted       *ebpf.Map `ebpf:"granted"`
+	Grants        *ebpf.Map `ebpf:"grants"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
@@ -356,6 +426,7 @@ type dnsMaps struct {
 
 func (m *dnsMaps) Close() error {
 	return _DnsClose(
+		m.Closes,
 		m.Destinations,
 		m.Direct,
 		m.DnsListeners,
@@ -364,6 +435,8 @@ func (m *dnsMaps) Close() error {
 		m.DnsSpaces,
 		m.DnsStats,
 		m.Events,
+		m.Granted,
+		m.Grants,
 		m.Heartbeat,
 		m.Listeners,
 		m.Memberships,
@@ -387,10 +460,13 @@ type dnsVariables struct {
 	BtfConstant     *ebpf.Variable `ebpf:"btf_constant"`
 	BtfDestFlag     *ebpf.Variable `ebpf:"btf_dest_flag"`
 	BtfDirectKind   *ebpf.Variable `ebpf:"btf_direct_kind"`
+	BtfDirectSeen   *ebpf.Variable `ebpf:"btf_direct_seen"`
 	BtfDnsConstant  *ebpf.Variable `ebpf:"btf_dns_constant"`
 	BtfDnsStat      *ebpf.Variable `ebpf:"btf_dns_stat"`
 	BtfEvent        *ebpf.Variable `ebpf:"btf_event"`
 	BtfEventFlag    *ebpf.Variable `ebpf:"btf_event_flag"`
+	BtfGrantEvent   *ebpf.Variable `ebpf:"btf_grant_event"`
+	BtfGrantStage   *ebpf.Variable `ebpf:"btf_grant_stage"`
 	BtfListenerKind *ebpf.Variable `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.Variable `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.Variable `ebpf:"btf_origin_flag"`

@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
@@ -80,29 +82,94 @@ type Event struct {
 	Comm        string
 }
 
-// Events calls f with each verdict until Close. Verdicts that f is too slow for are lost and counted by the kernel.
-func (r *Redirect) Events(f func(Event)) error {
+// GrantStage says what became of a connection on a grant.
+type GrantStage uint16
+
+// The stages. A connection that was opened is closed once; one that failed was never open.
+const (
+	GrantOpened = GrantStage(outboundGrantStageGRANT_OPENED)
+	GrantClosed = GrantStage(outboundGrantStageGRANT_CLOSED)
+	GrantFailed = GrantStage(outboundGrantStageGRANT_FAILED)
+
+	// GrantImpostor is a connection that reached a listener of another workload. It can neither send nor
+	// receive, and has to be destroyed; then it fails.
+	GrantImpostor = GrantStage(outboundGrantStageGRANT_IMPOSTOR)
+)
+
+// GrantEvent is a change of a connection on a grant.
+type GrantEvent struct {
+	Granted
+	Stage          GrantStage
+	Sent, Received uint64 // bytes of the application, seen from the client
+	RTT            time.Duration
+	// Of one that failed. Neither: its SYN did not arrive as it left.
+	Admitted bool // the destination's guard let it pass, so the application did not accept it
+	Refused  bool // the grant had ended when it arrived
+	// Impostor: it was not proved that one of the grant's workloads listens. One that opens so has to be looked at: it may
+	// be a stranger, or a listener that answers with SYN cookies.
+	Impostor bool
+}
+
+// flushEvery is how late news of grants may be: the kernel does not wake us for them.
+const flushEvery = 100 * time.Millisecond
+
+// Events calls verdict with each verdict and grant with each change of a connection on a grant, in their order, until
+// Close. What they are too slow for is lost and counted by the kernel.
+func (r *Redirect) Events(verdict func(Event), grant func(GrantEvent)) error {
 	var rec ringbuf.Record
 	for {
+		r.events.SetDeadline(time.Now().Add(flushEvery))
 		err := r.events.ReadInto(&rec)
-		if errors.Is(err, os.ErrClosed) {
+		switch {
+		case errors.Is(err, os.ErrClosed):
 			return nil
-		}
-		if err != nil {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			continue
+		case err != nil:
 			return fmt.Errorf("read kernel events: %w", err)
 		}
-		var e outboundEvent
-		if err := binary.Read(bytes.NewReader(rec.RawSample), binary.NativeEndian, &e); err != nil {
+		if err := decode(rec.RawSample, verdict, grant); err != nil {
 			return fmt.Errorf("decode kernel event: %w", err)
 		}
-		f(Event{
-			Verdict: Verdict(e.Reason), Workload: e.Workload, PID: e.Pid, Comm: comm(e.Comm),
-			Inbound:  e.Flags&uint16(outboundEventFlagEVENT_INBOUND) != 0,
-			Allowed:  e.Flags&uint16(outboundEventFlagEVENT_ALLOWED) != 0,
-			Observed: e.Flags&uint16(outboundEventFlagEVENT_OBSERVED) != 0,
-			Source:   fromEndpoint(e.Src, e.Sport), Destination: fromEndpoint(e.Dst, e.Dport),
-		})
 	}
+}
+
+// decode tells the two kinds of a record by their size.
+func decode(raw []byte, verdict func(Event), grant func(GrantEvent)) error {
+	if uintptr(len(raw)) == unsafe.Sizeof(outboundGrantEvent{}) {
+		e := (*outboundGrantEvent)(unsafe.Pointer(unsafe.SliceData(raw))) // they are many: no reflection
+		g, err := grantEvent(e)
+		if err == nil {
+			grant(g)
+		}
+		return err
+	}
+	var e outboundEvent
+	if err := binary.Read(bytes.NewReader(raw), binary.NativeEndian, &e); err != nil {
+		return err
+	}
+	verdict(Event{
+		Verdict: Verdict(e.Reason), Workload: e.Workload, PID: e.Pid, Comm: comm(e.Comm),
+		Inbound:  e.Flags&uint16(outboundEventFlagEVENT_INBOUND) != 0,
+		Allowed:  e.Flags&uint16(outboundEventFlagEVENT_ALLOWED) != 0,
+		Observed: e.Flags&uint16(outboundEventFlagEVENT_OBSERVED) != 0,
+		Source:   fromEndpoint(e.Src, e.Sport), Destination: fromEndpoint(e.Dst, e.Dport),
+	})
+	return nil
+}
+
+func grantEvent(e *outboundGrantEvent) (GrantEvent, error) {
+	clock, err := readClock()
+	return GrantEvent{
+		Granted: Granted{
+			Cookie: e.Cookie, Workload: e.Workload, From: e.From, To: e.To, PID: e.Pid, Comm: comm(e.Comm),
+			Client: fromEndpoint(e.Src, e.Sport), Dialled: fromEndpoint(e.Dialled, e.DialledPort),
+			Destination: fromEndpoint(e.Dst, e.Dport), Opened: clock.wall(e.Opened), device: e.Device,
+		},
+		Stage: GrantStage(e.Stage), Sent: e.Sent, Received: e.Received, RTT: time.Duration(e.RttUs) * time.Microsecond,
+		Admitted: e.Seen == uint16(outboundDirectSeenSEEN_ADMITTED), Refused: e.Seen == uint16(outboundDirectSeenSEEN_REFUSED),
+		Impostor: e.Seen == uint16(outboundDirectSeenSEEN_IMPOSTOR),
+	}, err
 }
 
 // Stop ends Events.
@@ -116,6 +183,7 @@ func (r *Redirect) Counters() (map[string]uint64, error) {
 		outboundStatSTAT_PLAINTEXT_REFUSED: "plaintext_refused", outboundStatSTAT_PLAINTEXT_ALLOWED: "plaintext_allowed",
 		outboundStatSTAT_FAILED_OPEN: "failed_open", outboundStatSTAT_UNPROTECTED_UDP: "unprotected_udp",
 		outboundStatSTAT_EVENTS_LOST: "events_lost", outboundStatSTAT_PROBED: "probed",
+		outboundStatSTAT_GRANTED: "granted", outboundStatSTAT_GRANT_FAILED: "grant_failed",
 	}
 	counts := make(map[string]uint64, len(names))
 	for stat, name := range names {
@@ -146,6 +214,7 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		{"probes", len(r.probes), int(r.obj.Probes.MaxEntries())},
 		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},
 		{"exclusions", len(r.exclusions), int(r.obj.Exclusions.MaxEntries())},
+		{"grants", len(r.grants), int(r.obj.Grants.MaxEntries())},
 	}
 	r.mu.Unlock()
 	counted := []countedMap{
@@ -153,6 +222,7 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		{"ns_ready", r.obj.NsReady, new(uint64)},
 		{"pending", r.obj.Pending, new(outboundTuple)},
 		{"direct", r.obj.Direct, new(outboundTuple)},
+		{"granted", r.obj.Granted, new(uint64)},
 	}
 	if r.dns != nil {
 		counted = append(counted, countedMap{"dns_spaces", r.dns.Spaces, new(uint64)}, countedMap{"dns_resolvers", r.dns.Resolvers, new(dnsDnsSlotKey)})

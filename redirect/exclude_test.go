@@ -112,7 +112,7 @@ func TestAnObservedWorkloadIsReportedAndLeftAlone(t *testing.T) {
 	n := newNode(t)
 	events := make(chan redirect.Event, 64)
 	done := make(chan error, 1)
-	go func() { done <- n.r.Events(func(e redirect.Event) { events <- e }) }()
+	go func() { done <- n.r.Events(func(e redirect.Event) { events <- e }, func(redirect.GrantEvent) {}) }()
 	t.Cleanup(func() {
 		n.r.Stop()
 		if err := <-done; err != nil {

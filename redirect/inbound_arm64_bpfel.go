@@ -39,6 +39,52 @@ type inboundDirect struct {
 	Kind     uint16
 	PeerPort uint16
 	Peer     inboundAddr
+	From     uint64
+	KeyPort  uint16
+	Seen     uint16
+	Group    uint32
+	Listener uint32
+	Pad      uint32
+}
+
+type inboundGrant struct {
+	_        structs.HostLayout
+	NotAfter uint64
+	N        uint32
+	Pad      uint32
+	Target   [4]struct {
+		_      structs.HostLayout
+		Ip     inboundAddr
+		Src    inboundAddr
+		Netns  uint64
+		Closes uint64
+		Port   uint16
+		Pad    uint16
+		Group  uint32
+	}
+}
+
+type inboundGrantKey struct {
+	_        structs.HostLayout
+	Ip       inboundAddr
+	Netns    uint64
+	Workload uint32
+	Port     uint16
+	Pad      uint16
+}
+
+type inboundGranted struct {
+	_           structs.HostLayout
+	T           inboundTuple
+	Dialled     inboundAddr
+	Netns       uint64
+	Opened      uint64
+	Workload    uint32
+	Pid         uint32
+	Device      uint32
+	DialledPort uint16
+	Accepted    uint16
+	Comm        [16]int8
 }
 
 type inboundHeartbeat struct {
@@ -46,6 +92,7 @@ type inboundHeartbeat struct {
 	Beat         uint64
 	Open         uint32
 	NextWorkload uint32
+	Wall         int64
 }
 
 type inboundListenerKey struct {
@@ -78,6 +125,12 @@ type inboundOrigin struct {
 	Pid      uint32
 	Seconds  uint32
 	Comm     [16]int8
+	To       uint64
+	Device   uint32
+	KeyPort  uint16
+	Pad      uint16
+	Group    uint32
+	Pad2     uint32
 }
 
 type inboundPeer struct {
@@ -86,6 +139,7 @@ type inboundPeer struct {
 	Port     uint16
 	Kind     uint16
 	Workload uint32
+	Netns    uint64
 }
 
 type inboundRangeKey struct {
@@ -124,15 +178,19 @@ type inboundWorkload struct {
 	Pending int32
 	Direct  int32
 	Group   uint32
+	Granted int32
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	inboundMapCloses          = "closes"
 	inboundMapDestinations    = "destinations"
 	inboundMapDirect          = "direct"
 	inboundMapEvents          = "events"
+	inboundMapGranted         = "granted"
+	inboundMapGrants          = "grants"
 	inboundMapHeartbeat       = "heartbeat"
 	inboundMapListeners       = "listeners"
 	inboundMapMemberships     = "memberships"
@@ -150,8 +208,11 @@ const (
 	inboundVarBtfConstant     = "btf_constant"
 	inboundVarBtfDestFlag     = "btf_dest_flag"
 	inboundVarBtfDirectKind   = "btf_direct_kind"
+	inboundVarBtfDirectSeen   = "btf_direct_seen"
 	inboundVarBtfEvent        = "btf_event"
 	inboundVarBtfEventFlag    = "btf_event_flag"
+	inboundVarBtfGrantEvent   = "btf_grant_event"
+	inboundVarBtfGrantStage   = "btf_grant_stage"
 	inboundVarBtfListenerKind = "btf_listener_kind"
 	inboundVarBtfMemberFlag   = "btf_member_flag"
 	inboundVarBtfOriginFlag   = "btf_origin_flag"
@@ -212,9 +273,12 @@ type inboundProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type inboundMapSpecs struct {
+	Closes        *ebpf.MapSpec `ebpf:"closes"`
 	Destinations  *ebpf.MapSpec `ebpf:"destinations"`
 	Direct        *ebpf.MapSpec `ebpf:"direct"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
+	Granted       *ebpf.MapSpec `ebpf:"granted"`
+	Grants        *ebpf.MapSpec `ebpf:"grants"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
@@ -237,8 +301,11 @@ type inboundVariableSpecs struct {
 	BtfConstant     *ebpf.VariableSpec `ebpf:"btf_constant"`
 	BtfDestFlag     *ebpf.VariableSpec `ebpf:"btf_dest_flag"`
 	BtfDirectKind   *ebpf.VariableSpec `ebpf:"btf_direct_kind"`
+	BtfDirectSeen   *ebpf.VariableSpec `ebpf:"btf_direct_seen"`
 	BtfEvent        *ebpf.VariableSpec `ebpf:"btf_event"`
 	BtfEventFlag    *ebpf.VariableSpec `ebpf:"btf_event_flag"`
+	BtfGrantEvent   *ebpf.VariableSpec `ebpf:"btf_grant_event"`
+	BtfGrantStage   *ebpf.VariableSpec `ebpf:"btf_grant_stage"`
 	BtfListenerKind *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.VariableSpec `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
@@ -270,9 +337,12 @@ func (o *inboundObjects) Close() error {
 //
 // It can be passed to loadInboundObjects or ebpf.CollectionSpec.LoadAndAssign.
 type inboundMaps struct {
+	Closes        *ebpf.Map `ebpf:"closes"`
 	Destinations  *ebpf.Map `ebpf:"destinations"`
 	Direct        *ebpf.Map `ebpf:"direct"`
 	Events        *ebpf.Map `ebpf:"events"`
+	Granted       *ebpf.Map `ebpf:"granted"`
+	Grants        *ebpf.Map `ebpf:"grants"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
@@ -290,9 +360,12 @@ type inboundMaps struct {
 
 func (m *inboundMaps) Close() error {
 	return _InboundClose(
+		m.Closes,
 		m.Destinations,
 		m.Direct,
 		m.Events,
+		m.Granted,
+		m.Grants,
 		m.Heartbeat,
 		m.Listeners,
 		m.Memberships,
@@ -316,8 +389,11 @@ type inboundVariables struct {
 	BtfConstant     *ebpf.Variable `ebpf:"btf_constant"`
 	BtfDestFlag     *ebpf.Variable `ebpf:"btf_dest_flag"`
 	BtfDirectKind   *ebpf.Variable `ebpf:"btf_direct_kind"`
+	BtfDirectSeen   *ebpf.Variable `ebpf:"btf_direct_seen"`
 	BtfEvent        *ebpf.Variable `ebpf:"btf_event"`
 	BtfEventFlag    *ebpf.Variable `ebpf:"btf_event_flag"`
+	BtfGrantEvent   *ebpf.Variable `ebpf:"btf_grant_event"`
+	BtfGrantStage   *ebpf.Variable `ebpf:"btf_grant_stage"`
 	BtfListenerKind *ebpf.Variable `ebpf:"btf_listener_kind"`
 	BtfMemberFlag   *ebpf.Variable `ebpf:"btf_member_flag"`
 	BtfOriginFlag   *ebpf.Variable `ebpf:"btf_origin_flag"`

@@ -58,6 +58,9 @@ func (r *Redirect) OpenNamespace(file *os.File) (_ *Namespace, err error) {
 	if ns.diag, err = openDiag(ns); err != nil {
 		return nil, err
 	}
+	if err := ns.countCloses(); err != nil {
+		return nil, err
+	}
 	if ns.Outbound, err = ns.listen(outboundListenerKindLISTENER_OUTBOUND); err != nil {
 		return nil, err
 	}
@@ -92,6 +95,9 @@ func (ns *Namespace) undo() error {
 		errs = append(errs, fmt.Errorf("close namespace %d for redirects: %w", ns.Inode, err))
 	}
 	errs = append(errs, ns.r.forgetDNSSpace(ns.Cookie))
+	if err := ns.r.obj.Closes.Delete(ns.Cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		errs = append(errs, fmt.Errorf("forget closed listeners of network namespace %d: %w", ns.Inode, err))
+	}
 	if ns.lookup != nil {
 		errs = append(errs, os.RemoveAll(ns.dir), ns.lookup.Close())
 	}
@@ -322,7 +328,7 @@ func (ns *Namespace) loadLookup() (*ebpf.Program, error) {
 	var obj inboundPrograms
 	err = spec.LoadAndAssign(&obj, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
 		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct, "workloads": shared.Workloads,
-		"heartbeat": shared.Heartbeat, "plaintext_from": shared.PlaintextFrom, "events": shared.Events, "stats": shared.Stats,
+		"grants": shared.Grants, "closes": shared.Closes, "heartbeat": shared.Heartbeat, "plaintext_from": shared.PlaintextFrom, "events": shared.Events, "stats": shared.Stats,
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("load guard of network namespace %d: %w", ns.Inode, err)

@@ -21,9 +21,10 @@ type outboundAddr struct {
 type outboundConstant uint32
 
 const (
-	outboundConstantMAP_ABI           outboundConstant = 2
+	outboundConstantMAP_ABI           outboundConstant = 3
 	outboundConstantSTALE_SECONDS     outboundConstant = 5
 	outboundConstantHANDSHAKE_SECONDS outboundConstant = 130
+	outboundConstantGRANT_TARGETS     outboundConstant = 4
 )
 
 type outboundDestFlag uint32
@@ -55,15 +56,33 @@ type outboundDirect struct {
 	Kind     uint16
 	PeerPort uint16
 	Peer     outboundAddr
+	From     uint64
+	KeyPort  uint16
+	Seen     uint16
+	Group    uint32
+	Listener uint32
+	Pad      uint32
 }
 
 type outboundDirectKind uint32
 
 const (
-	outboundDirectKindDIRECT_DELIVERY outboundDirectKind = 1
-	outboundDirectKindDIRECT_CHECK    outboundDirectKind = 2
-	outboundDirectKindDIRECT_OWN      outboundDirectKind = 3
-	outboundDirectKindDIRECT_PROBE    outboundDirectKind = 5
+	outboundDirectKindDIRECT_DELIVERY  outboundDirectKind = 1
+	outboundDirectKindDIRECT_CHECK     outboundDirectKind = 2
+	outboundDirectKindDIRECT_OWN       outboundDirectKind = 3
+	outboundDirectKindDIRECT_GRANTED   outboundDirectKind = 4
+	outboundDirectKindDIRECT_PROBE     outboundDirectKind = 5
+	outboundDirectKindDIRECT_PATH      outboundDirectKind = 6
+	outboundDirectKindDIRECT_PATH_SEEN outboundDirectKind = 7
+)
+
+type outboundDirectSeen uint32
+
+const (
+	outboundDirectSeenSEEN_NEVER    outboundDirectSeen = 0
+	outboundDirectSeenSEEN_ADMITTED outboundDirectSeen = 1
+	outboundDirectSeenSEEN_REFUSED  outboundDirectSeen = 2
+	outboundDirectSeenSEEN_IMPOSTOR outboundDirectSeen = 3
 )
 
 type outboundEvent struct {
@@ -102,11 +121,86 @@ type outboundExclusionKey struct {
 	Ip        outboundAddr
 }
 
+type outboundGrant struct {
+	_        structs.HostLayout
+	NotAfter uint64
+	N        uint32
+	Pad      uint32
+	Target   [4]struct {
+		_      structs.HostLayout
+		Ip     outboundAddr
+		Src    outboundAddr
+		Netns  uint64
+		Closes uint64
+		Port   uint16
+		Pad    uint16
+		Group  uint32
+	}
+}
+
+type outboundGrantEvent struct {
+	_           structs.HostLayout
+	Src         outboundAddr
+	Dst         outboundAddr
+	Dialled     outboundAddr
+	Sport       uint16
+	Dport       uint16
+	DialledPort uint16
+	Stage       uint16
+	From        uint64
+	To          uint64
+	Cookie      uint64
+	Opened      uint64
+	Sent        uint64
+	Received    uint64
+	RttUs       uint32
+	Workload    uint32
+	Pid         uint32
+	Seen        uint16
+	Pad         uint16
+	Device      uint32
+	Pad2        uint32
+	Comm        [16]int8
+}
+
+type outboundGrantKey struct {
+	_        structs.HostLayout
+	Ip       outboundAddr
+	Netns    uint64
+	Workload uint32
+	Port     uint16
+	Pad      uint16
+}
+
+type outboundGrantStage uint32
+
+const (
+	outboundGrantStageGRANT_OPENED   outboundGrantStage = 1
+	outboundGrantStageGRANT_CLOSED   outboundGrantStage = 2
+	outboundGrantStageGRANT_FAILED   outboundGrantStage = 3
+	outboundGrantStageGRANT_IMPOSTOR outboundGrantStage = 4
+)
+
+type outboundGranted struct {
+	_           structs.HostLayout
+	T           outboundTuple
+	Dialled     outboundAddr
+	Netns       uint64
+	Opened      uint64
+	Workload    uint32
+	Pid         uint32
+	Device      uint32
+	DialledPort uint16
+	Accepted    uint16
+	Comm        [16]int8
+}
+
 type outboundHeartbeat struct {
 	_            structs.HostLayout
 	Beat         uint64
 	Open         uint32
 	NextWorkload uint32
+	Wall         int64
 }
 
 type outboundListenerKey struct {
@@ -155,6 +249,12 @@ type outboundOrigin struct {
 	Pid      uint32
 	Seconds  uint32
 	Comm     [16]int8
+	To       uint64
+	Device   uint32
+	KeyPort  uint16
+	Pad      uint16
+	Group    uint32
+	Pad2     uint32
 }
 
 type outboundOriginFlag uint32
@@ -162,6 +262,7 @@ type outboundOriginFlag uint32
 const (
 	outboundOriginFlagORIGIN_REDIRECTED outboundOriginFlag = 1
 	outboundOriginFlagORIGIN_PROBE      outboundOriginFlag = 2
+	outboundOriginFlagORIGIN_GRANTED    outboundOriginFlag = 4
 )
 
 type outboundPeer struct {
@@ -170,6 +271,7 @@ type outboundPeer struct {
 	Port     uint16
 	Kind     uint16
 	Workload uint32
+	Netns    uint64
 }
 
 type outboundProbe struct {
@@ -255,7 +357,9 @@ const (
 	outboundStatSTAT_UNPROTECTED_UDP   outboundStat = 7
 	outboundStatSTAT_EVENTS_LOST       outboundStat = 8
 	outboundStatSTAT_PROBED            outboundStat = 9
-	outboundStatSTAT_MAX               outboundStat = 10
+	outboundStatSTAT_GRANTED           outboundStat = 10
+	outboundStatSTAT_GRANT_FAILED      outboundStat = 11
+	outboundStatSTAT_MAX               outboundStat = 12
 )
 
 type outboundTuple struct {
@@ -273,16 +377,20 @@ type outboundWorkload struct {
 	Pending int32
 	Direct  int32
 	Group   uint32
+	Granted int32
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	outboundMapCloses           = "closes"
 	outboundMapDestinations     = "destinations"
 	outboundMapDirect           = "direct"
 	outboundMapEvents           = "events"
 	outboundMapExclusions       = "exclusions"
+	outboundMapGranted          = "granted"
+	outboundMapGrants           = "grants"
 	outboundMapHeartbeat        = "heartbeat"
 	outboundMapListeners        = "listeners"
 	outboundMapMemberships      = "memberships"
@@ -307,9 +415,12 @@ const (
 	outboundVarBtfConstant      = "btf_constant"
 	outboundVarBtfDestFlag      = "btf_dest_flag"
 	outboundVarBtfDirectKind    = "btf_direct_kind"
+	outboundVarBtfDirectSeen    = "btf_direct_seen"
 	outboundVarBtfEvent         = "btf_event"
 	outboundVarBtfEventFlag     = "btf_event_flag"
 	outboundVarBtfExclusionBits = "btf_exclusion_bits"
+	outboundVarBtfGrantEvent    = "btf_grant_event"
+	outboundVarBtfGrantStage    = "btf_grant_stage"
 	outboundVarBtfListenerKind  = "btf_listener_kind"
 	outboundVarBtfMemberFlag    = "btf_member_flag"
 	outboundVarBtfOriginFlag    = "btf_origin_flag"
@@ -374,10 +485,13 @@ type outboundProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type outboundMapSpecs struct {
+	Closes        *ebpf.MapSpec `ebpf:"closes"`
 	Destinations  *ebpf.MapSpec `ebpf:"destinations"`
 	Direct        *ebpf.MapSpec `ebpf:"direct"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclusions    *ebpf.MapSpec `ebpf:"exclusions"`
+	Granted       *ebpf.MapSpec `ebpf:"granted"`
+	Grants        *ebpf.MapSpec `ebpf:"grants"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
@@ -401,9 +515,12 @@ type outboundVariableSpecs struct {
 	BtfConstant      *ebpf.VariableSpec `ebpf:"btf_constant"`
 	BtfDestFlag      *ebpf.VariableSpec `ebpf:"btf_dest_flag"`
 	BtfDirectKind    *ebpf.VariableSpec `ebpf:"btf_direct_kind"`
+	BtfDirectSeen    *ebpf.VariableSpec `ebpf:"btf_direct_seen"`
 	BtfEvent         *ebpf.VariableSpec `ebpf:"btf_event"`
 	BtfEventFlag     *ebpf.VariableSpec `ebpf:"btf_event_flag"`
 	BtfExclusionBits *ebpf.VariableSpec `ebpf:"btf_exclusion_bits"`
+	BtfGrantEvent    *ebpf.VariableSpec `ebpf:"btf_grant_event"`
+	BtfGrantStage    *ebpf.VariableSpec `ebpf:"btf_grant_stage"`
 	BtfListenerKind  *ebpf.VariableSpec `ebpf:"btf_listener_kind"`
 	BtfMemberFlag    *ebpf.VariableSpec `ebpf:"btf_member_flag"`
 	BtfOriginFlag    *ebpf.VariableSpec `ebpf:"btf_origin_flag"`
@@ -433,10 +550,13 @@ func (o *outboundObjects) Close() error {
 //
 // It can be passed to loadOutboundObjects or ebpf.CollectionSpec.LoadAndAssign.
 type outboundMaps struct {
+	Closes        *ebpf.Map `ebpf:"closes"`
 	Destinations  *ebpf.Map `ebpf:"destinations"`
 	Direct        *ebpf.Map `ebpf:"direct"`
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclusions    *ebpf.Map `ebpf:"exclusions"`
+	Granted       *ebpf.Map `ebpf:"granted"`
+	Grants        *ebpf.Map `ebpf:"grants"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
@@ -455,10 +575,13 @@ type outboundMaps struct {
 
 func (m *outboundMaps) Close() error {
 	return _OutboundClose(
+		m.Closes,
 		m.Destinations,
 		m.Direct,
 		m.Events,
 		m.Exclusions,
+		m.Granted,
+		m.Grants,
 		m.Heartbeat,
 		m.Listeners,
 		m.Memberships,
@@ -483,9 +606,12 @@ type outboundVariables struct {
 	BtfConstant      *ebpf.Variable `ebpf:"btf_constant"`
 	BtfDestFlag      *ebpf.Variable `ebpf:"btf_dest_flag"`
 	BtfDirectKind    *ebpf.Variable `ebpf:"btf_direct_kind"`
+	BtfDirectSeen    *ebpf.Variable `ebpf:"btf_direct_seen"`
 	BtfEvent         *ebpf.Variable `ebpf:"btf_event"`
 	BtfEventFlag     *ebpf.Variable `ebpf:"btf_event_flag"`
 	BtfExclusionBits *ebpf.Variable `ebpf:"btf_exclusion_bits"`
+	BtfGrantEvent    *ebpf.Variable `ebpf:"btf_grant_event"`
+	BtfGrantStage    *ebpf.Variable `ebpf:"btf_grant_stage"`
 	BtfListenerKind  *ebpf.Variable `ebpf:"btf_listener_kind"`
 	BtfMemberFlag    *ebpf.Variable `ebpf:"btf_member_flag"`
 	BtfOriginFlag    *ebpf.Variable `ebpf:"btf_origin_flag"`

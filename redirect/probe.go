@@ -3,6 +3,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 
 	"github.com/cilium/ebpf"
@@ -10,6 +11,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 )
 
 // Feature is one thing that the kernel must or should have.
@@ -18,7 +20,7 @@ type Feature struct {
 	Err   error  // nil: it is there
 	Costs string // what is lost without it
 
-	Optional bool // everything else works without it
+	Optional bool // the daemon runs without it
 }
 
 // Probe asks the running kernel for each feature by using it. It changes nothing.
@@ -41,8 +43,42 @@ func Probe() []Feature {
 		{Name: "ring buffer", Err: features.HaveMapType(ebpf.RingBuf), Costs: all},
 		{Name: "programs load", Err: loadOnce(loadOutbound, loadInbound), Costs: all},
 		{Name: "DNS programs load", Err: loadOnce(loadDns), Costs: "names of the mesh are not answered (dns.enabled)", Optional: true},
-		{Name: "resetting connections (SOCK_DESTROY)", Err: probeReset(), Costs: "workloads keep the connections that they had when they were enrolled, whatever existing_connections says", Optional: true},
+		{Name: "SOCK_DESTROY of sock_diag", Err: CanDestroy(), Optional: true,
+			Costs: "connections within the node pass the proxy, as with same_node = \"mtls\": the kernel's own path could not be revoked (CONFIG_INET_DIAG_DESTROY); existing_connections leaves connections alone"},
 	}
+}
+
+// CanDestroy says whether the kernel lets us reset connections of others, by resetting one of our own. Without it nothing
+// may be granted.
+func CanDestroy() error {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return fmt.Errorf("make a connection to reset: %w", err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		return fmt.Errorf("make a connection to reset: %w", err)
+	}
+	defer c.Close()
+	d, err := newDiag()
+	if err != nil {
+		return fmt.Errorf("open sock_diag: %w", err)
+	}
+	client, server := c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	req := diagRequest{family: unix.AF_INET, src: client.Addr(), sport: client.Port(), dst: server.Addr(), dport: server.Port()}
+	found, err := d.query(req)
+	if err == nil && len(found) == 1 {
+		req.cookie = found[0].Cookie
+		err = d.destroy(req)
+	}
+	if err = errors.Join(err, d.close()); err != nil {
+		return fmt.Errorf("reset a connection by sock_diag: %w", err)
+	}
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) {
+		return fmt.Errorf("reset a connection by sock_diag: it is not reset: %w", err)
+	}
+	return nil
 }
 
 // loadOnce loads the programs, unpinned and unattached, which is the proof that the verifier takes them.

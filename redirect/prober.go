@@ -120,9 +120,9 @@ func (r *Redirect) Probed(conn *net.TCPConn) bool {
 // ListenerCgroup returns the id of the cgroup whose process listens at the address in the daemon's own network namespace,
 // 0 when none does. Listeners of several cgroups there are an error: nobody can tell which would answer.
 func (r *Redirect) ListenerCgroup(at netip.AddrPort) (uint64, error) {
-	d := &diag{fd: -1, buf: make([]byte, 32<<10)}
-	if err := d.open(); err != nil {
-		return 0, err
+	d, err := newDiag()
+	if err != nil {
+		return 0, fmt.Errorf("open sock_diag: %w", err)
 	}
 	found, err := listeners(d, at.Port())
 	if err = errors.Join(err, d.close()); err != nil {

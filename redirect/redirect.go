@@ -70,6 +70,7 @@ type Redirect struct {
 	exclusions shadow[outboundExclusionKey, uint32]
 	treated    map[uint32]uint32 // member flags by workload, from Treat
 	probes     shadow[outboundProbeKey, outboundProbe]
+	grants     shadow[outboundGrantKey, outboundGrant]
 	probers    map[uint64]link.Link // by cgroup id
 }
 
@@ -112,6 +113,10 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		return nil, err
 	}
 	if err := r.loadShadows(); err != nil {
+		return nil, err
+	}
+	// An earlier daemon's grants must not come into force again with our first Beat.
+	if err := r.SetGrants(nil); err != nil {
 		return nil, err
 	}
 	if r.noDNS = ErrNoDNS; cfg.DNS {
@@ -172,16 +177,35 @@ func (r *Redirect) Close() error {
 	return errors.Join(errs...)
 }
 
-// Beat tells the kernel that the daemon is alive. Call it every second.
+// Beat tells the kernel that the daemon is alive, and what time it is. Call it every second.
 func (r *Redirect) Beat() error {
 	return r.updateHeartbeat(func(h *outboundHeartbeat) error {
-		var now unix.Timespec
-		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-			return fmt.Errorf("read monotonic clock: %w", err)
-		}
-		h.Beat = uint64(now.Nano())
-		return nil
+		c, err := readClock()
+		h.Beat, h.Wall = uint64(c.monotonic), c.real-c.boot
+		return err
 	})
+}
+
+// clock is the kernel's clocks at one moment, in ns.
+type clock struct{ monotonic, boot, real int64 }
+
+func readClock() (c clock, err error) {
+	for id, to := range map[int32]*int64{unix.CLOCK_MONOTONIC: &c.monotonic, unix.CLOCK_BOOTTIME: &c.boot, unix.CLOCK_REALTIME: &c.real} {
+		var now unix.Timespec
+		if err := unix.ClockGettime(id, &now); err != nil {
+			return clock{}, fmt.Errorf("read clock: %w", err)
+		}
+		*to = now.Nano()
+	}
+	return c, nil
+}
+
+// wall is when the monotonic clock showed then; zero for 0.
+func (c clock) wall(then uint64) time.Time {
+	if then == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, c.real+int64(then)-c.monotonic)
 }
 
 // Rest tells the kernel that the daemon is stopping: from now on every new connection that needs it is refused, or let

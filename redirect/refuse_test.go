@@ -15,7 +15,7 @@ func TestAnAddressIsRefusedToOneWorkloadOnly(t *testing.T) {
 	one, other := n.pod(), n.pod()
 	other.serve()
 	events := make(chan redirect.Event, 10)
-	go n.r.Events(func(e redirect.Event) { events <- e })
+	go n.r.Events(func(e redirect.Event) { events <- e }, func(redirect.GrantEvent) {})
 	agent := netip.MustParseAddrPort("10.9.0.1:8500")
 	err := errors.Join(
 		n.r.SetDestinations([]redirect.Destination{{Addr: agent.Addr(), Port: agent.Port()}}, nil), // so that the other gets an answer

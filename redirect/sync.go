@@ -180,6 +180,9 @@ func (r *Redirect) loadShadows() error {
 	if r.exclusions, err = loadShadow[outboundExclusionKey, uint32](r.obj.Exclusions); err != nil {
 		return err
 	}
+	if r.grants, err = loadShadow[outboundGrantKey, outboundGrant](r.obj.Grants); err != nil {
+		return err
+	}
 	if r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules); err != nil {
 		return err
 	}

@@ -135,6 +135,9 @@ func printExplanation(e *env, x *admin.Explanation) {
 	list("Instances", instances, plain)
 	if x.Allowed {
 		e.printf("\nThe bytes go as %s. Decided by policy generation %d.\n", x.Path, x.Generation)
+		if x.NotDirect != "" {
+			e.printf("Not direct within this node: %s.\n", clean(x.NotDirect))
+		}
 	}
 	list("Missing: the connection would fail now", x.Missing, s.red)
 }

@@ -92,6 +92,10 @@ func (v *statusView) summary() {
 	if n := s.Kernel.Repairs; n > 0 {
 		t.add(cell{"repairs", v.dim}, cell{fmt.Sprintf("%d: somebody else changes what nodeproxy has in the kernel, see the daemon's log", n), v.yellow})
 	}
+	if n := s.Connections.Tunnels; n.Outbound+n.Inbound > 0 {
+		t.add(cell{"tunnels", v.dim}, cell{fmt.Sprintf("%d outbound and %d inbound ready, without a connection", n.Outbound, n.Inbound), nil})
+	}
+	t.add(cell{"same node", v.dim}, v.sameNode())
 	if n := s.Kernel.Counters[admin.CounterUnprotectedUDP]; n > 0 {
 		t.add(cell{"udp", v.dim}, cell{fmt.Sprintf("%d datagrams to the ports of workloads were let in unprotected", n), v.yellow})
 	}
@@ -110,6 +114,14 @@ func (v *statusView) store() cell {
 		return cell{store.Kind + ", not written yet", v.yellow}
 	}
 	return cell{fmt.Sprintf("%s, %d KiB, written %s", store.Kind, (store.Bytes+1023)>>10, v.ago(store.Written)), nil}
+}
+
+func (v *statusView) sameNode() cell {
+	s := v.s.SameNode
+	if s.NotDirect != "" {
+		return cell{fmt.Sprintf("%s: %s", s.Path, s.NotDirect), nil}
+	}
+	return cell{fmt.Sprintf("%s to %s, %d active", s.Path, count(s.Grants, "pair"), s.Active), nil}
 }
 
 // section prints a title and a table, or the word none.

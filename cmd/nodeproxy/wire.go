@@ -82,7 +82,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
 		},
-		PreferLocal: cfg.PreferLocal, Version: version, MapABI: redirect.MapABI,
+		PreferLocal: cfg.PreferLocal, Tunnels: cfg.Tunnels, Version: version, MapABI: redirect.MapABI,
 	})
 	return d, err
 }
@@ -138,7 +138,7 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
-		Providers: append([]workload.Provider{configured, manual}, labelled...), DNS: names, Log: log,
+		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Log: log,
 	})
 }
 
@@ -158,6 +158,17 @@ func labelProviders(cfg *config.Config, log *slog.Logger) (providers []workload.
 		providers = append(providers, workload.NewXattr(mount, log))
 	}
 	return providers, nil
+}
+
+// notDirect says why the configuration keeps connections within the node on the proxy, or "".
+func notDirect(cfg *config.Config) string {
+	switch {
+	case !cfg.Direct:
+		return `same_node = "mtls" is configured`
+	case cfg.Limits.Idle > 0:
+		return "limits.idle is configured, and is for the proxy to enforce"
+	}
+	return ""
 }
 
 // modeOf is nil for "".

@@ -197,6 +197,9 @@ func (a *AccessLog) write(c *Connection) {
 	}
 	attrs = append(attrs, slog.Uint64("id", c.ID), slog.Uint64("generation", c.Generation),
 		slog.Uint64("sent", c.Sent), slog.Uint64("received", c.Received), slog.Duration("duration", c.Duration))
+	if c.RTT > 0 {
+		attrs = append(attrs, slog.Duration("rtt", c.RTT))
+	}
 	if c.Repeated > 0 {
 		attrs = append(attrs, slog.Uint64("repeated", c.Repeated))
 	}

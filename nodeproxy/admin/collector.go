@@ -15,6 +15,7 @@ type collector struct {
 	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
 	dnsAnswered, dnsForwarded, dnsFailed                 *prometheus.Desc
 	unprotectedUDP, eventsLost, repairs, observed        *prometheus.Desc
+	idleTunnels, sourceAddressRejected                   *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -41,18 +42,22 @@ func newCollector(m *Metrics) *collector {
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
 		repairs:        desc("repairs_total", "Times that what nodeproxy has in the kernel was changed by somebody else, and repaired."),
-		eventsLost:     desc("kernel_events_lost_total", "Verdicts of the kernel that trace, log and other counters do not show."),
+		eventsLost:     desc("kernel_events_lost_total", "Verdicts and direct connections that trace, log and other counters do not show or show late."),
 
 		dnsAnswered:  desc("dns_answered_total", "Name queries of workloads that were answered from the mesh's definitions."),
 		dnsForwarded: desc("dns_forwarded_total", "Name queries of workloads that the name server which they asked has answered."),
 		dnsFailed:    desc("dns_failed_total", "Name queries of workloads that were malformed, not answered in time, or one too many."),
+
+		idleTunnels:           desc("idle_tunnels", "Tunnels to other nodeproxies that carry no connection.", "direction"),
+		sourceAddressRejected: desc("source_address_rejected_total", "Streams of tunnels whose client address was claimed, and not shown to the application."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed} {
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed,
+		c.idleTunnels, c.sourceAddressRejected} {
 		ch <- d
 	}
 }
@@ -114,6 +119,9 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 		}
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
+	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Outbound), string(Outbound))
+	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Inbound), string(Inbound))
+	ch <- counter(c.sourceAddressRejected, status.Connections.SourceAddressRejected)
 	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
 	ch <- counter(c.repairs, status.Kernel.Repairs)
 	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])

@@ -18,7 +18,7 @@ import (
 func fullConnection() Connection {
 	e := Endpoint{Service: "s", Target: "t", Instance: "i", Identity: "spiffe://x", Address: "10.0.0.1:1", Peer: "10.0.0.2:2", Workload: "/c", PID: 1, Comm: "c"}
 	return Connection{Event: EventClose, ID: 1, Direction: Outbound, Source: e, Destination: e, Path: PathMTLS, Verdict: Denied,
-		Reason: catalog.ReasonIntention, Detail: "d", Intention: "n", Generation: 1, Sent: 1, Received: 1, Duration: time.Second, Repeated: 1}
+		Reason: catalog.ReasonIntention, Detail: "d", Intention: "n", Generation: 1, Sent: 1, Received: 1, Duration: time.Second, Repeated: 1, RTT: time.Millisecond}
 }
 
 func TestEveryFieldOfTheAccessLogIsDocumented(t *testing.T) {
@@ -55,7 +55,7 @@ func TestEveryReasonIsDocumentedInItsOwnWords(t *testing.T) {
 		catalog.ReasonNoCertificate, catalog.ReasonUnknownService, catalog.ReasonNoInstance, catalog.ReasonConnectFailed,
 		catalog.ReasonHandshakeFailed, catalog.ReasonPeerIdentity, catalog.ReasonNotTheWorkloads, catalog.ReasonDeliveryFailed,
 		catalog.ReasonCapacity, catalog.ReasonPlaintext, catalog.ReasonNotReady, catalog.ReasonStale, catalog.ReasonBoundDevice,
-		catalog.ReasonOutsideMesh, catalog.ReasonStorage, catalog.ReasonConsulAccess, catalog.ReasonIdle, catalog.ReasonDrain,
+		catalog.ReasonOutsideMesh, catalog.ReasonStorage, catalog.ReasonConsulAccess, catalog.ReasonIdle, catalog.ReasonDrain, catalog.ReasonGrantMismatch,
 	} {
 		row := "| `" + string(r) + "` | " + r.Sentence() + " |"
 		if !strings.Contains(strings.ReplaceAll(string(doc), "`limits.idle`", "limits.idle"), row) {

@@ -42,6 +42,8 @@ type Path string
 
 const (
 	PathMTLS      Path = "mtls"      // plain Connect mTLS
+	PathTunnel    Path = "tunnel"    // a stream of a warm tunnel between two nodeproxies
+	PathDirect    Path = "direct"    // within the node, authorised in the kernel, not through the proxy
 	PathPlaintext Path = "plaintext" // let in by permissive mode, or refused by strict mode
 	PathNone      Path = "none"      // refused before a path was chosen
 )
@@ -68,6 +70,8 @@ type Connection struct {
 	Repeated uint64        `json:"repeated,omitempty"` // access log only: how many more of the same were not logged
 	// Handshake is how long TLS took, in an open or denied event; 0 where there was none.
 	Handshake time.Duration `json:"handshake_ns,omitempty"`
+	// RTT is the smoothed round trip time of a direct connection, in its close event.
+	RTT time.Duration `json:"rtt_ns,omitempty"`
 	// Dropped is, in an EventDropped line, how many events this reader of the trace was too slow for.
 	Dropped uint64 `json:"dropped,omitempty"`
 }
@@ -99,12 +103,15 @@ type Status struct {
 	Certificates []Certificate `json:"certificates"`
 	Kernel       Kernel        `json:"kernel"`
 	Connections  Connections   `json:"connections"`
+	SameNode     SameNode      `json:"same_node"`
 	Problems     []Problem     `json:"problems"`
 	// Canaries are addresses that are redirected like virtual IPs, and belong to no service.
 	Canaries []string `json:"canaries"`
 	Store    Store    `json:"store"`
 	// Observed is what the connections of workloads with mesh = observe would have met, since the daemon started.
 	Observed []Observation `json:"observed"`
+	// Goroutines of the daemon: what an idle one has more after a day than after a minute is a leak.
+	Goroutines int `json:"goroutines"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
 	// DNS counts the name queries of workloads; absent where dns.enabled is false.
@@ -251,6 +258,25 @@ type Connections struct {
 	Max    int    `json:"max"`
 	Opened uint64 `json:"opened"`
 	Denied uint64 `json:"denied"`
+	// Tunnels are those without a stream: they are not among Active.
+	Tunnels Tunnels `json:"idle_tunnels"`
+	// SourceAddressRejected counts the streams whose source address was claimed and not shown to the application.
+	SourceAddressRejected uint64 `json:"source_address_rejected,omitempty"`
+}
+
+// Tunnels counts tunnels; each has one socket, and an inbound one a goroutine.
+type Tunnels struct {
+	Outbound int `json:"outbound"`
+	Inbound  int `json:"inbound"`
+}
+
+// SameNode is the path of connections between workloads of this node.
+type SameNode struct {
+	Path      Path   `json:"path"` // PathDirect, where explain does not say otherwise of a pair, or PathMTLS
+	NotDirect string `json:"not_direct,omitempty"`
+	Grants    int    `json:"grants"`   // addresses that workloads may dial directly
+	Active    int    `json:"active"`   // direct connections
+	Settling  bool   `json:"settling"` // not every pair has been looked at yet
 }
 
 // Problem is something the operator should know.
@@ -282,6 +308,7 @@ type Explanation struct {
 	Considered  []string   `json:"considered"`          // every intention that matches, in order of precedence
 	Generation  uint64     `json:"generation"`
 	Path        Path       `json:"path"`
+	NotDirect   string     `json:"not_direct,omitempty"` // why it is not PathDirect, where the destination has an instance on this node
 	Virtual     []string   `json:"virtual_ips"`
 	Instances   []Instance `json:"instances"`
 	Targets     []Target   `json:"targets,omitempty"` // of the discovery chain, where it is not just the service

@@ -146,6 +146,9 @@ type Instance struct {
 	// Probed are the ports at which a prober of this node checks the instance: the application's, or the mesh port.
 	Probed []uint16
 
+	// Tunnels is an instance that another nodeproxy serves: tunnels to it may be tried.
+	Tunnels bool
+
 	Permissive bool // plaintext is let in on the application's own port
 	Tags       []string
 	Meta       map[string]string

@@ -166,6 +166,14 @@ func (svc *Service) Route() *Route {
 	return svc.to(svc.Instances...)
 }
 
+// IsWhole says whether t is svc itself, with each of its instances.
+func (svc *Service) IsWhole(t *Target) bool {
+	return t.Service == svc.Name && t.Subset == "" && t.Datacenter == "" && t.Unreachable == "" &&
+		slices.EqualFunc(t.Instances, svc.Instances, func(a, b *Instance) bool {
+			return a.ID == b.ID && a.Node == b.Node && a.Healthy == b.Healthy
+		})
+}
+
 // to is the route to some of the instances of svc itself.
 func (svc *Service) to(instances ...*Instance) *Route {
 	return &Route{Targets: []*Target{{Service: svc.Name, Instances: instances, ConnectTimeout: svc.ConnectTimeout}}}

@@ -15,6 +15,9 @@ type TLSLimits struct {
 	Suites   []uint16 // of TLS 1.2; nil: all that nodeproxy has
 }
 
+// Allows says whether version may be spoken.
+func (l TLSLimits) Allows(version uint16) bool { return l.Max == 0 || version <= l.Max }
+
 // CipherSuites are those of TLS 1.2 that nodeproxy has; those of 1.3 are all fit.
 func CipherSuites() []uint16 {
 	return []uint16{

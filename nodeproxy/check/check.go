@@ -66,7 +66,7 @@ func Kernel(features []redirect.Feature) []Result {
 		case errors.Is(f.Err, fs.ErrPermission): // the others would only say the same in other words
 			return []Result{failed("kernel", "ask for its features: %s: run as root", f.Err)}
 		case f.Optional:
-			results = append(results, warning(name, "%s; %s: run on a kernel that has it", f.Err, f.Costs))
+			results = append(results, warning(name, "%s: %s", f.Err, f.Costs))
 		default:
 			results = append(results, failed(name, "%s; %s: run on a kernel that has it", f.Err, f.Costs))
 		}

@@ -69,7 +69,7 @@ func TestBrokenConfigurationFailsWithFileAndLine(t *testing.T) {
 func TestFileLimitIsHeldAgainstTheConnections(t *testing.T) {
 	want(t, []Result{fileLimitResult(1<<20, 1000)}, OK, "enough")
 	r := fileLimitResult(5024, 100000)
-	want(t, []Result{r}, Warning, "lower limits.connections to 2000")
+	want(t, []Result{r}, Warning, "lower limits.connections to 1872")
 }
 
 func TestPinsMustBeOnABPFFilesystem(t *testing.T) {

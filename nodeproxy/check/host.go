@@ -78,9 +78,11 @@ func bpffs(pins string) Result {
 	return ok(name, "state.pins %s", pins)
 }
 
+// What descriptors are for: the sockets of a connection's two legs, idle tunnels, of which there may be two for sixteen
+// connections, and all else.
 const (
-	descriptorsPerConnection = 2 // the sockets of its two legs
-	otherDescriptors         = 1024
+	descriptorsPerSixteen = 16*2 + 2
+	otherDescriptors      = 1024
 )
 
 // FittingConnections is how many of the wanted connections this process's limit of open files allows.
@@ -93,7 +95,7 @@ func FittingConnections(wanted int) int {
 }
 
 func fitting(limit uint64) uint64 {
-	return (max(limit, otherDescriptors) - otherDescriptors) / descriptorsPerConnection
+	return (max(limit, otherDescriptors) - otherDescriptors) / descriptorsPerSixteen * 16
 }
 
 func fileLimit(connections int) Result {
@@ -106,7 +108,7 @@ func fileLimit(connections int) Result {
 }
 
 func fileLimitResult(limit uint64, connections int) Result {
-	need := uint64(connections)*descriptorsPerConnection + otherDescriptors
+	need := (uint64(connections)+15)/16*descriptorsPerSixteen + otherDescriptors
 	if limit < need {
 		return warning("RLIMIT_NOFILE", "%d here: limits.connections = %d can take %d descriptors; raise it (LimitNOFILE=%d in a unit) or lower limits.connections to %d",
 			limit, connections, need, need, fitting(limit))

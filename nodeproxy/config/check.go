@@ -53,6 +53,8 @@ func (c *checker) config() *Config {
 		Xattr:        r.Workloads.Xattr.Enabled,
 		Inbound:      c.inbound(),
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
+		Tunnels:      r.Tunnels,
+		Direct:       c.oneOf(key("same_node"), r.SameNode, "direct", "mtls") == "direct",
 		PreferLocal:  r.PreferLocal,
 		FailOpen:     c.oneOf(key("on_failure"), r.OnFailure, "closed", "open") == "open",
 		Existing:     c.existing(),
@@ -78,12 +80,6 @@ func (c *checker) notLanded() {
 		if c.keys.has("workloads", provider) {
 			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
 		}
-	}
-	if c.oneOf(key("same_node"), r.SameNode, "mtls", "direct") == "direct" {
-		refuse(key("same_node"), `remove it, or set it to "mtls"`)
-	}
-	if r.Tunnels {
-		refuse(key("tunnels"), "remove it, or set it to false")
 	}
 	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
 		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")

@@ -29,6 +29,8 @@ type Config struct {
 
 	VirtualCIDRs []netip.Prefix // where addresses tagged "virtual" are believed, with Consul
 
+	Tunnels     bool // to and from other nodeproxies
+	Direct      bool // same_node = "direct": within the node the kernel authorises, where it can
 	PreferLocal bool // instances of this node before others
 	// FailOpen is on_failure = "open": while no daemon runs, instances are dialled in plaintext and strict ports are open.
 	FailOpen bool

@@ -58,6 +58,8 @@ func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 		Node:        Node{Name: "node-1", Address: netip.MustParseAddr("10.0.0.5")},
 		Source:      FileSource{Path: "/etc/nodeproxy/mesh.d", VirtualIPs: netip.MustParsePrefix("240.0.0.0/8")},
 		Inbound:     Inbound{Mode: Strict, FirstPort: 21500, LastPort: 21999},
+		Direct:      true,
+		Tunnels:     true,
 		PreferLocal: true,
 		Limits: Limits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
 			Drain: 30 * time.Second},
@@ -74,7 +76,7 @@ func TestDefaultsAreThoseOfTheDocumentation(t *testing.T) {
 }
 
 func equal(a, b Config) bool {
-	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.PreferLocal == b.PreferLocal &&
+	return a.Node == b.Node && a.Source == b.Source && reflect.DeepEqual(a.Inbound, b.Inbound) && a.Tunnels == b.Tunnels && a.Direct == b.Direct && a.PreferLocal == b.PreferLocal &&
 		a.FailOpen == b.FailOpen && a.Limits == b.Limits && a.Log == b.Log && a.Admin == b.Admin && a.State == b.State
 }
 
@@ -197,8 +199,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 		"c.hcl:11: workloads.kubernetes " + notYet,
 		"c.hcl:13: workloads.containers " + notYet,
 		"c.hcl:14: workloads.consul " + notYet,
-		"c.hcl:20: same_node " + notYet,
-		"c.hcl:21: tunnels " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 	} {
 		if !strings.Contains(err.Error(), want) {
@@ -295,12 +295,12 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 }
 
 func TestAllErrorsAreReportedAtOnceInOrder(t *testing.T) {
-	_, err := load(t, minimal+"tunnels = true\nlog { level = \"x\" }\ninbound { mode = \"y\" }")
+	_, err := load(t, minimal+"existing_connections = \"reset\"\nlog { level = \"x\" }\ninbound { mode = \"y\" }")
 	if err == nil {
 		t.Fatal("no error")
 	}
 	last := -1
-	for _, want := range []string{"c.hcl:3: tunnels", "c.hcl:4: log.level", "c.hcl:5: inbound.mode"} {
+	for _, want := range []string{"c.hcl:3: existing_connections", "c.hcl:4: log.level", "c.hcl:5: inbound.mode"} {
 		i := strings.Index(err.Error(), want)
 		if i <= last {
 			t.Errorf("%q is missing or out of order in\n%v", want, err)

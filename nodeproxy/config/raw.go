@@ -118,7 +118,8 @@ const (
 func defaults() raw {
 	return raw{
 		Inbound:            rawInbound{Mode: string(Strict), Ports: "21500-21999"},
-		SameNode:           "mtls",
+		Tunnels:            true,
+		SameNode:           "direct",
 		PreferLocal:        true,
 		OnFailure:          "closed",
 		ExistingConnection: "keep",

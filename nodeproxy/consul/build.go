@@ -118,6 +118,7 @@ func (b *builder) addRemote(name string, e endpoint) {
 	b.agentless[inst] = e.agentless
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	isServed := slices.ContainsFunc(b.data.proxies[e.node], func(p Ports) bool { return p.contains(inst.Mesh.Port()) })
+	inst.Tunnels = isServed && !inst.Native
 	if e.app.port != 0 && isServed {
 		inst.Address = b.place(inst, e.app, e.nodeAddress)
 	}

@@ -81,7 +81,8 @@ func build(t *testing.T, d *data, needed ...string) *catalog.Snapshot {
 func builderOf(d *data, needed ...string) *builder {
 	return &builder{
 		cfg:  &Config{Node: "n1", NodeAddress: netip.MustParseAddr("192.0.2.1"), VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")}},
-		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service), upstreams: make(map[string][]*catalog.Upstream),
+		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
+		upstreams: make(map[string][]*catalog.Upstream),
 	}
 }
 
@@ -118,6 +119,21 @@ func TestAGoodCatalogHasNoProblems(t *testing.T) {
 	} {
 		if got := resolved(s, at); got != want {
 			t.Errorf("%s is %q, want %q", at, got, want)
+		}
+	}
+}
+
+func TestTunnelsAreForInstancesThatAnotherNodeproxyServes(t *testing.T) {
+	d := sample()
+	d.register("api", endpoint{node: "node-4", id: "envoy", mesh: place{"10.4.0.2", 21000}, healthy: true})
+	d.register("api", endpoint{node: "node-2", id: "beside", mesh: place{"10.2.0.2", 20000}, healthy: true})
+	d.register("api", endpoint{node: "node-9", id: "native", mesh: place{"10.9.0.2", 21000}, native: true, healthy: true})
+	s := build(t, d, "web")
+	for _, svc := range s.Services {
+		for _, inst := range svc.Instances {
+			if want := inst.ID == "api-1"; inst.Tunnels != want {
+				t.Errorf("tunnels to %s of %s: %v, want %v", inst.ID, inst.Node, inst.Tunnels, want)
+			}
 		}
 	}
 }

@@ -77,9 +77,10 @@ func build(cfg *Config, w *world, leaves map[string]*tls.Certificate, healthy fu
 func (b *builder) add(inst *instance) {
 	svc := b.service(inst.service)
 	local := inst.node == b.cfg.Node
+	_, served := b.state.Nodes[inst.node] // a daemon has been there
 	out := &catalog.Instance{
 		ID: inst.id, Service: inst.service, Node: inst.node, Local: local, Healthy: !local || b.healthy(inst),
-		Delivery: inst.delivery, DeliverySocket: inst.socket, Native: inst.native,
+		Delivery: inst.delivery, DeliverySocket: inst.socket, Native: inst.native, Tunnels: served && !local && !inst.native,
 		Permissive: b.mesh.entries.isPermissive(inst.service, b.cfg.Permissive),
 		Tags:       slices.Clone(inst.tags), Meta: maps.Clone(inst.meta),
 	}

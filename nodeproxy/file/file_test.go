@@ -25,10 +25,11 @@ func TestSnapshotOfTwoNodes(t *testing.T) {
 		services { id = "native-1" name = "native" port = 9000 connect { native = true } }
 		services { name = "sock" socket_path = "/run/app.sock" }
 		services { name = "sock2" port = 1 connect { sidecar_service { proxy { local_service_socket_path = "/run/b.sock" local_service_address = "10.9.0.3" } } } }`,
-		"config/api.hcl":      webToAPI,
-		"config/defaults.hcl": `Kind = "service-defaults" Name = "api" Protocol = "http" MaxInboundConnections = 5 MutualTLSMode = "permissive"`,
-		"config/mesh.hcl":     `Kind = "mesh" AllowEnablingPermissiveMutualTLS = true`,
-		"config/resolver.hcl": `Kind = "service-resolver" Name = "api" ConnectTimeout = "3s"`,
+		"nodes/node-3/api.hcl": `services { id = "api-3" name = "api" address = "10.0.0.3" port = 8080 connect { sidecar_service { port = 21999 } } }`,
+		"config/api.hcl":       webToAPI,
+		"config/defaults.hcl":  `Kind = "service-defaults" Name = "api" Protocol = "http" MaxInboundConnections = 5 MutualTLSMode = "permissive"`,
+		"config/mesh.hcl":      `Kind = "mesh" AllowEnablingPermissiveMutualTLS = true`,
+		"config/resolver.hcl":  `Kind = "service-resolver" Name = "api" ConnectTimeout = "3s"`,
 	})
 	one := start(t, testConfig(d, "node-1"))
 	one.Need([]string{"web"})
@@ -45,6 +46,9 @@ func TestSnapshotOfTwoNodes(t *testing.T) {
 	if api.Local || !api.Healthy || api.Node != "node-2" || api.Address.String() != "10.0.0.2:8080" || api.Mesh.Addr().String() != "10.0.0.2" ||
 		api.Mesh.Port() < 21500 || api.Mesh.Port() > 21599 || !api.Permissive || api.Tags[0] != "v1" || api.Meta["a"] != "b" || api.Delivery.IsValid() {
 		t.Errorf("api: %+v", api)
+	}
+	if far := find(snap, "api", "api-3"); !api.Tunnels || find(snap, "native", "native-1").Tunnels || !far.Mesh.IsValid() || far.Tunnels {
+		t.Errorf("tunnels are tried where no nodeproxy is, or not where one is: %+v", far)
 	}
 	svc := snap.Services["api"]
 	if svc.Protocol != "http" || svc.MaxInbound != 5 || svc.ConnectTimeout != 3*time.Second || len(svc.Virtual) != 1 || !snap.VirtualRanges[0].Contains(svc.Virtual[0]) {

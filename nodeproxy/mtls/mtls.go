@@ -2,8 +2,8 @@
 // peer only by chain, extended key usage and SPIFFE ID.
 //
 // It authenticates and nothing else: whether the peer may connect is decided by its caller, after the handshake. It
-// keeps no sessions and negotiates no ALPN, so every connection is authenticated on its own and looks to any Connect
-// peer like one of Consul's own.
+// keeps no sessions and negotiates no ALPN but one that its caller names, so every connection is authenticated on its own
+// and looks to any Connect peer like one of Consul's own.
 package mtls
 
 import (
@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -56,47 +57,67 @@ func (c *Credentials) Leaf(service string) (*tls.Certificate, error) {
 // returns who the peer is. It calls heard when the client's first message has arrived whole, before the costly part; an
 // error of heard ends the handshake. The caller sets a deadline, and closes conn on error: the alert has been sent by then.
 //
+// A client that offers protocol alone, with TLS 1.3, gets it where the mesh does not cap TLS below that; no other client sees that there is an ALPN: one that offers
+// something else would end the handshake. With "" nobody gets one.
+//
 // Errors are *catalog.Refusal: ReasonNoCertificate before anything is read, ReasonPeerIdentity for a client certificate
 // that is not one of this mesh's services, ReasonHandshakeFailed for all else, an SNI of another service among it.
-func (c *Credentials) Accept(conn net.Conn, service string, heard func() error) (*tls.Conn, policy.Identity, error) {
+func (c *Credentials) Accept(conn net.Conn, service, protocol string, heard func() error) (*tls.Conn, Peer, error) {
 	leaf, err := c.Leaf(service)
 	if err != nil {
-		return nil, policy.Identity{}, err
+		return nil, Peer{}, err
 	}
-	var peer policy.Identity
+	var peer Peer
 	config := base(leaf, c.snap.TLS.Incoming)
 	config.ClientAuth = tls.RequireAnyClientCert // verified in VerifyConnection, which knows the reason
+	config.VerifyConnection = func(state tls.ConnectionState) (err error) {
+		peer, err = c.verify(state.PeerCertificates, x509.ExtKeyUsageClientAuth)
+		return err
+	}
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		if err := c.checkSNI(hello.ServerName, service); err != nil {
 			return nil, err
 		}
-		return nil, heard()
-	}
-	config.VerifyConnection = func(state tls.ConnectionState) (err error) {
-		peer, err = c.verify(state, x509.ExtKeyUsageClientAuth)
-		return err
+		if err := heard(); err != nil || !offersAlone(hello, protocol) || !c.snap.TLS.Incoming.Allows(tls.VersionTLS13) {
+			return nil, err
+		}
+		negotiating := config.Clone()
+		negotiating.NextProtos = []string{protocol}
+		return negotiating, nil
 	}
 	secure := tls.Server(conn, config)
 	if err := secure.Handshake(); err != nil {
-		return nil, policy.Identity{}, handshakeError(conn, err)
+		return nil, Peer{}, handshakeError(conn, err)
 	}
+	peer.leaf = leaf.Leaf
 	return secure, peer, nil
 }
 
+func offersAlone(hello *tls.ClientHelloInfo, protocol string) bool {
+	return protocol != "" && len(hello.SupportedProtos) == 1 && hello.SupportedProtos[0] == protocol &&
+		slices.Contains(hello.SupportedVersions, tls.VersionTLS13)
+}
+
 // Connect does the client's side of the handshake on conn as the local service source, with an instance of target: the
-// one that was chosen, whatever was dialled. The caller sets a deadline, and closes conn on error.
+// one that was chosen, whatever was dialled. The caller sets a deadline, and closes conn on error. It offers protocol
+// alone as ALPN, or none if it is "" or the mesh caps TLS below 1.3; the connection says whether the server took it,
+// which it may with TLS 1.3 only. A server may also end the handshake because of it: see NoSuchProtocol.
 //
 // With TLS 1.3 the server's refusal of our certificate comes only after Connect returned, with the first Read.
 //
 // Errors are *catalog.Refusal: ReasonNoCertificate before anything is sent, ReasonPeerIdentity when the server is not
 // target, ReasonHandshakeFailed for all else.
-func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Target) (*tls.Conn, error) {
+func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Target, protocol string) (*tls.Conn, Peer, error) {
 	leaf, err := c.Leaf(source)
 	if err != nil {
-		return nil, err
+		return nil, Peer{}, err
 	}
 	want := c.snap.TargetIdentity(target)
+	var peer Peer
 	config := base(leaf, c.snap.TLS.Outgoing)
+	if protocol != "" && c.snap.TLS.Outgoing.Allows(tls.VersionTLS13) {
+		config.NextProtos = []string{protocol}
+	}
 	config.ServerName = sni(want)
 	if target.Subset != "" {
 		config.ServerName = target.Subset + "." + config.ServerName
@@ -104,18 +125,67 @@ func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Targ
 	config.InsecureSkipVerify = true // no hostname to check: VerifyConnection checks chain and SPIFFE ID
 	// Without it a certificate that the server's hints do not mention would be left out, and refused as missing.
 	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return leaf, nil }
-	config.VerifyConnection = func(state tls.ConnectionState) error {
-		got, err := c.verify(state, x509.ExtKeyUsageServerAuth)
-		if err == nil && got != want {
+	config.VerifyConnection = func(state tls.ConnectionState) (err error) {
+		peer, err = c.verify(state.PeerCertificates, x509.ExtKeyUsageServerAuth)
+		if got := peer.Identity; err == nil && got != want {
 			err = refuse(catalog.ReasonPeerIdentity, "verify the server at %s: it is %s and not %s: the address may have moved to another service", conn.RemoteAddr(), got, want)
+		}
+		if err == nil && state.NegotiatedProtocol != "" && state.Version < tls.VersionTLS13 {
+			err = refuse(catalog.ReasonHandshakeFailed, "do the TLS handshake with %s: it took %q without TLS 1.3", conn.RemoteAddr(), protocol)
 		}
 		return err
 	}
 	secure := tls.Client(conn, config)
 	if err := secure.Handshake(); err != nil {
-		return nil, handshakeError(conn, err)
+		return nil, Peer{}, handshakeError(conn, err)
 	}
-	return secure, nil
+	peer.leaf = leaf.Leaf
+	return secure, peer, nil
+}
+
+// NoSuchProtocol says whether a handshake failed because the server insists on another ALPN.
+func NoSuchProtocol(err error) bool {
+	const noApplicationProtocol = tls.AlertError(120) // RFC 7301, section 3.2
+	remote, ok := errors.AsType[*net.OpError](err)
+	return ok && remote.Op == "remote error" && remote.Err.Error() == noApplicationProtocol.Error()
+}
+
+// Peer is the other side of a connection as its certificates showed it in the handshake.
+type Peer struct {
+	Identity policy.Identity
+
+	until time.Time         // the first NotAfter of the chain to the root
+	leaf  *x509.Certificate // ours, which it was shown
+}
+
+// Still says whether a handshake with peer, as the local service, would end like the one that it was in: our leaf is the
+// same, and nothing has expired. Whether roots and settings are the same is for SameTerms. The error is a *catalog.Refusal.
+func (c *Credentials) Still(peer *Peer, service string) error {
+	leaf, err := c.Leaf(service)
+	if err != nil {
+		return err
+	}
+	if !leaf.Leaf.Equal(peer.leaf) {
+		return refuse(catalog.ReasonNoCertificate, "use the certificate of %q: it was replaced", service)
+	}
+	if time.Now().After(peer.until) {
+		return refuse(catalog.ReasonPeerIdentity, "trust %s: its certificate expired at %s", peer.Identity, peer.until.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// Until is when the certificates of peer, or our leaf, expire.
+func (p *Peer) Until() time.Time {
+	if p.leaf.NotAfter.Before(p.until) {
+		return p.leaf.NotAfter
+	}
+	return p.until
+}
+
+// SameTerms says whether c and o trust the same, and the mesh asks the same of TLS.
+func (c *Credentials) SameTerms(o *Credentials) bool {
+	return c.snap.TrustDomain == o.snap.TrustDomain && reflect.DeepEqual(c.snap.TLS, o.snap.TLS) &&
+		slices.EqualFunc(c.snap.Roots, o.snap.Roots, (*x509.Certificate).Equal)
 }
 
 // base is what both sides have in common, within limits. NextProtos stays empty: a native client offers h2, and a list
@@ -137,17 +207,17 @@ func base(leaf *tls.Certificate, limits catalog.TLSLimits) *tls.Config {
 
 // verify checks a peer's certificate: chain with the intermediates it sent, key usage, and exactly one URI SAN that is
 // the SPIFFE ID of a service in our trust domain. Every error has ReasonPeerIdentity.
-func (c *Credentials) verify(state tls.ConnectionState, usage x509.ExtKeyUsage) (policy.Identity, error) {
-	id, err := c.identify(state.PeerCertificates, usage)
+func (c *Credentials) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (Peer, error) {
+	id, until, err := c.identify(chain, usage)
 	if err != nil {
-		return policy.Identity{}, refuse(catalog.ReasonPeerIdentity, "verify the peer's certificate: %w", err)
+		return Peer{}, refuse(catalog.ReasonPeerIdentity, "verify the peer's certificate: %w", err)
 	}
-	return id, nil
+	return Peer{Identity: id, until: until}, nil
 }
 
-func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (policy.Identity, error) {
+func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (id policy.Identity, until time.Time, err error) {
 	if len(chain) == 0 {
-		return policy.Identity{}, errors.New("it sent none")
+		return id, until, errors.New("it sent none")
 	}
 	leaf := chain[0]
 	intermediates := x509.NewCertPool()
@@ -155,25 +225,35 @@ func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage
 		intermediates.AddCert(cert)
 	}
 	options := x509.VerifyOptions{Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}}
-	if _, err := leaf.Verify(options); err != nil {
-		return policy.Identity{}, err
+	chains, err := leaf.Verify(options)
+	if err != nil {
+		return id, until, err
 	}
 	switch {
 	case leaf.IsCA:
-		return policy.Identity{}, errors.New("it is a CA's, not a service's")
+		return id, until, errors.New("it is a CA's, not a service's")
 	case !slices.Contains(leaf.ExtKeyUsage, usage): // Verify lets a certificate without any usage pass
-		return policy.Identity{}, errors.New("its extended key usage is not for this side of TLS")
+		return id, until, errors.New("its extended key usage is not for this side of TLS")
 	case len(leaf.URIs) != 1:
-		return policy.Identity{}, fmt.Errorf("it has %d URI SANs instead of one", len(leaf.URIs))
+		return id, until, fmt.Errorf("it has %d URI SANs instead of one", len(leaf.URIs))
 	}
-	id, err := policy.ParseIdentity(leaf.URIs[0].String())
+	id, err = policy.ParseIdentity(leaf.URIs[0].String())
 	if err != nil {
-		return policy.Identity{}, err
+		return id, until, err
 	}
 	if id.TrustDomain != c.snap.TrustDomain {
-		return policy.Identity{}, fmt.Errorf("its trust domain is %q and ours is %q", id.TrustDomain, c.snap.TrustDomain)
+		return id, until, fmt.Errorf("its trust domain is %q and ours is %q", id.TrustDomain, c.snap.TrustDomain)
 	}
-	return id, nil
+	for _, chain := range chains {
+		if first := firstExpiry(chain); first.After(until) {
+			until = first
+		}
+	}
+	return id, until, nil
+}
+
+func firstExpiry(chain []*x509.Certificate) time.Time {
+	return slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
 }
 
 // sni is the server name under which clients ask for a service (agent/connect/sni.go of Consul).

@@ -77,11 +77,11 @@ type accepted struct {
 func accept(c *mtls.Credentials, conn net.Conn) <-chan accepted {
 	result := make(chan accepted, 1)
 	go func() {
-		secure, peer, err := c.Accept(conn, "api", func() error { return nil })
+		secure, peer, err := c.Accept(conn, "api", "", func() error { return nil })
 		if err != nil {
 			conn.Close()
 		}
-		result <- accepted{secure, peer, err}
+		result <- accepted{secure, peer.Identity, err}
 	}()
 	return result
 }
@@ -111,7 +111,7 @@ func TestBothSidesMeetAndCarryBytes(t *testing.T) {
 	c := credentials(t, []*mtlstest.Authority{root}, map[string]*tls.Certificate{"api": root.Leaf(t, apiURI), "web": root.Leaf(t, webURI)})
 	client, server := pair(t)
 	result := accept(c, server)
-	secure, err := c.Connect(client, "web", &catalog.Target{Service: "api"})
+	secure, _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +217,7 @@ func TestClientRefusesServerCertificate(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			client, server := pair(t)
 			go tls.Server(server, &tls.Config{Certificates: []tls.Certificate{*tt.leaf}, ClientAuth: tls.RequireAnyClientCert}).Handshake()
-			_, err := c.Connect(client, "web", &catalog.Target{Service: "api"})
+			_, _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
 			wantReason(t, err, catalog.ReasonPeerIdentity, tt.words)
 		})
 	}
@@ -331,7 +331,7 @@ func TestIntermediatesThatThePeerSendsAreUsed(t *testing.T) {
 			client := credentials(t, []*mtlstest.Authority{tt.roots}, map[string]*tls.Certificate{"web": tt.signs.Leaf(t, webURI)})
 			here, there := pair(t)
 			result := accept(server, there)
-			if _, err := client.Connect(here, "web", &catalog.Target{Service: "api"}); err != nil {
+			if _, _, err := client.Connect(here, "web", &catalog.Target{Service: "api"}, ""); err != nil {
 				t.Fatal(err)
 			}
 			if got := <-result; got.err != nil {
@@ -347,9 +347,9 @@ func TestNoValidLeafOfOurOwn(t *testing.T) {
 	for name, leaves := range map[string]map[string]*tls.Certificate{"missing": nil, "expired": {"api": expired}} {
 		t.Run(name, func(t *testing.T) {
 			c := credentials(t, []*mtlstest.Authority{root}, leaves)
-			_, _, err := c.Accept(nil, "api", func() error { return nil }) // nil: nothing may be read or sent
+			_, _, err := c.Accept(nil, "api", "", func() error { return nil }) // nil: nothing may be read or sent
 			wantReason(t, err, catalog.ReasonNoCertificate, `"api"`)
-			_, err = c.Connect(nil, "api", &catalog.Target{Service: "web"})
+			_, _, err = c.Connect(nil, "api", &catalog.Target{Service: "web"}, "")
 			wantReason(t, err, catalog.ReasonNoCertificate, `"api"`)
 		})
 	}

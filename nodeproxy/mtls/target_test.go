@@ -3,6 +3,7 @@ package mtls_test
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"strings"
 	"testing"
 
@@ -52,7 +53,7 @@ func TestTheTargetsIdentityAndNotTheDialledOnesIsVerified(t *testing.T) {
 			_ = conn.Handshake()
 			sni <- conn.ConnectionState().ServerName
 		}()
-		_, err := within(t, root, catalog.TLS{}).Connect(client, "web", &c.target)
+		_, _, err := within(t, root, catalog.TLS{}).Connect(client, "web", &c.target, "")
 		if c.sni == "" {
 			wantReason(t, err, catalog.ReasonPeerIdentity, c.server)
 			continue
@@ -83,7 +84,7 @@ func TestTheMeshLimitsTLS(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			client, server := pair(t)
 			result := accept(within(t, root, catalog.TLS{Incoming: c.server}), server)
-			conn, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"})
+			conn, _, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"}, "")
 			if c.version == 0 {
 				wantReason(t, err, catalog.ReasonHandshakeFailed, "handshake")
 				return
@@ -97,6 +98,36 @@ func TestTheMeshLimitsTLS(t *testing.T) {
 			state := conn.ConnectionState()
 			if state.Version != c.version || c.suite != 0 && state.CipherSuite != c.suite {
 				t.Errorf("version %x, suite %s", state.Version, tls.CipherSuiteName(state.CipherSuite))
+			}
+		})
+	}
+}
+
+func TestTheProtocolNeedsTLS13OnBothSides(t *testing.T) {
+	root := mtlstest.NewRoot(t)
+	old := catalog.TLSLimits{Max: tls.VersionTLS12}
+	for name, c := range map[string]struct {
+		client, server catalog.TLSLimits
+		want           string
+	}{
+		"nothing":              {want: "test/1"},
+		"at most 1.3":          {client: catalog.TLSLimits{Max: tls.VersionTLS13}, server: catalog.TLSLimits{Max: tls.VersionTLS13}, want: "test/1"},
+		"at most 1.2 outgoing": {client: old},
+		"at most 1.2 incoming": {server: old},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, server := pair(t)
+			accepted := make(chan error, 1)
+			go func() {
+				_, _, err := within(t, root, catalog.TLS{Incoming: c.server}).Accept(server, "api", "test/1", func() error { return nil })
+				accepted <- err
+			}()
+			conn, _, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"}, "test/1")
+			if err := errors.Join(err, <-accepted); err != nil {
+				t.Fatal(err)
+			}
+			if got := conn.ConnectionState().NegotiatedProtocol; got != c.want {
+				t.Errorf("%q was negotiated, want %q", got, c.want)
 			}
 		})
 	}

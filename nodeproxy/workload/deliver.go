@@ -28,6 +28,16 @@ func (m *Manager) Dial(ctx context.Context, ns *Namespace, to netip.AddrPort) (*
 	return s.Dial(ctx, netip.Addr{}, to, redirect.Announcement{})
 }
 
+// Owns implements the proxy's Kernel.
+func (m *Manager) Owns(ip netip.Addr) bool {
+	for _, s := range m.view.Load().spaces {
+		if s.has(ip) {
+			return true
+		}
+	}
+	return false
+}
+
 // DialCheck connects to where a health check of a local instance points, from inside the instance's namespace, past its
 // own guard. An instance that no workload serves is checked from the node. It waits until the workloads are known: before
 // that, an earlier daemon's guard would refuse it and the instance would be taken for dead.

@@ -110,7 +110,7 @@ func (m *Manager) follow() {
 		if _, known := m.workloads[path]; known {
 			continue
 		}
-		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh}}
+		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh, Proxied: c.Proxied}}
 		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
 		m.workloads[path] = e
 	}

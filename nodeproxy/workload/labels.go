@@ -24,7 +24,7 @@ var labels = map[string]func(c *Claim, value string) error{
 	"service":                labelService,
 	"ports":                  func(c *Claim, v string) error { return listPorts(&c.Ports, v) },
 	"mode":                   labelMode,
-	"same-node":              func(_ *Claim, v string) error { return landed(v, "mtls", "direct") },
+	"same-node":              labelSameNode,
 	"exclude-inbound-ports":  func(c *Claim, v string) error { return listPorts(&c.Exclude.InboundPorts, v) },
 	"exclude-outbound-ports": func(c *Claim, v string) error { return listPorts(&c.Exclude.OutboundPorts, v) },
 	"exclude-outbound-cidrs": func(c *Claim, v string) error { return listNetworks(&c.Exclude.OutboundNetworks, v) },
@@ -75,6 +75,17 @@ func labelDNS(c *Claim, value string) error {
 	}
 	enabled := value == "enabled"
 	c.DNS = &enabled
+	return nil
+}
+
+func labelSameNode(c *Claim, value string) error {
+	switch value {
+	case "mtls":
+		c.Proxied = true
+	case "direct":
+	default:
+		return errors.New("it must be mtls or direct")
+	}
 	return nil
 }
 

@@ -10,7 +10,7 @@ import (
 func TestLabelsBecomeAClaim(t *testing.T) {
 	permissive, noDNS := Permissive, false
 	want := Claim{
-		Cgroup: "/c/web", Service: "web", Provider: "xattr", Mode: &permissive, Mesh: Observe, DNS: &noDNS, Ports: []uint16{8080, 9090},
+		Cgroup: "/c/web", Service: "web", Provider: "xattr", Mode: &permissive, Mesh: Observe, Proxied: true, DNS: &noDNS, Ports: []uint16{8080, 9090},
 		Exclude: Exclusions{
 			InboundPorts: []uint16{22}, OutboundPorts: []uint16{3306, 5432},
 			OutboundNetworks: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/64")},
@@ -47,7 +47,6 @@ func TestBadLabelsSayWhatIsWrongWithThem(t *testing.T) {
 		{"ports", "80,,81", "ports between 1 and 65535"},
 		{"ports", strings.Join(many, ","), "lists 65, at most 64"},
 		{"mode", "Strict", "must be strict or permissive"},
-		{"same-node", "direct", "not supported by this version yet"},
 		{"same-node", "fast", "must be mtls or direct"},
 		{"dns", "yes", "must be enabled or disabled"},
 		{"l7", "honour", "must be ignore"},

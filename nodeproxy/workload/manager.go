@@ -34,10 +34,14 @@ type Config struct {
 	Mode      Mode           // inbound.mode
 	Plaintext []netip.Prefix // inbound.plaintext_from
 	Probers   Probers
-	Providers []Provider     // in order of precedence where their claims conflict
-	DNS       *dns.Server    // answers the workloads' name queries; nil: dns.enabled is false
-	Existing  *time.Duration // how long a workload keeps the connections it has when it is enrolled; nil: until they end
-	Log       *slog.Logger
+	Providers []Provider  // in order of precedence where their claims conflict
+	DNS       *dns.Server // answers the workloads' name queries; nil: dns.enabled is false
+
+	NotDirect   string // why connections within the node pass the proxy; "": they need not
+	PreferLocal bool   // a virtual IP leads to this node's instances even if there are others
+
+	Existing *time.Duration // how long a workload keeps the connections it has when it is enrolled; nil: until they end
+	Log      *slog.Logger
 }
 
 func (c Config) validate() error {
@@ -62,6 +66,7 @@ type Manager struct {
 	view  atomic.Pointer[view]
 
 	repairs atomic.Uint64
+	direct  *direct
 
 	mu     sync.Mutex // guards claims, ended and snap
 	claims map[string][]Claim
@@ -141,7 +146,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		return nil, errors.Join(fmt.Errorf("apply inbound.plaintext_from: %w", err), r.Close())
 	}
 	m := &Manager{
-		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount,
+		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount, direct: newDirect(cfg),
 		kick:       make(chan struct{}, 1),
 		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),
@@ -178,10 +183,14 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 		wg.Go(func() { m.provide(ctx, p) })
 	}
 	var beating sync.WaitGroup
-	beating.Go(func() { m.beat(ctx) })
+	beating.Go(func() { m.beat(ctx, h) })
+	for range pathTesters {
+		beating.Go(func() { m.testPaths(ctx) })
+	}
 	m.watcher = newWatcher(m.wake, m.log)
 	wg.Go(func() {
-		if err := m.redirect.Events(func(e redirect.Event) { m.event(e, h) }); err != nil {
+		err := m.redirect.Events(func(e redirect.Event) { m.event(e, h) }, func(e redirect.GrantEvent) { m.directEvent(e, h) })
+		if err != nil {
 			m.log.Error("kernel verdicts are not reported any more", "error", err)
 		}
 	})
@@ -242,7 +251,7 @@ func (m *Manager) problems() []ProviderProblem {
 	return all
 }
 
-func (m *Manager) beat(ctx context.Context) {
+func (m *Manager) beat(ctx context.Context, h Handler) {
 	tick, reap := time.NewTicker(beatEvery), time.NewTicker(reapEvery)
 	defer tick.Stop()
 	defer reap.Stop()
@@ -255,7 +264,7 @@ func (m *Manager) beat(ctx context.Context) {
 			return
 		case <-tick.C:
 		case <-reap.C:
-			if err := m.redirect.Reap(); err != nil {
+			if err := errors.Join(m.redirect.Reap(), m.reapDirect(h)); err != nil {
 				m.log.Error("entries of the kernel's maps could not be reaped", "error", err)
 			}
 		}
@@ -271,7 +280,7 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			needed = need
 			h.Need(need)
 		}
-		m.reconcile()
+		m.reconcile(h)
 		select {
 		case <-ctx.Done():
 			return

@@ -19,7 +19,7 @@ import (
 
 // reconcile compares what should be with what is, once, and repairs it. Order matters: listeners exist before anything is
 // redirected to them, guards and ids before a workload is switched on.
-func (m *Manager) reconcile() {
+func (m *Manager) reconcile(h Handler) {
 	m.missed = false
 	m.findAgent()
 	m.follow()
@@ -41,7 +41,10 @@ func (m *Manager) reconcile() {
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
 	if m.complete() {
-		m.once.Do(func() { close(m.ready) })
+		m.once.Do(func() {
+			close(m.ready)
+			m.settleDirect(h)
+		})
 	}
 }
 
@@ -96,6 +99,8 @@ func (m *Manager) protect(next *view) {
 	m.endOlder()
 	m.steerDNS()
 	m.prune()
+	m.retryRoutes()
+	m.grantDirect(next)
 }
 
 // scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
@@ -228,16 +233,20 @@ func (m *Manager) closeNamespaces() {
 // enrollable lists the workloads to switch on now: the cgroup is there and so is the certificate, unless an earlier
 // daemon had enrolled it already, which must never lapse.
 func (m *Manager) enrollable(v *view) []*entry {
-	pinned := make(map[uint64]bool)
+	pinned := make(map[uint64]uint32)
 	for _, e := range m.redirect.Enrolled() {
-		pinned[e.Cgroup] = true
+		pinned[e.Cgroup] = e.Workload
 	}
 	var ready []*entry
 	for _, e := range m.workloads {
 		if e.enrolled || e.cgroup == 0 || e.problem != nil {
 			continue
 		}
-		if pinned[e.cgroup] || v.hasLeaf(e.Service) || e.Mesh != Enabled {
+		id, left := pinned[e.cgroup]
+		if left {
+			m.direct.remember(id, owner{e.Service, e.Cgroup})
+		}
+		if left || v.hasLeaf(e.Service) || e.Mesh != Enabled {
 			ready = append(ready, e)
 		}
 	}

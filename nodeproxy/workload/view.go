@@ -215,7 +215,7 @@ func (v *view) servedAt(key servedKey) *served {
 // State implements the proxy's Kernel.
 func (m *Manager) State() State {
 	v := m.view.Load()
-	state := State{Workloads: v.states, Refused: v.refused, Problems: v.problems, Providers: m.problems(), Pins: m.redirect.Dir(), Repairs: m.repairs.Load()}
+	state := State{Workloads: v.states, Refused: v.refused, Problems: v.problems, Providers: m.problems(), Pins: m.redirect.Dir(), Repairs: m.repairs.Load(), Direct: m.direct.state()}
 	fills, err := m.redirect.Fills()
 	if err != nil {
 		m.log.Error("cannot read the maps for status", "error", err)

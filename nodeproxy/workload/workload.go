@@ -52,6 +52,7 @@ type Claim struct {
 	Ports    []uint16   `json:",omitempty"` // guarded besides those of the service's instances
 	Exclude  Exclusions `json:",omitzero"`
 	DNS      *bool      `json:",omitempty"` // whether names of the mesh are answered; nil: as dns.enabled says
+	Proxied  bool       `json:",omitempty"` // no connection of its, either way, goes direct within the node
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
 }
 
@@ -64,7 +65,7 @@ type Exclusions struct {
 
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
-	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) &&
+	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
@@ -97,6 +98,7 @@ type Workload struct {
 	Provider string
 	Mode     Mode
 	Mesh     Mesh
+	Proxied  bool // no connection of its, either way, goes direct within the node
 }
 
 // Application is where the connections of a local instance are delivered to, and whether that would succeed now.
@@ -147,6 +149,9 @@ type Handler interface {
 
 	// Verdict reports a connection that the kernel itself refused, or let in as plaintext. It does not block.
 	Verdict(v KernelVerdict)
+
+	// Direct reports a change of a connection that does not pass the proxy. It does not block.
+	Direct(c DirectConnection)
 }
 
 // KernelVerdict is a decision that a BPF program took.
@@ -175,6 +180,7 @@ type State struct {
 	Maps      []MapFill
 	Counters  map[string]uint64 // the programs' own, since the maps were made
 	Queries   *dns.Counts       // nil: DNS is not enabled
+	Direct    DirectState
 }
 
 // WorkloadState is one enrolled workload.

@@ -26,7 +26,8 @@ type path struct {
 	baseline string // the path of plain TCP between the same places; "" for that itself
 	client   *netlab.Workload
 	to       netip.AddrPort
-	ends     [2]int // how many ends of a connection each node's daemon has
+	ends     [2]int // how many ends of a connection each node's daemon tells of
+	via      admin.Path
 }
 
 // The names of the paths of plain TCP.
@@ -42,10 +43,12 @@ type lab struct {
 	self  string // this executable
 	paths []*path
 	far   *path // from node to node through nodeproxy
+
+	between admin.Path // the nodes
 }
 
 // newLab is running when it is returned. On error nothing of it remains.
-func newLab(ctx context.Context, binary string) (*lab, error) {
+func newLab(ctx context.Context, binary string, tunnels bool) (*lab, error) {
 	raiseOpenFiles()
 	self, err := os.Executable()
 	if err != nil {
@@ -55,7 +58,13 @@ func newLab(ctx context.Context, binary string) (*lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &lab{Mesh: mesh, self: self}
+	l := &lab{Mesh: mesh, self: self, between: admin.PathTunnel}
+	if !tunnels {
+		l.between = admin.PathMTLS
+		for _, d := range l.Daemons {
+			d.Plain = true
+		}
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, fmt.Errorf("not done within %s", setupTimeout))
 	defer cancel()
 	if err := l.build(ctx); err != nil {
@@ -97,10 +106,10 @@ func (l *lab) build(ctx context.Context) error {
 		}
 		targets[name] = netip.AddrPortFrom(virtual, servicePort)
 	}
-	l.far = &path{name: "nodeproxy, node to node", baseline: plainFar, client: web, to: targets["far"], ends: [2]int{1, 1}}
+	l.far = &path{name: "nodeproxy, node to node", baseline: plainFar, client: web, to: targets["far"], ends: [2]int{1, 1}, via: l.between}
 	l.paths = []*path{
 		{name: plainNear, client: stranger, to: targets["plain-near"]},
-		{name: "nodeproxy, same node", baseline: plainNear, client: web, to: targets["near"], ends: [2]int{2, 0}},
+		{name: "nodeproxy, same node", baseline: plainNear, client: web, to: targets["near"], ends: [2]int{1, 0}, via: admin.PathDirect},
 		{name: plainFar, client: stranger, to: targets["plain-far"]},
 		l.far,
 	}
@@ -160,6 +169,15 @@ func (l *lab) start(ctx context.Context) error {
 			if err := d.AwaitInstances(ctx, name, 1); err != nil {
 				return err
 			}
+		}
+		_, err := d.Await(ctx, func(s *admin.Status) error {
+			if s.SameNode.Settling {
+				return errors.New("the direct path is not settled")
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil

@@ -82,6 +82,7 @@ type settings struct {
 	opens       int   // bounds the connections of one measurement, for the sake of the ephemeral ports
 	idle        []int // how many idle connections the memory is measured with
 	settle      time.Duration
+	tunnels     bool
 }
 
 func parse(args []string) (settings, error) {
@@ -91,6 +92,7 @@ func parse(args []string) (settings, error) {
 	flags.StringVar(&s.out, "out", "", "directory for end-to-end.json and end-to-end.md; empty: none are written")
 	flags.IntVar(&s.rounds, "rounds", 5, "how often every path is measured")
 	flags.DurationVar(&s.duration, "duration", time.Second, "how long one measurement takes")
+	flags.BoolVar(&s.tunnels, "tunnels", true, "between the nodes; false: plain Connect")
 	smoke := flags.Bool("smoke", false, "one tiny round, to see that everything works")
 	if err := flags.Parse(args); err != nil {
 		return s, flag.ErrHelp // the flag set has said why

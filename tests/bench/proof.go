@@ -11,7 +11,7 @@ import (
 )
 
 // prove shows by the trace of the daemons that each path carries every byte of every kind of load the way it claims: in
-// plain TCP past the daemons, or over mTLS, out through the client's node and in through the server's.
+// plain TCP past the daemons, directly within the node, or over mTLS, out through the client's node and in through the server's.
 func (b *bench) prove(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -108,7 +108,7 @@ func (w *watcher) sees(ctx context.Context, p *path, event string, o outcome) er
 			if e.Event != event {
 				continue
 			}
-			if e.Path != admin.PathMTLS || event == admin.EventClose && (e.Sent != o.Sent || e.Received != o.Received) {
+			if e.Path != p.via || event == admin.EventClose && (e.Sent != o.Sent || e.Received != o.Received) {
 				return fmt.Errorf("node %d says %s over %q with %d bytes sent and %d received, and the load had %d and %d",
 					e.node+1, e.Direction, e.Path, e.Sent, e.Received, o.Sent, o.Received)
 			}

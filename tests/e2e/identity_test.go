@@ -146,7 +146,7 @@ func (m *mesh) foreignPeer(service string) *foreign {
 	m.t.Helper()
 	w, err := m.Nodes[1].Workload(service)
 	m.must(err)
-	m.must(m.Define(1, service, fmt.Sprintf("service {\n  name = %q\n  address = %q\n  port = %d\n  connect {\n    sidecar_service {\n      port = 8443\n    }\n  }\n}\n", service, w.IPv4, port)))
+	m.must(m.DefineElsewhere(service, fmt.Sprintf("service {\n  name = %q\n  address = %q\n  port = %d\n  connect {\n    sidecar_service {\n      port = 8443\n    }\n  }\n}\n", service, w.IPv4, port)))
 	ln, err := w.Namespace.Listen("tcp4", at(w.IPv4, 8443))
 	m.must(err)
 	f := &foreign{certs: make(chan *tls.Certificate, 1), served: make(chan served, 1)}

@@ -14,7 +14,10 @@ import (
 // TestEveryFamilyAndNodeIsCapturedWhenInTheMeshAndUntouchedWhenNot dials from an enrolled workload to services of the mesh
 // and to servers outside it, on the same node and the other, by IPv4, IPv6 and v4-mapped addresses.
 func TestEveryFamilyAndNodeIsCapturedWhenInTheMeshAndUntouchedWhenNot(t *testing.T) {
-	m := newMesh(t)
+	onEveryPath(t, testEveryFamilyAndNode)
+}
+
+func testEveryFamilyAndNode(t *testing.T, m *mesh, between admin.Path) {
 	web := m.place(0, "web")
 	targets := make(map[string]*netlab.Workload)
 	for node, place := range []string{"same node", "other node"} {
@@ -55,8 +58,12 @@ func TestEveryFamilyAndNodeIsCapturedWhenInTheMeshAndUntouchedWhenNot(t *testing
 				if !strings.HasSuffix(name, ", captured") {
 					return
 				}
+				want := between
+				if strings.HasPrefix(name, "same node") {
+					want = admin.PathDirect
+				}
 				traced.await("closed connection to "+to, func(c admin.Connection) bool {
-					return c.Event == "close" && c.Destination.Address == to && c.Path == admin.PathMTLS && c.Verdict == admin.Allowed
+					return c.Event == "close" && c.Destination.Address == to && c.Path == want && c.Direction == admin.Outbound && c.Verdict == admin.Allowed
 				})
 			})
 		}

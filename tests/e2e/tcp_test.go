@@ -1,15 +1,22 @@
 package e2e
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/tests/netlab"
 )
 
-func TestTCPBehavesAsWithoutAProxy(t *testing.T) {
-	m := newMesh(t)
+func TestTCPBehavesAsWithoutAProxy(t *testing.T) { onEveryPath(t, testTCPBehavesAsWithoutAProxy) }
+
+func testTCPBehavesAsWithoutAProxy(t *testing.T, m *mesh, _ admin.Path) {
 	web, err := m.Place(0, "web", 0)
 	m.must(err)
 	m.serve(web, ":8080")
@@ -88,4 +95,41 @@ func TestASocketBoundToADeviceIsRefusedWithAReason(t *testing.T) {
 		t.Errorf("the counter says %v", n)
 	}
 	m.reaches(web, m.vip("api"))
+}
+
+// TestTenThousandConnectionsLeaveNothingBehind opens and closes them on each path; the baselines are looked at in the end.
+func TestTenThousandConnectionsLeaveNothingBehind(t *testing.T) {
+	onEveryPath(t, func(t *testing.T, m *mesh, between admin.Path) {
+		const rounds, each = 20, 500
+		web := m.place(0, "web")
+		m.place(1, "api")
+		m.allow("api", "web")
+		m.must(web.Namespace.Sysctl("net/ipv4/ip_local_port_range", "1024 65535"))
+		m.start()
+		count := func(name string) float64 {
+			return m.metric(0, name, `direction="outbound"`, `source_service="web"`)
+		}
+		for round := range rounds {
+			stdin, release, err := os.Pipe()
+			m.must(err)
+			p, err := web.Start(netlab.Command{Path: programs.app, Args: []string{"hold", "-n", strconv.Itoa(each), m.vip("api")}, Stdin: stdin})
+			m.must(err)
+			t.Cleanup(p.Kill)
+			ctx, cancel := context.WithTimeout(t.Context(), slowly)
+			m.must(p.WaitOutput(ctx, "held="))
+			cancel()
+			m.eventually("all are open, or were refused by a machine that is too busy", func() error {
+				opened, denied := count("nodeproxy_connections_opened_total"), count("nodeproxy_denied_total")
+				if opened+denied < float64((round+1)*each) {
+					return fmt.Errorf("%v were opened and %v denied: %s", opened, denied, m.series(0, "nodeproxy_denied_total"))
+				}
+				return nil
+			})
+			m.must(errors.Join(release.Close(), stdin.Close()))
+			m.must(p.Wait(m.ctx()))
+		}
+		if opened := m.metric(0, "nodeproxy_connections_opened_total", `path="`+string(between)+`"`); opened < 0.9*rounds*each {
+			t.Errorf("%v of %d were opened over %s", opened, rounds*each, between)
+		}
+	})
 }

@@ -26,6 +26,7 @@ type Daemon struct {
 	MeshD   string   // source.file.path
 	Source  string   // the source block, in HCL; "" is the file source with MeshD
 	Labels  string   // more of its workloads block, in HCL
+	Plain   bool     // tunnels = false
 	Extra   string   // more of the configuration, in HCL
 	Env     []string // more of the environment
 	Process *netlab.Process
@@ -81,6 +82,9 @@ func (d *Daemon) WriteConfig() error {
 	b.WriteString(d.Labels)
 	fmt.Fprintf(&b, "}\n\nadmin {\n  socket  = %q\n  metrics = \"127.0.0.1:20210\"\n}\n\n", d.Socket())
 	fmt.Fprintf(&b, "state {\n  dir  = %q\n  pins = %q\n}\n\n", filepath.Join(d.Node.Dir, "state"), d.Pins)
+	if d.Plain {
+		b.WriteString("tunnels = false\n")
+	}
 	b.WriteString(d.Extra)
 	return os.WriteFile(d.ConfigPath(), []byte(b.String()), 0o600)
 }

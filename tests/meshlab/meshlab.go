@@ -92,6 +92,15 @@ func (m *Mesh) Define(i int, name, hcl string) error {
 	return m.replace(filepath.Join(m.MeshD, "nodes", m.Nodes[i].Name, name+".hcl"), hcl)
 }
 
+// DefineElsewhere writes service definitions of a node where no daemon runs.
+func (m *Mesh) DefineElsewhere(name, hcl string) error {
+	dir := filepath.Join(m.MeshD, "nodes", "elsewhere")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("define a node: %w", err)
+	}
+	return m.replace(filepath.Join(dir, name+".hcl"), hcl)
+}
+
 // replace writes a file beside the directory and moves it into place, as an operator's tools do.
 func (m *Mesh) replace(path, text string) error {
 	tmp := filepath.Join(m.Dir(), "incoming")

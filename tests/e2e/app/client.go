@@ -9,6 +9,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -193,6 +196,57 @@ func hold(args []string) error {
 	}
 	fmt.Printf("held=%d refused=%v\n", len(held), refused)
 	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+// repeat opens and closes connections one after the other, from several goroutines.
+func repeat(args []string) error {
+	flags := flag.NewFlagSet("repeat", flag.ContinueOnError)
+	n := flags.Int("n", 1, "connections")
+	atOnce := flags.Int("at-once", 1, "how many at once")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	var left, answered atomic.Int64
+	left.Store(int64(*n))
+	failures := make(chan string, *n)
+	var clients sync.WaitGroup
+	for range *atOnce {
+		clients.Go(func() {
+			for left.Add(-1) >= 0 {
+				if err := peerOf(flags.Arg(0)); err != nil {
+					failures <- errorName(err)
+					continue
+				}
+				answered.Add(1)
+			}
+		})
+	}
+	clients.Wait()
+	close(failures)
+	failed := make(map[string]int)
+	for name := range failures {
+		failed[name]++
+	}
+	fmt.Printf("answered=%d failed=%v\n", answered.Load(), failed)
+	return nil
+}
+
+// peerOf has one connection answered and closes it.
+func peerOf(address string) error {
+	conn, err := net.DialTimeout("tcp", address, 30*time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := io.WriteString(conn, "peer\n"); err != nil {
+		return err
+	}
+	answer, err := io.ReadAll(conn)
+	if err == nil && !strings.HasPrefix(string(answer), "accept=") {
+		err = fmt.Errorf("answer %.40q", answer)
+	}
 	return err
 }
 

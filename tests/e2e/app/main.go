@@ -6,6 +6,7 @@
 //	app echo [-n N] ADDRESS                 sends N bytes to "app serve" and reads them back
 //	app hold -n N [-say HEX] ADDRESS        opens N connections and holds them until its stdin ends
 //	app load [-n N] [-c C] ADDRESS          makes N connections, C at a time, and counts the failures
+//	app repeat -n N -at-once M ADDRESS      connects N times, M at once, asks "peer", and prints how many were answered
 //	app udp ADDRESS [TEXT]                  without TEXT: answers every datagram; with TEXT: sends it and prints the answer
 //	app resolve NAME                        prints the addresses of a name
 //	app silent ADDRESS                      prints the datagrams that come, and answers none
@@ -29,7 +30,7 @@ func main() {
 
 func run(args []string) error {
 	roles := map[string]func([]string) error{
-		"serve": serve, "dial": dial, "echo": echo, "hold": hold, "load": load, "udp": udp, "resolve": resolve, "silent": silent, "quick": quick, "flip": flip,
+		"serve": serve, "dial": dial, "echo": echo, "hold": hold, "load": load, "repeat": repeat, "udp": udp, "resolve": resolve, "silent": silent, "quick": quick, "flip": flip,
 	}
 	if len(args) > 0 && roles[args[0]] != nil {
 		return roles[args[0]](args[1:])

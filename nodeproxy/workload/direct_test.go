@@ -1,0 +1,90 @@
+package workload
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+// callOf is a snapshot in which web calls api, whose resolver leads to a route.
+func callOf(calls *catalog.Calls, route func(api *catalog.Service) *catalog.Route) (*catalog.Snapshot, *catalog.Service) {
+	api := &catalog.Service{Name: "api", Instances: []*catalog.Instance{
+		{ID: "api-1", Service: "api", Node: "n1", Healthy: true, Local: true, Mesh: netip.MustParseAddrPort("10.0.0.1:21000")},
+		{ID: "api-2", Service: "api", Node: "n2", Healthy: true, Mesh: netip.MustParseAddrPort("10.0.0.2:21000")},
+	}}
+	if route != nil {
+		api.Chain = route(api)
+	}
+	return &catalog.Snapshot{Services: map[string]*catalog.Service{"api": api}, Calls: map[string]*catalog.Calls{"web": calls}}, api
+}
+
+func TestWhatOnlyTheProxyCanHonourIsNotGranted(t *testing.T) {
+	plain := func(api *catalog.Service, balance catalog.Balance, before ...*catalog.Target) *catalog.Route {
+		return &catalog.Route{Balance: balance, Targets: append(before, &catalog.Target{Service: "api", Instances: api.Instances},
+			&catalog.Target{Service: "spare", Instances: []*catalog.Instance{{ID: "spare-1", Service: "spare"}}})}
+	}
+	for name, c := range map[string]struct {
+		calls             *catalog.Calls
+		route             func(api *catalog.Service) *catalog.Route
+		virtual, instance string // why not, "" when it may be granted
+	}{
+		"no configuration":          {},
+		"a failover that is unused": {route: func(api *catalog.Service) *catalog.Route { return plain(api, catalog.LeastRequest) }},
+		"random":                    {route: func(api *catalog.Service) *catalog.Route { return plain(api, catalog.Random) }},
+		"round robin":               {route: func(api *catalog.Service) *catalog.Route { return plain(api, catalog.RoundRobin) }, virtual: "round_robin"},
+		"source hash":               {route: func(api *catalog.Service) *catalog.Route { return plain(api, catalog.SourceHash) }, virtual: "source_hash"},
+		"a redirect": {route: func(api *catalog.Service) *catalog.Route {
+			return plain(api, "", &catalog.Target{Service: "v2", Instances: api.Instances})
+		}, virtual: "leads to v2"},
+		"a subset of all instances": {route: func(api *catalog.Service) *catalog.Route {
+			return plain(api, "", &catalog.Target{Service: "api", Subset: "a", Instances: api.Instances})
+		}, virtual: "leads to a.api"},
+		"fewer of its own instances": {route: func(api *catalog.Service) *catalog.Route {
+			return plain(api, "", &catalog.Target{Service: "api", Instances: api.Instances[:1]})
+		}, virtual: "leads to api"},
+		"another datacenter": {route: func(api *catalog.Service) *catalog.Route {
+			return plain(api, "", &catalog.Target{Service: "api", Datacenter: "dc2", Instances: api.Instances})
+		}, virtual: "leads to api.dc2"},
+		"a failover in use": {route: func(api *catalog.Service) *catalog.Route {
+			for _, inst := range api.Instances {
+				inst.Healthy = false
+			}
+			r := plain(api, "")
+			r.Targets[1].Instances[0].Healthy, r.Targets[1].Instances[0].Mesh = true, netip.MustParseAddrPort("10.0.0.3:21000")
+			return r
+		}, virtual: "leads to spare"},
+		"MaxConnections of the caller":     {calls: &catalog.Calls{Defaults: catalog.CallConfig{MaxConnections: 3}}, virtual: "MaxConnections", instance: "MaxConnections"},
+		"MaxConnections to it":             {calls: &catalog.Calls{Overrides: map[string]catalog.CallConfig{"api": {MaxConnections: 3}}}, virtual: "MaxConnections", instance: "MaxConnections"},
+		"MaxConnections to another":        {calls: &catalog.Calls{Overrides: map[string]catalog.CallConfig{"db": {MaxConnections: 3}}}},
+		"PassiveHealthCheck of the caller": {calls: &catalog.Calls{Defaults: catalog.CallConfig{Ejection: &catalog.Ejection{Failures: 1}}}, virtual: "PassiveHealthCheck", instance: "PassiveHealthCheck"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			snap, api := callOf(c.calls, c.route)
+			check := func(to catalog.Destination, want string) {
+				if why := proxied(snap, "web", to); (want == "") != (why == "") || !strings.Contains(why, want) {
+					t.Errorf("to %+v: %q, want %q", to, why, want)
+				}
+			}
+			check(catalog.Destination{Service: api}, c.virtual)
+			check(catalog.Destination{Service: api, Instance: api.Instances[0]}, c.instance)
+			if why := proxied(snap, "other", catalog.Destination{Service: api, Instance: api.Instances[0]}); why != "" {
+				t.Errorf("for another caller: %q", why)
+			}
+		})
+	}
+}
+
+func TestTheAddressOfAnUpstreamIsNotGrantedToItsWorkload(t *testing.T) {
+	up := &catalog.Upstream{At: netip.MustParseAddrPort("240.0.0.1:5000"), Name: "db"}
+	v := &view{snap: &catalog.Snapshot{Upstreams: map[string][]*catalog.Upstream{"web-1": {up}}}, serves: map[uint32][]string{7: {"web-1"}, 8: {"other-1"}}}
+	for at, want := range map[string]bool{"240.0.0.1:5000": true, "240.0.0.1:0": true, "240.0.0.1:5001": false, "240.0.0.2:0": false} {
+		if got := v.isUpstream(7, netip.MustParseAddrPort(at)); got != want {
+			t.Errorf("%s is an upstream of the workload: %t", at, got)
+		}
+		if v.isUpstream(8, netip.MustParseAddrPort(at)) {
+			t.Errorf("%s is an upstream of another workload", at)
+		}
+	}
+}
