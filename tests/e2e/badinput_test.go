@@ -114,11 +114,10 @@ func TestABadConfigurationIsRefusedWithFileAndLine(t *testing.T) {
 		line  int // of extra, at which the error points
 		want  string
 	}{
-		"an unknown key":            {"limits {\n  conections = 5\n}\n", 2, "conections"},
-		"a key that has not landed": {"tunnels = true\n", 1, "tunnels"},
-		"a broken block":            {"limits {\n", 1, ""},
-		"a wrong duration":          {"limits {\n  handshake = \"soon\"\n}\n", 2, "handshake"},
-		"a key set twice":           {"node {\n  name = \"again\"\n}\n", 1, "node"},
+		"an unknown key":   {"limits {\n  conections = 5\n}\n", 2, "conections"},
+		"a broken block":   {"limits {\n", 1, ""},
+		"a wrong duration": {"limits {\n  handshake = \"soon\"\n}\n", 2, "handshake"},
+		"a key set twice":  {"node {\n  name = \"again\"\n}\n", 1, "node"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := m.in(t)
