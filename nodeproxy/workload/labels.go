@@ -29,7 +29,7 @@ var labels = map[string]func(c *Claim, value string) error{
 	"exclude-outbound-ports": func(c *Claim, v string) error { return listPorts(&c.Exclude.OutboundPorts, v) },
 	"exclude-outbound-cidrs": func(c *Claim, v string) error { return listNetworks(&c.Exclude.OutboundNetworks, v) },
 	"dns":                    labelDNS,
-	"l7":                     func(_ *Claim, v string) error { return landed(v, "ignore") },
+	"l7":                     labelL7,
 }
 
 // Claim turns labels into what provider claims of a cgroup. What is wrong with them is in the claim, which is then refused.
@@ -101,16 +101,12 @@ func choose[T fmt.Stringer](to *T, value string, allowed ...T) error {
 	return fmt.Errorf("it must be %s", strings.Join(names, " or "))
 }
 
-// landed accepts the one value of a label for which this version has a mechanism, and tells those that are still to come
-// from those that mean nothing.
-func landed(value, only string, later ...string) error {
-	switch {
-	case value == only:
-		return nil
-	case slices.Contains(later, value):
-		return fmt.Errorf("it is not supported by this version yet: remove it, or set it to %q", only)
+// labelL7 accepts that HTTP-level configuration is not honoured.
+func labelL7(_ *Claim, value string) error {
+	if value != "ignore" {
+		return errors.New("it must be ignore")
 	}
-	return fmt.Errorf("it must be %s", strings.Join(append([]string{only}, later...), " or "))
+	return nil
 }
 
 func listPorts(to *[]uint16, value string) error {
