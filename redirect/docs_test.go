@@ -36,12 +36,12 @@ func TestArchitectureListsEveryMapOnceWithItsSize(t *testing.T) {
 				continue
 			}
 			size := thousands(m.MaxEntries)
-			switch {
-			case m.Type == ebpf.RingBuf:
+			switch m.Type {
+			case ebpf.RingBuf:
 				size = fmt.Sprintf("%d MiB", m.MaxEntries>>20)
-			case m.Type == ebpf.SkStorage:
+			case ebpf.SkStorage:
 				size = "per socket"
-			case m.Type == ebpf.CGroupStorage:
+			case ebpf.CGroupStorage:
 				size = "per cgroup"
 			}
 			if !regexp.MustCompile(`\| [^|]*\b` + size + `\b[^|]*\|`).MatchString(found[0]) {

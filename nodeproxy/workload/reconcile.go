@@ -28,7 +28,8 @@ func (m *Manager) reconcile(h Handler) {
 	}
 	m.watchNamespaces()
 	m.openDNS()
-	next := m.assign()
+	next, last := m.assign(), m.view.Load()
+	next.states, next.refused, next.problems = last.states, last.refused, last.problems // shown until there are newer ones
 	if m.complete() {
 		m.protect(next)
 	} else {
@@ -85,8 +86,8 @@ func (m *Manager) protect(next *view) {
 	}
 	m.index(next)
 	m.view.Store(next)
-	if err := m.redirect.SetRules(m.rules(next, ready)); err != nil {
-		m.log.Error("inbound rules are incomplete", "error", err)
+	if m.unguarded = m.redirect.SetRules(m.rules(next, ready)); m.unguarded != nil {
+		m.log.Error("inbound rules are incomplete", "error", m.unguarded)
 	}
 	if err := m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); err != nil {
 		m.log.Error("what single workloads reach and do not reach is incomplete", "error", err)
@@ -366,6 +367,9 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
+		if m.unguarded != nil && s.State == "protected" {
+			s.State, s.Detail = "unprotected", "ports of this node's workloads may be open to strangers: "+m.unguarded.Error()
+		}
 		s.DNS = m.dnsState(e)
 		states = append(states, s)
 	}

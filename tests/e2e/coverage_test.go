@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -94,4 +96,50 @@ func TestWhatCannotBeRepairedIsAnUnprotectedWorkload(t *testing.T) {
 	if n := m.metric(0, "nodeproxy_unprotected_workloads"); n != 0 {
 		t.Errorf("%v unprotected workloads after the repair", n)
 	}
+}
+
+func TestWorkloadsAreUnprotectedWhileARuleFindsNoRoom(t *testing.T) {
+	m := newMesh(t)
+	m.place(0, "web")
+	cart, err := m.Nodes[0].Workload("cart")
+	m.must(err)
+	m.serve(cart, ":8080")
+	m.define(0, "cart", port, cart.IPv4)
+	m.start()
+	m.baselines[0] = nil
+	pins, err := filepath.Glob(filepath.Join(m.Daemons[0].Pins, m.Nodes[0].Name, "v*", "maps", "rules"))
+	m.must(err)
+	rules, err := ebpf.LoadPinnedMap(pins[0], nil)
+	m.must(err)
+	defer rules.Close()
+	keys, values := make([][32]byte, rules.MaxEntries()), make([][12]byte, rules.MaxEntries())
+	for i := range keys {
+		binary.NativeEndian.PutUint64(keys[i][:], uint64(i)+1<<40) // namespaces that there are not
+	}
+	fill := func() { _, _ = rules.BatchUpdate(keys, values, nil) } // an audit takes them out
+	fill()
+	m.must(m.Daemons[0].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: cart.Cgroup.Path(), Service: "cart"}))
+	state := func(want, detail string, meanwhile func()) {
+		t.Helper()
+		m.eventually("the workloads are "+want, func() error {
+			status, err := m.Daemons[0].Admin().Status(m.ctx())
+			if err != nil {
+				return err // it is taking out what is not nodeproxy's
+			}
+			if len(status.Workloads) != 2 {
+				t.Errorf("of two workloads status shows %+v", status.Workloads)
+			}
+			for _, w := range status.Workloads {
+				if w.State != want || !strings.Contains(w.Detail, detail) {
+					meanwhile()
+					return fmt.Errorf("%w: %+v", errNotYet, status.Workloads)
+				}
+			}
+			return nil
+		})
+	}
+	m.awaitWorkload(cart.Cgroup, "cart", "unprotected")
+	state("unprotected", "write to rules", fill)
+	state("protected", "", func() { _, _ = rules.BatchDelete(keys, nil) })
+	m.getsNothing(m.stranger(0), "-timeout", "3s", at(cart.IPv4, port))
 }
