@@ -218,6 +218,12 @@ func TestAServerWithABadCertificateGetsNoByteOfTheApplications(t *testing.T) {
 	if got := <-peer.served; got.text != "secret\n" {
 		t.Errorf("it got %q", got.text)
 	}
+	// Nobody but the client's node enforces the intention here.
+	m.deny("bank", "web")
+	m.awaitGeneration(0)
+	if out := m.dial(web, m.vip("bank"), "secret"); !strings.Contains(out, "end: reset") || m.denials(0, catalog.ReasonIntention) != 1 {
+		t.Errorf("a denied client is not refused by its own node: %s\n%s", out, m.series(0, "nodeproxy_denied_total"))
+	}
 }
 
 // TestTheCertificateOnTheWireIsTheWorkloadsOwn looks at what peers are shown by two services of one node, as clients and as
