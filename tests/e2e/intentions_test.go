@@ -78,12 +78,7 @@ func TestTheServersNodeEnforcesIntentionsByItself(t *testing.T) {
 		if _, answer, err := m.meet(web, at, root.Leaf(t, spiffe(root, service).String())); answer != "" || err == nil {
 			t.Errorf("%s got %q", service, answer)
 		}
-		m.eventually("the refusal is counted", func() error {
-			if now := m.denials(1, catalog.ReasonIntention); now != before+1 {
-				return fmt.Errorf("from %v to %v:\n%s", before, now, m.series(1, "nodeproxy_denied_total"))
-			}
-			return nil
-		})
+		m.comesToDenials(1, catalog.ReasonIntention, before+1)
 	}
 	refused("batch")
 	if strings.Contains(server.Output(), "accepted") {
