@@ -41,7 +41,7 @@ func TestAWorkloadWithFiftyThousandConnectionsMeetsItsCapAndItsNeighbourDoesNotN
 				n := min(perWorkload-int(opened), perWorkload/64)
 				made += n
 				m.must(m.holds(hog, n, "", m.vip("api")).WaitOutput(m.ctx(), "held="))
-				opened, denied = m.decided(source, made)
+				opened, _ = m.decided(source, made)
 			}
 			m.must(m.holds(hog, 1, "", m.vip("api")).WaitOutput(m.ctx(), "held="))
 			if opened, denied = m.decided(source, made+1); opened != perWorkload {
