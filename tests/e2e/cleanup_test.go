@@ -2,11 +2,14 @@ package e2e
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/cilium/ebpf/link"
 
 	"nodeproxy.io/redirect"
 	"nodeproxy.io/tests/netlab"
@@ -60,6 +63,7 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 			if len(pinned) == 0 {
 				t.Error("nothing stayed pinned: there is nothing to clean up")
 			}
+			release := m.hold(pins)
 			out, err := m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", pins}, Env: []string{"HOME=/nonexistent"}})
 			m.must(err)
 			for _, node := range m.Nodes {
@@ -70,18 +74,42 @@ func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
 			if left, _ := filepath.Glob(filepath.Join(pins, "*")); len(left) > 0 {
 				t.Errorf("pins remain: %v", left)
 			}
+			if !strings.Contains(name, "cgroups") { // else web is gone, too
+				out := m.dial(web, at(api.IPv4, port), "peer")
+				if !strings.Contains(out, "accept="+hostPrefix(web.IPv4)) {
+					t.Errorf("without nodeproxy web does not reach api directly: %s", out)
+				}
+			}
+			release()
 			m.gone(pinned)
 			out, err = m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"cleanup", "--pins", pins, "--json"}})
 			if err != nil || strings.Join(strings.Fields(out), "") != `{"removed":[]}` {
 				t.Errorf("a second time it says %s, %v", out, err)
 			}
-			if strings.Contains(name, "cgroups") {
-				return
-			}
-			if out := m.dial(web, at(api.IPv4, port), "peer"); !strings.Contains(out, "accept="+hostPrefix(web.IPv4)) {
-				t.Errorf("without nodeproxy web does not reach api directly: %s", out)
-			}
 		})
+	}
+}
+
+// hold opens every link that is pinned below dir, as another process may have done: they are in force until they are detached.
+func (m *mesh) hold(dir string) (release func()) {
+	m.t.Helper()
+	var links []link.Link
+	m.must(filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		if l, err := link.LoadPinnedLink(path, nil); err == nil { // else it is a map
+			links = append(links, l)
+		}
+		return nil
+	}))
+	if len(links) == 0 {
+		m.t.Errorf("no link is pinned below %s", dir)
+	}
+	return func() {
+		for _, l := range links {
+			m.must(l.Close())
+		}
 	}
 }
 

@@ -112,12 +112,7 @@ func TestAClientWithABadCertificateNeverReachesTheApplication(t *testing.T) {
 				if alert, ok := errors.AsType[*net.OpError](err); answer != "" || !ok || alert.Op != "remote error" {
 					t.Errorf("the client got %q, %v; want an alert", answer, err)
 				}
-				m.eventually("the refusal is counted", func() error {
-					if now := m.denials(1, bad.reason); now != before+1 {
-						return fmt.Errorf("%s went from %v to %v:\n%s", bad.reason, before, now, m.series(1, "nodeproxy_denied_total"))
-					}
-					return nil
-				})
+				m.comesToDenials(1, bad.reason, before+1)
 			})
 		}
 	}
@@ -133,6 +128,7 @@ func TestAClientWithABadCertificateNeverReachesTheApplication(t *testing.T) {
 type foreign struct {
 	certs  chan *tls.Certificate // for the next connection
 	served chan served
+	closed chan struct{} // at the end of the test
 }
 
 // served is what a connection was: whose, and what was read of it.
@@ -149,7 +145,7 @@ func (m *mesh) foreignPeer(service string) *foreign {
 	m.must(m.DefineElsewhere(service, fmt.Sprintf("service {\n  name = %q\n  address = %q\n  port = %d\n  connect {\n    sidecar_service {\n      port = 8443\n    }\n  }\n}\n", service, w.IPv4, port)))
 	ln, err := w.Namespace.Listen("tcp4", at(w.IPv4, 8443))
 	m.must(err)
-	f := &foreign{certs: make(chan *tls.Certificate, 1), served: make(chan served, 1)}
+	f := &foreign{certs: make(chan *tls.Certificate, 1), served: make(chan served, 1), closed: make(chan struct{})}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -161,14 +157,20 @@ func (m *mesh) foreignPeer(service string) *foreign {
 			f.serve(raw)
 		}
 	}()
-	m.t.Cleanup(func() { ln.Close(); <-done })
+	m.t.Cleanup(func() { ln.Close(); close(f.closed); <-done })
 	return f
 }
 
 func (f *foreign) serve(raw net.Conn) {
 	defer raw.Close()
 	_ = raw.SetDeadline(time.Now().Add(patience))
-	conn := tls.Server(raw, &tls.Config{Certificates: []tls.Certificate{*<-f.certs}, ClientAuth: tls.RequireAnyClientCert})
+	var cert *tls.Certificate
+	select {
+	case cert = <-f.certs:
+	case <-f.closed:
+		return // nobody should have come
+	}
+	conn := tls.Server(raw, &tls.Config{Certificates: []tls.Certificate{*cert}, ClientAuth: tls.RequireAnyClientCert})
 	var got served
 	text := make([]byte, 64)
 	n, _ := conn.Read(text)
@@ -181,7 +183,10 @@ func (f *foreign) serve(raw net.Conn) {
 		_ = conn.CloseWrite()
 		_, _ = conn.Read(text)
 	}
-	f.served <- got
+	select {
+	case f.served <- got:
+	case <-f.closed:
+	}
 }
 
 // TestAServerWithABadCertificateGetsNoByteOfTheApplications lets a daemon dial a server that is not who it should be.
@@ -206,9 +211,7 @@ func TestAServerWithABadCertificateGetsNoByteOfTheApplications(t *testing.T) {
 			if got := <-peer.served; got.text != "" || got.peer != nil {
 				t.Errorf("the server got %q, and the certificate of %v", got.text, got.peer)
 			}
-			if now := m.denials(0, bad.reason); now != before+1 {
-				t.Errorf("%s went from %v to %v:\n%s", bad.reason, before, now, m.series(0, "nodeproxy_denied_total"))
-			}
+			m.comesToDenials(0, bad.reason, before+1)
 		})
 	}
 	peer.certs <- root.Leaf(t, id.String())
@@ -218,6 +221,22 @@ func TestAServerWithABadCertificateGetsNoByteOfTheApplications(t *testing.T) {
 	if got := <-peer.served; got.text != "secret\n" {
 		t.Errorf("it got %q", got.text)
 	}
+	// Nobody but the client's node enforces the intention here.
+	m.deny("bank", "web")
+	m.awaitGeneration(0)
+	m.getsNothing(web, m.vip("bank"))
+	m.comesToDenials(0, catalog.ReasonIntention, 1)
+}
+
+// comesToDenials waits until a node's counter of denials for a reason is n. The client may hear of its denial first.
+func (m *mesh) comesToDenials(node int, reason catalog.Reason, n float64) {
+	m.t.Helper()
+	m.eventually("the refusal is counted", func() error {
+		if now := m.denials(node, reason); now != n {
+			return fmt.Errorf("%s is at %v and not at %v:\n%s", reason, now, n, m.series(node, "nodeproxy_denied_total"))
+		}
+		return nil
+	})
 }
 
 // TestTheCertificateOnTheWireIsTheWorkloadsOwn looks at what peers are shown by two services of one node, as clients and as

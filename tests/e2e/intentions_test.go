@@ -1,13 +1,21 @@
 package e2e
 
 import (
+	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls/mtlstest"
 	"nodeproxy.io/tests/meshlab"
 )
 
@@ -51,6 +59,48 @@ func (m *mesh) background(w workload, text string, args ...string) func() string
 		}
 		return p.Output()
 	}
+}
+
+// TestTheServersNodeEnforcesIntentionsByItself dials a mesh port with certificates of the mesh, as from a node that enforces
+// nothing.
+func TestTheServersNodeEnforcesIntentionsByItself(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	api, err := m.Place(1, "api", port)
+	m.must(err)
+	server := m.serve(api, fmt.Sprintf(":%d", port))
+	m.allow("api", "web")
+	m.start()
+	at, root := m.mesh(0, "api"), mtlstest.Read(t, filepath.Join(m.MeshD, "ca"))
+	refused := func(service string) {
+		t.Helper()
+		before := m.denials(1, catalog.ReasonIntention)
+		if _, answer, err := m.meet(web, at, root.Leaf(t, spiffe(root, service).String())); answer != "" || err == nil {
+			t.Errorf("%s got %q", service, answer)
+		}
+		m.comesToDenials(1, catalog.ReasonIntention, before+1)
+	}
+	refused("batch")
+	if strings.Contains(server.Output(), "accepted") {
+		t.Errorf("the application has accepted: %s", server.Output())
+	}
+	raw, err := web.Namespace.Dial(m.ctx(), "tcp", at)
+	m.must(err)
+	defer raw.Close()
+	m.must(raw.SetDeadline(time.Now().Add(patience)))
+	live := tls.Client(raw, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{*root.Leaf(t, spiffe(root, "web").String())}})
+	_, err = io.WriteString(live, "hold\n")
+	m.must(err)
+	answer := make([]byte, 512)
+	if n, err := live.Read(answer); !strings.Contains(string(answer[:n]), "held") {
+		t.Fatalf("web got %q, %v", answer[:n], err)
+	}
+	m.deny("api", "web")
+	if n, err := live.Read(answer); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the live connection got %q, %v", answer[:n], err)
+	}
+	m.awaitGeneration(1)
+	refused("web")
 }
 
 func TestAFlipOfAnotherPairsIntentionLeavesAConnectionAlone(t *testing.T) {
