@@ -63,6 +63,8 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
 	@echo '── tests'
 	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m ./...
+	@echo '── end to end once more, with Consul as the source'
+	@$(GOTESTSUM) --format pkgname -- -race -count 1 -timeout 15m ./tests/e2e -source consul
 
 .PHONY: test-quick
 test-quick: ## run the tests that take no foreign tools, in under five minutes (as root: more of them)

@@ -31,6 +31,7 @@ type topic struct {
 	every time.Duration // a query that waits is asked at most this often
 	ask   func() question
 	apply func(*answer) error // only called for answers that differ from the last
+	woken func()              // called after each answer, also one that says the same; nil: nothing is
 }
 
 // asker asks, and notes in the world what is not answered.
@@ -104,6 +105,9 @@ func (a asker) try(ctx context.Context, t topic, q question, last [sha256.Size]b
 		if err := t.apply(got); err != nil {
 			return 0, last, err
 		}
+	}
+	if t.woken != nil {
+		t.woken()
 	}
 	return nextIndex(q.index, got.index), sum, nil
 }

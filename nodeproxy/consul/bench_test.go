@@ -19,15 +19,14 @@ import (
 // a proxy does that asks the agent each time. Then it reports what a service of this node takes.
 func BenchmarkDecision(b *testing.B) {
 	const services, sources = 1000, 10 // intentions of each service
-	w := newWorld(b, lab.Config{HCL: "limits {\n  http_max_conns_per_client = 1000\n}\nconnect {\n  enabled = true\n  ca_config {\n    csr_max_per_second = 1000\n  }\n}\n"})
+	w := newWorld(b, lab.Config{HCL: "log_level = \"ERR\"\nlimits {\n  http_max_conns_per_client = 1000\n}\nconnect {\n  enabled = true\n  ca_config {\n    csr_max_per_second = 1000\n  }\n}\n"})
 	w.config.Log = slog.New(slog.DiscardHandler)
 	name := func(i int) string { return fmt.Sprintf("service-%d", i) }
 	var names []string
 	for i := range services {
 		names = append(names, name(i))
-		service := lab.Service(name(i), name(i)+"-1", fmt.Sprintf("10.1.%d.%d", i/200, 2+i%200), 8080)
-		service["Connect"].(map[string]any)["SidecarService"].(map[string]any)["Port"] = 21000
-		w.must(w.agent.Register(w.ctx(), service))
+		// Without a sidecar of the operator's: for each of those the agent makes the configuration of an Envoy.
+		w.must(w.agent.Register(w.ctx(), map[string]any{"Name": name(i), "ID": name(i) + "-1", "Address": fmt.Sprintf("10.1.%d.%d", i/200, 2+i%200), "Port": 8080}))
 		actions := make(map[string]string)
 		for j := range sources {
 			actions[name((i+j+1)%services)] = []string{"allow", "deny"}[j%2]

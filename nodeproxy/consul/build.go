@@ -346,18 +346,17 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 				Source: policy.Wildcard, Destination: name, Action: policy.Deny, Origin: "the intentions are not known yet",
 			})
 		}
-		for i := range all {
-			rule, why := all[i].rule(name)
+		for _, rule := range all {
 			key := policy.Intention{
 				Source: rule.Source, Destination: rule.Destination,
 				SourceNamespace: rule.SourceNamespace, SourcePartition: rule.SourcePartition, SourcePeer: rule.SourcePeer,
 			}
-			if seen[key] || all[i].SourceSamenessGroup != "" {
+			if seen[key] || rule.sameness {
 				continue // those of "*" come with every name
 			}
 			seen[key] = true
-			b.reportIntention(rule, why)
-			from.intentions = append(from.intentions, rule)
+			b.reportIntention(rule)
+			from.intentions = append(from.intentions, rule.Intention)
 		}
 	}
 	if b.compiled.policy != nil && reflect.DeepEqual(from, b.compiled.from) {
@@ -371,8 +370,8 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 	return p, nil
 }
 
-func (b *builder) reportIntention(rule policy.Intention, why string) {
-	if why == "" {
+func (b *builder) reportIntention(rule rule) {
+	if rule.why == "" {
 		return
 	}
 	kind := "unsupported"
@@ -382,5 +381,5 @@ func (b *builder) reportIntention(rule policy.Intention, why string) {
 			svc.IgnoredL7 = append(svc.IgnoredL7, "service-intentions")
 		}
 	}
-	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, why)
+	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, rule.why)
 }

@@ -45,7 +45,7 @@ func sample() *data {
 		},
 		entries:    entries,
 		proxies:    map[string][]Ports{"node-2": {{21000, 21000}}, "node-3": {{21000, 21009}}, "node-9": {{21000, 21000}}},
-		intentions: map[string][]intention{"api": nil, "web": nil},
+		intentions: map[string][]rule{"api": nil, "web": nil},
 	}
 }
 
@@ -55,7 +55,7 @@ func (d *data) write(entry api.ConfigEntry) {
 
 func (d *data) intend(in ...api.Intention) {
 	for _, in := range in {
-		d.intentions[in.DestinationName] = append(d.intentions[in.DestinationName], intention{Intention: in})
+		d.intentions[in.DestinationName] = append(d.intentions[in.DestinationName], (&intention{Intention: in}).rule(in.DestinationName))
 	}
 }
 
@@ -200,7 +200,7 @@ func TestIntentionsAreConsuls(t *testing.T) {
 		api.Intention{SourceName: "http", DestinationName: "api", Permissions: []*api.IntentionPermission{{Action: "allow"}}},
 		api.Intention{SourceName: "far", DestinationName: "api", SourcePeer: "elsewhere", Action: "allow"},
 	)
-	d.intentions["api"] = append(d.intentions["api"], intention{Intention: api.Intention{SourceName: "jwt", DestinationName: "api", Action: "allow"}, JWT: []byte(`{"Providers":[]}`)})
+	d.intentions["api"] = append(d.intentions["api"], (&intention{Intention: api.Intention{SourceName: "jwt", DestinationName: "api", Action: "allow"}, JWT: []byte(`{"Providers":[]}`)}).rule("api"))
 	d.write(&api.ServiceConfigEntry{Kind: api.ServiceDefaults, Name: "api", Protocol: "HTTP"})
 	delete(d.intentions, "web") // not known yet
 	s := build(t, d)

@@ -130,7 +130,7 @@ func (r *run) matchTopic(names []string) topic {
 			r.world.update(func(d *data) bool {
 				d.defaultACL = a.defaultPolicy
 				for _, name := range names {
-					d.intentions[name] = found[name]
+					d.intentions[name] = rulesOf(name, found[name])
 				}
 				return true
 			})
@@ -148,7 +148,7 @@ func (r *run) forgetIntentions(wanted [][]string) {
 	}
 	r.world.update(func(d *data) bool {
 		before := len(d.intentions)
-		maps.DeleteFunc(d.intentions, func(name string, _ []intention) bool { return !names[name] })
+		maps.DeleteFunc(d.intentions, func(name string, _ []rule) bool { return !names[name] })
 		return len(d.intentions) < before
 	})
 }
@@ -167,32 +167,50 @@ type rules struct {
 	intentions  []policy.Intention
 }
 
+// rule is an intention in the policy's form. The library's takes five times the memory.
+type rule struct {
+	policy.Intention
+	why      string // what about it cannot be honoured, "" for nothing
+	sameness bool   // its source is a sameness group
+}
+
+// rulesOf turns the intentions of destination into rules. They share the text of their origin.
+func rulesOf(destination string, all []intention) []rule {
+	list := make([]rule, len(all))
+	for i := range all {
+		list[i] = all[i].rule(destination)
+		if i > 0 && list[i].Origin == list[i-1].Origin {
+			list[i].Origin = list[i-1].Origin
+		}
+	}
+	return list
+}
+
 // rule turns an intention of destination into the policy's. Consul finds those of a service whatever the case of the entry's
-// name, and so do all proxies that ask for them: the name that was asked for counts. why says what about the intention
-// cannot be honoured, "" for nothing.
-func (in *intention) rule(destination string) (rule policy.Intention, why string) {
+// name, and so do all proxies that ask for them: the name that was asked for counts.
+func (in *intention) rule(destination string) rule {
 	if in.DestinationName == policy.Wildcard {
 		destination = policy.Wildcard
 	}
-	rule = policy.Intention{
+	r := rule{sameness: in.SourceSamenessGroup != "", Intention: policy.Intention{
 		Source: in.SourceName, Destination: destination, Origin: "service-intentions " + in.DestinationName,
 		SourceNamespace: in.SourceNS, SourcePartition: in.SourcePartition, SourcePeer: in.SourcePeer,
 		Permissions: len(in.Permissions) > 0, JWT: len(in.JWT) > 0 && string(in.JWT) != "null",
-	}
+	}}
 	if in.Action == api.IntentionActionAllow {
-		rule.Action = policy.Allow
+		r.Action = policy.Allow
 	}
 	switch {
-	case rule.Permissions:
-		why = "its Permissions cannot be checked at L4, so the pair is denied"
-	case rule.JWT:
-		why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
+	case r.Permissions:
+		r.why = "its Permissions cannot be checked at L4, so the pair is denied"
+	case r.JWT:
+		r.why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
 	case in.SourcePeer != "":
-		why = "no peers are known here, so it matches nobody"
-	case in.SourceSamenessGroup != "":
-		why = "sameness groups are not supported, so it matches nobody"
-	case strings.Contains(rule.SourceNamespace, policy.Wildcard), strings.Contains(rule.SourcePartition, policy.Wildcard):
-		why = "its source is a wildcard of namespaces or partitions, so it matches nobody"
+		r.why = "no peers are known here, so it matches nobody"
+	case r.sameness:
+		r.why = "sameness groups are not supported, so it matches nobody"
+	case strings.Contains(r.SourceNamespace, policy.Wildcard), strings.Contains(r.SourcePartition, policy.Wildcard):
+		r.why = "its source is a wildcard of namespaces or partitions, so it matches nobody"
 	}
-	return rule, why
+	return r
 }

@@ -261,6 +261,34 @@ func TestAnIntentionIsInForceAtOnceAndWhenItIsRemoved(t *testing.T) {
 	w.await("web may connect again", allowed(true))
 }
 
+func TestAnotherInstanceOfAKnownServiceThatNobodyCallsIsSeen(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	register := func(i int) {
+		t.Helper()
+		put := func(service map[string]any) {
+			w.must(w.agent.Do(w.ctx(), http.MethodPut, "/v1/catalog/register", map[string]any{"Node": "far", "Address": "192.0.2.7", "Service": service}, nil))
+		}
+		put(map[string]any{"ID": fmt.Sprintf("api-%d", i), "Service": "api", "Port": 8080 + i})
+		put(map[string]any{
+			"Kind": "connect-proxy", "ID": fmt.Sprintf("api-%d-sidecar-proxy", i), "Service": "api-sidecar-proxy", "Port": 21000 + i,
+			"Proxy": map[string]any{"DestinationServiceName": "api", "DestinationServiceID": fmt.Sprintf("api-%d", i)},
+		})
+	}
+	known := func(n int) func(*catalog.Snapshot) error {
+		return func(s *catalog.Snapshot) error {
+			if s.Services["api"] == nil || len(s.Services["api"].Instances) != n {
+				return fmt.Errorf("api is %+v", s.Services["api"])
+			}
+			return nil
+		}
+	}
+	register(1)
+	w.run()
+	w.await("api has an instance", known(1))
+	register(2)
+	w.await("api has two instances", known(2))
+}
+
 func denied(source, service string) func(*catalog.Snapshot) error {
 	return func(s *catalog.Snapshot) error {
 		if v := s.Policy.Decide(s.Identity(source), service); v.Allowed || v.Why == policy.ByDefault {

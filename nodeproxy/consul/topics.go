@@ -182,10 +182,9 @@ func (r *run) namesTopic() topic {
 		for _, name := range gone {
 			r.world.answered(serviceFault(name))
 		}
-		wake(r.named)
 		wake(r.known)
 		return nil
-	}}
+	}, woken: func() { wake(r.named) }} // another instance of a known service says the same
 }
 
 // rename replaces the names of all services. What each looks like by its tags is compared: what looks different is to be

@@ -33,8 +33,8 @@ type data struct {
 	checks     map[string]probes // of local, by ID; nil before the first answer
 	nodes      []netip.Addr      // the addresses of all agents, nil before the first answer
 	entries    *entries
-	proxies    map[string][]Ports     // that nodeproxies serve, by node; nil before the first answer
-	intentions map[string][]intention // by destination; a name that is not there was not asked for yet
+	proxies    map[string][]Ports // that nodeproxies serve, by node; nil before the first answer
+	intentions map[string][]rule  // by destination; a name that is not there was not asked for yet
 }
 
 // agent is what the agent says of itself.
@@ -85,7 +85,7 @@ func newWorld(log *slog.Logger) *world {
 	return &world{
 		log: log, shook: time.Now(), changed: make(chan struct{}, 1), faults: make(map[string]*fault),
 		data: data{
-			services: make(map[string]*service), intentions: make(map[string][]intention),
+			services: make(map[string]*service), intentions: make(map[string][]rule),
 			targets: make(map[endpoints]*service), chains: make(map[chainKey]*chain),
 		},
 	}

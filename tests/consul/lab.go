@@ -128,7 +128,9 @@ type Config struct {
 	Persist   bool              // a server that has its data again after Restart
 	Open      bool              // its HTTP API is at Address too
 	HCL       string            // more of its configuration
-	Token     string            // with which Do asks; "" for none
+
+	Definitions string // a directory with more, which it reads again when it is told to; "" for none
+	Token       string // with which Do asks; "" for none
 }
 
 // Agent is a running Consul agent. It ends with its lab.
@@ -195,6 +197,9 @@ func (a *Agent) Restart(ctx context.Context) error {
 		return err
 	}
 	args := []string{"agent", "-config-file", filepath.Join(a.dir, "agent.hcl")}
+	if a.cfg.Definitions != "" {
+		args = append(args, "-config-dir", a.cfg.Definitions)
+	}
 	if a.cfg.Join == "" && !a.cfg.Persist {
 		args = append(args, "-dev")
 	}

@@ -21,6 +21,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/tests/consul"
 	"nodeproxy.io/tests/meshlab"
 	"nodeproxy.io/tests/netlab"
 )
@@ -37,6 +38,7 @@ type mesh struct {
 	t         *testing.T
 	markers   *atomic.Uint32 // of awaitGeneration
 	virtual   map[string]netip.Addr
+	agents    *consul.Plane // nil: the source is the mesh directory
 	baselines [2]*footprint // of daemons that must return to it; nil: not measured, or ended by the test
 }
 
@@ -48,6 +50,7 @@ func newMesh(t *testing.T) *mesh {
 	if testing.Short() {
 		t.Skip("slow: end to end")
 	}
+	requireSource(t)
 	lab, err := meshlab.New(programs.nodeproxy)
 	if err != nil {
 		t.Fatal(err)
@@ -57,6 +60,9 @@ func newMesh(t *testing.T) *mesh {
 		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66 atexit_sleep_ms=0"}
 	}
 	t.Cleanup(m.finish)
+	if *source == "consul" {
+		m.useAgents()
+	}
 	return m
 }
 
@@ -205,6 +211,9 @@ func (m *mesh) restart(node int) {
 func (m *mesh) settle(node int) {
 	m.t.Helper()
 	d := m.Daemons[node]
+	if m.agents != nil {
+		m.awaitCatalog(node)
+	}
 	status, err := d.AwaitProtected(m.ctx())
 	m.must(err)
 	for _, svc := range status.Services {
@@ -508,7 +517,7 @@ func (m *mesh) awaitBaseline(ctx context.Context, node int) {
 		}
 		last = err
 		if err == nil {
-			last = now.exceeds(m.baselines[node])
+			last = m.comparable(now).exceeds(m.baselines[node])
 		}
 		return last
 	})

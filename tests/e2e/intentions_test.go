@@ -106,7 +106,7 @@ func TestTheServersNodeEnforcesIntentionsByItself(t *testing.T) {
 func TestAFlipOfAnotherPairsIntentionLeavesAConnectionAlone(t *testing.T) {
 	m, web, _ := pair(t)
 	p := m.startDial(web, "a line", m.vip("api"), "stream")
-	m.deny("api", "other")
+	m.must(m.Intentions("api", meshlab.Allow("web"), meshlab.Deny("other")))
 	m.allow("api", "web", "other")
 	m.awaitGeneration(0)
 	lines := strings.Count(p.Output(), "a line")
@@ -125,7 +125,7 @@ func (m *mesh) awaitGeneration(node int) {
 	status, err := m.Daemons[node].Admin().Status(m.ctx())
 	m.must(err)
 	m.markers.Add(1)
-	m.must(m.Intentions("marker", meshlab.Deny(fmt.Sprintf("marker-%d", m.markers.Load()))))
+	m.must(m.Intentions("*", meshlab.Deny(fmt.Sprintf("marker-%d", m.markers.Load())), meshlab.Deny("*")))
 	_, err = m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
 		if s.Policy.Generation <= status.Policy.Generation {
 			return fmt.Errorf("policy %d is in force: %s", s.Policy.Generation, s.Source.Error)

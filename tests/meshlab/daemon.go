@@ -1,6 +1,7 @@
 package meshlab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,7 +25,7 @@ type Daemon struct {
 	Binary  string
 	Pins    string   // state.pins
 	MeshD   string   // source.file.path
-	Source  string   // the source block, in HCL; "" is the file source with MeshD
+	Source  string   // the source block, in HCL; "" is that of the mesh's control plane
 	Labels  string   // more of its workloads block, in HCL
 	Plain   bool     // tunnels = false
 	Extra   string   // more of the configuration, in HCL
@@ -32,6 +33,7 @@ type Daemon struct {
 	Process *netlab.Process
 
 	lab    *netlab.Lab
+	source func() string
 	cgroup *netlab.Cgroup
 
 	enrolled []Enrolment
@@ -66,11 +68,7 @@ func (d *Daemon) Admin() *admin.Client { return admin.NewClient(d.Socket()) }
 func (d *Daemon) WriteConfig() error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "node {\n  name    = %q\n  address = %q\n}\n\n", d.Node.Name, d.Node.IPv4)
-	if d.Source != "" {
-		b.WriteString(d.Source)
-	} else {
-		fmt.Fprintf(&b, "source \"file\" {\n  path        = %q\n  virtual_ips = %q\n}\n\n", d.MeshD, VirtualIPs)
-	}
+	b.WriteString(cmp.Or(d.Source, d.source()))
 	b.WriteString("workloads {\n")
 	for i, e := range d.enrolled {
 		fmt.Fprintf(&b, "  cgroup \"%s-%d\" {\n    path    = %q\n    service = %q\n", e.Service, i, e.Cgroup.Path(), e.Service)

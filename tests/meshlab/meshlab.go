@@ -20,7 +20,8 @@ const VirtualIPs = "240.0.0.0/8"
 // Mesh is two nodes and their common definitions. It is not for concurrent use, except for reading.
 type Mesh struct {
 	*netlab.TwoNodes
-	MeshD   string // the directory of definitions, read by both daemons
+	MeshD   string // the directory of definitions, read by both daemons unless Plane is another
+	Plane   ControlPlane
 	Daemons [2]*Daemon
 }
 
@@ -32,6 +33,7 @@ func New(binary string) (*Mesh, error) {
 		return nil, err
 	}
 	m := &Mesh{TwoNodes: nodes, MeshD: filepath.Join(nodes.Dir(), "mesh.d")}
+	m.Plane = directory{m}
 	if err := m.build(binary); err != nil {
 		return nil, errors.Join(err, nodes.Close())
 	}
@@ -53,7 +55,7 @@ func (m *Mesh) build(binary string) error {
 		if err != nil {
 			return err
 		}
-		m.Daemons[i] = &Daemon{Node: node, Binary: binary, Pins: filepath.Join(bpffs, "nodeproxy"), lab: m.Lab, cgroup: cgroup, MeshD: m.MeshD}
+		m.Daemons[i] = &Daemon{Node: node, Binary: binary, Pins: filepath.Join(bpffs, "nodeproxy"), lab: m.Lab, cgroup: cgroup, MeshD: m.MeshD, source: func() string { return m.Plane.Source(i) }}
 	}
 	return m.Intentions("*", Deny("*"))
 }
@@ -82,32 +84,23 @@ func (m *Mesh) Intentions(destination string, sources ...Source) error {
 	return m.ConfigEntry("intentions-"+name, b.String())
 }
 
-// ConfigEntry writes a config entry, in HCL, to a file of its own.
+// ConfigEntry writes a config entry, in HCL, which replaces the one of that name.
 func (m *Mesh) ConfigEntry(name, hcl string) error {
-	return m.replace(filepath.Join(m.MeshD, "config", name+".hcl"), hcl)
+	return m.Plane.Entry(name, hcl)
 }
 
-// Define writes service definitions of node i, in HCL, to a file of their own.
+// Define writes service definitions of node i, in HCL, which replace those of that name.
 func (m *Mesh) Define(i int, name, hcl string) error {
-	return m.replace(filepath.Join(m.MeshD, "nodes", m.Nodes[i].Name, name+".hcl"), hcl)
+	return m.Plane.Define(i, name, hcl)
 }
 
-// DefineElsewhere writes service definitions of a node where no daemon runs.
+// DefineElsewhere writes service definitions of a node where no daemon runs, into the directory.
 func (m *Mesh) DefineElsewhere(name, hcl string) error {
 	dir := filepath.Join(m.MeshD, "nodes", "elsewhere")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("define a node: %w", err)
 	}
-	return m.replace(filepath.Join(dir, name+".hcl"), hcl)
-}
-
-// replace writes a file beside the directory and moves it into place, as an operator's tools do.
-func (m *Mesh) replace(path, text string) error {
-	tmp := filepath.Join(m.Dir(), "incoming")
-	if err := os.WriteFile(tmp, []byte(text), 0o600); err != nil {
-		return fmt.Errorf("write a definition: %w", err)
-	}
-	return os.Rename(tmp, path)
+	return directory{m}.replace(filepath.Join(dir, name+".hcl"), hcl)
 }
 
 // Place makes a workload with a network namespace of its own on node i, enrolled as the service of the same name. If port
