@@ -284,8 +284,8 @@ type meshDial struct {
 }
 
 // dial connects and does the handshake, when it is this connection's turn and until ctx ends. hold gets the connection
-// before it; the leg is a *link if the other side took the protocol, else a *secureLeg. errNoTunnels means that it is known by now that it would not. How long the handshake took is
-// returned with an error too.
+// before it; the leg is a *link if the other side took the protocol, else a *secureLeg. errNoTunnels means that it is known
+// by now that it would not. How long the handshake took is returned with an error too.
 func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, time.Duration, error) {
 	done, err := m.wait(ctx)
 	if err != nil {

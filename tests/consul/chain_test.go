@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -42,7 +43,8 @@ func (m *mesh) mark(node int, id, how string) {
 
 // at says whether an answer came from the instance at a port.
 func at(port int) func(string) bool {
-	return func(out string) bool { return strings.Contains(out, fmt.Sprintf("local=127.0.0.1:%d\n", port)) }
+	answer := regexp.MustCompile(fmt.Sprintf(`(?m)^accept=.* local=\S+:%d$`, port))
+	return answer.MatchString
 }
 
 // virtual is the virtual IP of what may have no instances.

@@ -179,11 +179,11 @@ func TestExclusionsOfALabel(t *testing.T) {
 		})
 		id = m.awaitWorkload(web.Cgroup, "web", "protected").ID
 	}
-	inbound(admin.PathMTLS)
+	inbound(admin.PathTunnel)
 	relabel("exclude-outbound-ports", "5432,8080")
 	inbound(admin.PathPlaintext)
 	relabel("exclude-outbound-ports", "5432")
-	inbound(admin.PathMTLS)
+	inbound(admin.PathTunnel)
 	relabel("exclude-outbound-cidrs", "192.0.2.0/24,"+api.IPv4.String()+"/32")
 	inbound(admin.PathPlaintext)
 	m.reaches(web, m.vip("api")) // another address of the same service

@@ -100,7 +100,7 @@ func TestASocketBoundToADeviceIsRefusedWithAReason(t *testing.T) {
 // TestTenThousandConnectionsLeaveNothingBehind opens and closes them on each path; the baselines are looked at in the end.
 func TestTenThousandConnectionsLeaveNothingBehind(t *testing.T) {
 	onEveryPath(t, func(t *testing.T, m *mesh, between admin.Path) {
-		const rounds, each = 20, 500
+		const rounds, each = 100, 100 // many idle tunnels of a key are kept, so some are used again
 		web := m.place(0, "web")
 		m.place(1, "api")
 		m.allow("api", "web")
