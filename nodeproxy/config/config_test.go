@@ -295,7 +295,7 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 }
 
 func TestAllErrorsAreReportedAtOnceInOrder(t *testing.T) {
-	_, err := load(t, minimal+"existing_connections = \"reset\"\nlog { level = \"x\" }\ninbound { mode = \"y\" }")
+	_, err := load(t, minimal+"existing_connections = \"drop\"\nlog { level = \"x\" }\ninbound { mode = \"y\" }")
 	if err == nil {
 		t.Fatal("no error")
 	}
