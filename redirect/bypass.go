@@ -44,11 +44,17 @@ func (ns *Namespace) Bypasses(workload uint32, mine func(cgroup uint64) bool) ([
 			if !trusted[[2]netip.AddrPort{s.Remote, s.Local}] && ns.refuses(s) {
 				found = append(found, Bypass{Socket: s, Accepted: true})
 			}
-		case rules.diverts(s.Remote):
+		case rules.diverts(s.Remote) && !ns.r.isGranted(s.Cookie):
 			found = append(found, Bypass{Socket: s})
 		}
 	}
 	return found, nil
+}
+
+// isGranted says whether a connection is on a grant: it goes to an instance's own address, as if it was dialled past the mesh.
+func (r *Redirect) isGranted(cookie uint64) bool {
+	var g outboundGranted
+	return r.obj.Granted.Lookup(cookie, &g) == nil
 }
 
 // refuses says what lookup in bpf/inbound.c would: whether the connection that s accepted is plaintext to a strict port.

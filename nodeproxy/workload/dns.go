@@ -51,12 +51,12 @@ func (m *Manager) steerDNS() {
 		return
 	}
 	for _, e := range m.workloads {
-		if !e.enrolled || e.Mesh != Enabled || e.steered == e.cgroup {
+		if !e.enrolled || e.steered == e.cgroup {
 			continue
 		}
-		if e.declinesDNS() {
+		if e.Mesh != Enabled || e.declinesDNS() {
 			if err := m.redirect.LeaveDNS(e.cgroup); err != nil {
-				m.log.Error("name queries of a workload that declines it are still answered", "cgroup", e.Cgroup, "error", err)
+				m.log.Error("name queries of a workload that is not to be answered are", "cgroup", e.Cgroup, "error", err)
 			}
 			continue
 		}

@@ -197,6 +197,10 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	})
 	m.loop(ctx, h)
 	beating.Wait() // a last beat must not come after Rest
+	for _, e := range m.leaving {
+		e.left = true // nothing is redirected for it any more, and there is no later
+	}
+	m.leave()
 	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close())
 	for _, ns := range m.namespaces {
 		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {

@@ -39,6 +39,10 @@ func (m *Manager) endOlder() {
 		if o == nil || !e.enrolled || time.Now().Before(o.due) {
 			continue
 		}
+		if e.Mesh != Enabled { // it is only watched, or left alone, by now
+			delete(m.older, e.cgroup)
+			continue
+		}
 		found := 0
 		err := m.bypasses(e, func(ns *redirect.Namespace, b redirect.Bypass) error {
 			if b.Accepted && !o.accepted[b.Cookie] {

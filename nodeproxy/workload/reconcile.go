@@ -302,8 +302,8 @@ func (m *Manager) settleNesting() {
 
 func (m *Manager) nesting(e *entry) redirect.Nesting {
 	var n redirect.Nesting
-	for _, other := range m.workloads {
-		if other == e || !other.enrolled {
+	for _, other := range slices.AppendSeq(slices.Clone(m.leaving), maps.Values(m.workloads)) {
+		if other.Cgroup == e.Cgroup || !other.enrolled {
 			continue
 		}
 		n.Outer = n.Outer || within(e.Cgroup, other.Cgroup)
