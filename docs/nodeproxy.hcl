@@ -118,6 +118,6 @@ admin {
 }
 
 state {
-  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand
+  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars
   pins = "/sys/fs/bpf/nodeproxy"  # on a bpffs. "nodeproxy cleanup" takes it as --pins
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -48,6 +49,9 @@ func Probe() []Feature {
 	}
 }
 
+// kernelPatience bounds each wait of a probe; the kernel answers at once.
+const kernelPatience = 5 * time.Second
+
 // CanDestroy says whether the kernel lets us reset connections of others, by resetting one of our own. Without it nothing
 // may be granted.
 func CanDestroy() error {
@@ -56,7 +60,7 @@ func CanDestroy() error {
 		return fmt.Errorf("make a connection to reset: %w", err)
 	}
 	defer ln.Close()
-	c, err := net.Dial("tcp", ln.Addr().String())
+	c, err := net.DialTimeout("tcp", ln.Addr().String(), kernelPatience)
 	if err != nil {
 		return fmt.Errorf("make a connection to reset: %w", err)
 	}
@@ -75,8 +79,11 @@ func CanDestroy() error {
 	if err = errors.Join(err, d.close()); err != nil {
 		return fmt.Errorf("reset a connection by sock_diag: %w", err)
 	}
+	if err := c.SetReadDeadline(time.Now().Add(kernelPatience)); err != nil {
+		return fmt.Errorf("reset a connection by sock_diag: %w", err)
+	}
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) {
-		return fmt.Errorf("reset a connection by sock_diag: it is not reset: %w", err)
+		return fmt.Errorf("reset a connection by sock_diag: it is not reset, but says %v", err)
 	}
 	return nil
 }

@@ -56,7 +56,7 @@ func (m *Manager) steerDNS() {
 		}
 		if e.Mesh != Enabled || e.declinesDNS() {
 			if err := m.redirect.LeaveDNS(e.cgroup); err != nil {
-				m.log.Error("name queries of a workload that is not to be answered are", "cgroup", e.Cgroup, "error", err)
+				m.log.Error("name queries of a workload that declines them, or is only observed, are still answered", "cgroup", e.Cgroup, "error", err)
 			}
 			continue
 		}

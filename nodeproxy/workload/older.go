@@ -1,7 +1,10 @@
 package workload
 
 import (
+	"errors"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/redirect"
 )
@@ -9,7 +12,7 @@ import (
 // older is what a workload had open when it was enrolled, and is to lose.
 type older struct {
 	due      time.Time
-	accepted map[uint64]bool // cookies. What it dialled needs no list: it can dial no more like it
+	accepted map[uint64]bool // cookies. What it dialled needs no list: what it dials from now on takes the mesh
 	ended    int
 }
 
@@ -53,9 +56,11 @@ func (m *Manager) endOlder() {
 		})
 		o.ended += found
 		switch {
-		case err != nil:
+		case errors.Is(err, unix.EOPNOTSUPP):
 			m.warn(e.Cgroup, "connections older than the enrolment go on", err, "service", e.Service)
 			delete(m.older, e.cgroup)
+		case err != nil:
+			m.warn(e.Cgroup, "connections older than the enrolment go on, until the next attempt", err, "service", e.Service)
 		case found == 0:
 			delete(m.older, e.cgroup)
 		default:

@@ -152,3 +152,44 @@ func TestARestartedDaemonLeavesConnectionsAlone(t *testing.T) {
 	m.goesOn("a connection that an earlier daemon kept", kept)
 	kept.Kill()
 }
+
+func TestWhatGoesDirectIsNoConnectionOlderThanTheEnrolment(t *testing.T) {
+	m := newMesh(t)
+	web, near, far := m.place(0, "web"), m.place(0, "near"), m.place(1, "far")
+	m.allow("near", "web")
+	m.allow("far", "web")
+	m.Daemons[0].Extra = "existing_connections = \"5s\"\n"
+	older := m.stream(web, at(far.IPv4, port))
+	m.startApart()
+	first := m.stream(web, at(near.IPv4, port))
+	m.ends("the older connection", older, "ECONNABORTED")
+	second := m.stream(web, at(near.IPv4, port))
+	for _, p := range []*netlab.Process{first, second} {
+		m.goesOn("a connection within the node", p)
+		p.Kill()
+	}
+}
+
+func TestAnObservedWorkloadKeepsWhatItHasOpen(t *testing.T) {
+	m, web, api := labelled(t)
+	m.stop(0)
+	m.Daemons[0].Extra = "existing_connections = \"3s\"\n"
+	other, err := m.Nodes[0].Workload("other")
+	m.must(err)
+	m.define(0, "other", port, other.IPv4)
+	m.serve(other, ":8080")
+	watched, older := m.stream(web, at(api.IPv4, port)), m.stream(other, at(api.IPv4, port))
+	m.restart(0)
+	m.label(web.Cgroup, "service", "web")
+	m.awaitWorkload(web.Cgroup, "web", "protected")
+	m.label(web.Cgroup, "mesh", "observe")
+	m.awaitWorkload(web.Cgroup, "web", "observed")
+	m.label(other.Cgroup, "service", "other")
+	m.ends("the connection of one that was enrolled later", older, "ECONNABORTED")
+	m.goesOn("a connection of the one that is only observed", watched)
+	watched.Kill()
+	for _, w := range []*netlab.Workload{web, other} {
+		m.unlabel(w.Cgroup, "service")
+		m.awaitWorkload(w.Cgroup, "", "")
+	}
+}

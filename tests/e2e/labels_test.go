@@ -339,3 +339,18 @@ func TestWhatASilentProviderMayHaveEnrolledStaysGuarded(t *testing.T) {
 	m.reaches(web, at(api.IPv4, port))
 	m.settle(0)
 }
+
+func TestAWorkloadUnenrolledJustBeforeTheDaemonStopsIsLetGo(t *testing.T) {
+	m, web, api := labelled(t)
+	for range 4 {
+		m.label(web.Cgroup, "service", "web")
+		m.awaitWorkload(web.Cgroup, "web", "protected")
+		m.unlabel(web.Cgroup, "service")
+		m.awaitWorkload(web.Cgroup, "", "")
+		m.stop(0)
+		if out := m.dial(web, at(api.IPv4, port), "peer"); !strings.Contains(out, "accept="+hostPrefix(web.IPv4)) {
+			t.Errorf("without nodeproxy web does not reach api directly: %s", out)
+		}
+		m.restart(0)
+	}
+}

@@ -143,6 +143,29 @@ func TestTwoWorkloadsInTheNodesNamespaceAreNotTakenForEachOther(t *testing.T) {
 	m.reaches(who["red"], fmt.Sprintf("127.0.0.1:%d", numbers["red"]))
 }
 
+func TestAnInnerWorkloadThatIsUnenrolledFailsNoConnection(t *testing.T) {
+	m := newMesh(t)
+	m.Daemons[0].Labels = "  xattr {\n    enabled = true\n  }\n"
+	outer := m.place(0, "outer")
+	m.place(1, "api")
+	inner := m.child(outer, "inner")
+	m.must(m.Define(0, "inner", meshlab.Service("inner", "inner-1", outer.IPv4.String(), 9000, "")))
+	m.sleeper(inner, outer.Namespace)
+	m.allow("api", "outer", "inner")
+	m.start()
+	for range 3 {
+		m.label(inner, "service", "inner")
+		m.awaitWorkload(inner, "inner", "protected")
+		m.unlabel(inner, "service")
+		for range 60 {
+			if out := m.from(inner, outer.Namespace, m.vip("api"), "peer"); !strings.Contains(out, "accept=") {
+				t.Fatalf("a connection fails: %s", out)
+			}
+		}
+		m.awaitWorkload(inner, "", "")
+	}
+}
+
 func TestACgroupWithTwoNamespacesIsServedInBoth(t *testing.T) {
 	m := newMesh(t)
 	web := m.place(0, "web")
