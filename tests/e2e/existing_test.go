@@ -180,6 +180,7 @@ func TestAnObservedWorkloadKeepsWhatItHasOpen(t *testing.T) {
 	m.serve(other, ":8080")
 	watched, older := m.stream(web, at(api.IPv4, port)), m.stream(other, at(api.IPv4, port))
 	m.restart(0)
+	m.settle(1) // its baseline, now that other is defined
 	m.label(web.Cgroup, "service", "web")
 	m.awaitWorkload(web.Cgroup, "web", "protected")
 	m.label(web.Cgroup, "mesh", "observe")
@@ -188,6 +189,7 @@ func TestAnObservedWorkloadKeepsWhatItHasOpen(t *testing.T) {
 	m.ends("the connection of one that was enrolled later", older, "ECONNABORTED")
 	m.goesOn("a connection of the one that is only observed", watched)
 	watched.Kill()
+	m.unlabel(web.Cgroup, "mesh")
 	for _, w := range []*netlab.Workload{web, other} {
 		m.unlabel(w.Cgroup, "service")
 		m.awaitWorkload(w.Cgroup, "", "")
