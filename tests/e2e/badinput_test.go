@@ -31,7 +31,8 @@ func TestABadMeshFileIsNamedWithItsLineAndTheLastGoodStateServes(t *testing.T) {
 			[]string{"twin.hcl:1", at(api.IPv4, port)}},
 		"a wrong type":                   {node("type.hcl"), "service {\n  name = \"x\"\n  port = \"many\"\n}\n", []string{"type.hcl:3"}},
 		"a file truncated while running": {node("api.hcl"), string(original[:len(original)/2]), []string{"api.hcl:"}},
-		"an oversized file":              {config("large.hcl"), "# " + strings.Repeat("x", 8<<20) + "\n", []string{"large.hcl"}},
+		"an oversized file": {config("large.hcl"), "# " + strings.Repeat("x", 8<<20) + "\nKind = \"service-defaults\"\nName = \"large\"\n",
+			[]string{"large.hcl"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := m.in(t)
@@ -42,20 +43,32 @@ func TestABadMeshFileIsNamedWithItsLineAndTheLastGoodStateServes(t *testing.T) {
 				return os.Remove(tc.path)
 			}
 			t.Cleanup(func() { _ = restore() })
-			m.must(os.WriteFile(tc.path, []byte(tc.text), 0o600))
-			_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
-				for _, want := range tc.want {
-					if !strings.Contains(s.Source.Error, want) {
-						return fmt.Errorf("the error %q does not name %s", s.Source.Error, want)
+			named := func(want ...string) {
+				t.Helper()
+				_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+					for _, text := range want {
+						if !strings.Contains(s.Source.Error, text) {
+							return fmt.Errorf("the error %q does not name %s", s.Source.Error, text)
+						}
 					}
-				}
-				return nil
-			})
-			m.must(err)
+					return nil
+				})
+				m.must(err)
+			}
+			m.must(os.WriteFile(tc.path, []byte(tc.text), 0o600))
+			named(tc.want...)
+			// What is good beside it is not applied either. The second error says that the directory was read since.
+			m.deny("api", "web")
+			second := config("second.hcl")
+			t.Cleanup(func() { _ = os.Remove(second) })
+			m.must(os.WriteFile(second, []byte("Kind = \n"), 0o600))
+			named("second.hcl")
 			m.reaches(web, m.vip("api"))
 			m.reaches(web, at(api.IPv4, port))
+			m.allow("api", "web")
+			m.must(os.Remove(second))
 			m.must(restore())
-			_, err = m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+			_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
 				if s.Source.Error != "" {
 					return fmt.Errorf("the error stays: %s", s.Source.Error)
 				}

@@ -2,9 +2,12 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
@@ -103,6 +106,61 @@ func TestASquatterOnTheApplicationsPortGetsNoDelivery(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestASquatterThatComesBetweenTheCheckAndTheDialGetsNoByte takes the application's port whenever that is free, so that some
+// connections are made to the application's listener and accepted by the squatter's.
+func TestASquatterThatComesBetweenTheCheckAndTheDialGetsNoByte(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	api, err := m.Place(1, "api", port)
+	m.must(err)
+	m.allow("api", "web")
+	m.sleeper(api.Cgroup, api.Namespace)
+	m.start()
+	const address = "127.0.0.1:8080"
+	application, err := api.Start(m.app("flicker", address))
+	m.must(err)
+	t.Cleanup(application.Kill)
+	m.must(application.WaitOutput(m.ctx(), "ready"))
+	var accepted, heard atomic.Int64
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			squatter, err := api.Namespace.Listen("tcp4", address)
+			if err != nil {
+				continue // the application has it
+			}
+			_ = squatter.(*net.TCPListener).SetDeadline(time.Now().Add(2 * time.Millisecond))
+			if conn, err := squatter.Accept(); err == nil {
+				accepted.Add(1)
+				_ = conn.SetDeadline(time.Now().Add(patience))
+				n, _ := conn.Read(make([]byte, 64))
+				heard.Add(int64(n))
+				conn.Close()
+			}
+			squatter.Close()
+		}
+	}()
+	defer func() { close(stop); <-stopped }()
+	m.eventually("the squatter accepts some", func() error {
+		p, err := web.Start(m.app("repeat", "-n", "50", "-at-once", "2", m.vip("api")))
+		m.must(err)
+		m.eventuallyEnds(p)
+		if n := accepted.Load(); n < 10 {
+			return fmt.Errorf("it has accepted %d: %s", n, p.Output())
+		}
+		return nil
+	})
+	if n := heard.Load(); n > 0 {
+		t.Errorf("of %d connections that a squatter accepted it heard %d bytes", accepted.Load(), n)
+	}
 }
 
 func TestAUnixSocketOfTheWorkloadIsDeliveredTo(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/mtls/mtlstest"
+	"nodeproxy.io/nodeproxy/tunnel"
 	"nodeproxy.io/tests/meshlab"
 )
 
@@ -101,6 +103,84 @@ func TestTheServersNodeEnforcesIntentionsByItself(t *testing.T) {
 	}
 	m.awaitGeneration(1)
 	refused("web")
+}
+
+// TestTheServersNodeEnforcesIntentionsByItselfForEachStreamOfATunnel opens streams over one tunnel, as a node that enforces
+// nothing would.
+func TestTheServersNodeEnforcesIntentionsByItselfForEachStreamOfATunnel(t *testing.T) {
+	m := newMesh(t)
+	web := m.place(0, "web")
+	api, err := m.Place(1, "api", port)
+	m.must(err)
+	server := m.serve(api, fmt.Sprintf(":%d", port))
+	m.allow("api", "web")
+	m.start()
+	root := mtlstest.Read(t, filepath.Join(m.MeshD, "ca"))
+	raw, err := web.Namespace.Dial(m.ctx(), "tcp", m.mesh(0, "api"))
+	m.must(err)
+	defer raw.Close()
+	m.must(raw.SetDeadline(time.Now().Add(3 * patience)))
+	conn := tls.Client(raw, &tls.Config{
+		InsecureSkipVerify: true, NextProtos: []string{tunnel.ALPN}, Certificates: []tls.Certificate{*root.Leaf(t, spiffe(root, "web").String())},
+	})
+	m.must(conn.Handshake())
+	if got := conn.ConnectionState().NegotiatedProtocol; got != tunnel.ALPN {
+		t.Fatalf("the ALPN is %q", got)
+	}
+	send := func(h tunnel.Header, body []byte) {
+		t.Helper()
+		frame := make([]byte, tunnel.HeaderSize, tunnel.HeaderSize+len(body))
+		h.Length = len(body)
+		h.Put(frame)
+		_, err := conn.Write(append(frame, body...))
+		m.must(err)
+	}
+	receive := func() (tunnel.Type, string) {
+		t.Helper()
+		frame := make([]byte, tunnel.HeaderSize)
+		_, err := io.ReadFull(conn, frame)
+		m.must(err)
+		h, err := tunnel.ParseHeader(frame)
+		m.must(err)
+		body := make([]byte, h.Length)
+		_, err = io.ReadFull(conn, body)
+		m.must(err)
+		return h.Type, string(body)
+	}
+	stream := uint32(0)
+	open := func() (tunnel.Type, string) {
+		t.Helper()
+		stream++
+		body := make([]byte, tunnel.OpeningSize)
+		tunnel.Opening{ID: tunnel.ID{byte(stream)}, Source: netip.MustParseAddrPort(raw.LocalAddr().String())}.Put(body)
+		send(tunnel.Header{Type: tunnel.Open, Stream: stream}, append(body, "peer\n"...))
+		return receive()
+	}
+	answered := func() {
+		t.Helper()
+		if got, body := open(); got != tunnel.Accepted {
+			t.Fatalf("an allowed opening is answered by %s %q", got, body)
+		}
+		if got, body := receive(); got != tunnel.Data || !strings.Contains(body, "accept=") {
+			t.Fatalf("the answer is %s %q", got, body)
+		}
+		if got, body := receive(); got != tunnel.End {
+			t.Fatalf("the answer is followed by %s %q", got, body)
+		}
+		send(tunnel.Header{Type: tunnel.End, Stream: stream}, nil)
+	}
+	answered()
+	m.deny("api", "web")
+	m.awaitGeneration(1)
+	if got, body := open(); got != tunnel.Refused || body != string(catalog.ReasonIntention) {
+		t.Fatalf("a denied opening is answered by %s %q", got, body)
+	}
+	if n := strings.Count(server.Output(), "accepted"); n != 1 {
+		t.Errorf("the application has accepted %d connections, one of them allowed", n)
+	}
+	m.allow("api", "web")
+	m.awaitGeneration(1)
+	answered()
 }
 
 func TestAFlipOfAnotherPairsIntentionLeavesAConnectionAlone(t *testing.T) {

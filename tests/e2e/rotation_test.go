@@ -182,7 +182,7 @@ func TestLeavesThatAreRenewedUnderTrafficFailNoConnection(t *testing.T) {
 			t.Errorf("the leaf of %s lives until %s and its root until %s", cert.Service, cert.NotAfter, root.Cert.NotAfter)
 		}
 	}
-	long := m.startDial(a, "held", m.vip("b"), "hold")
+	long := m.stream(a, m.vip("b"))
 	defer long.Kill()
 	traffic := m.traffic(map[*netlab.Workload]string{a: m.vip("b"), b: m.vip("a")})
 	for node, old := range before {
@@ -194,6 +194,7 @@ func TestLeavesThatAreRenewedUnderTrafficFailNoConnection(t *testing.T) {
 	}
 	traffic.passes(20)
 	traffic.stop()
+	m.goesOn("a connection older than the certificates", long)
 	for node, old := range before {
 		renewed := m.certificate(node, old.Service)
 		shown, _, _ := m.meet(map[int]*netlab.Workload{0: b, 1: a}[node], m.mesh(node, old.Service), nil)

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"crypto/sha256"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -72,6 +73,27 @@ func accept(ln net.Listener, first bool) {
 			}
 			answer(conn.(stream))
 		}()
+	}
+}
+
+// flicker listens at an address for a moment at a time, and waits for it whenever somebody else has it, until it is killed.
+func flicker(args []string) error {
+	for first := true; ; time.Sleep(2 * time.Millisecond) {
+		ln, err := net.Listen("tcp", args[0])
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if first {
+			fmt.Println("ready")
+			first = false
+		}
+		time.Sleep(2 * time.Millisecond)
+		if err := ln.Close(); err != nil {
+			return err
+		}
 	}
 }
 
