@@ -136,8 +136,8 @@ func (r *Redirect) Destroy(g Granted) error {
 // destroyAccepted resets a connection from the destination's end, where the client's namespace is not open any more.
 func (r *Redirect) destroyAccepted(g Granted) error {
 	if ns := r.namespace(g.To); ns != nil {
-		s, err := ns.Accepted(g.Client, g.Destination)
-		if err == nil && !s.Listening && s.Cookie != 0 {
+		s, err := ns.acceptedOf(g)
+		if err == nil && s.Cookie != 0 {
 			req := diagRequest{family: familyOf(g.Destination.Addr()), src: g.Destination.Addr(), sport: g.Destination.Port(),
 				dst: g.Client.Addr(), dport: g.Client.Port(), cookie: s.Cookie}
 			err = ns.diag.destroy(req)
@@ -150,8 +150,18 @@ func (r *Redirect) destroyAccepted(g Granted) error {
 	return err
 }
 
-// Ended removes the connections on grants whose client is gone but was not seen to close, as when its cgroup was
-// un-enrolled, and returns them.
+// acceptedOf finds the destination's end of a connection, which is in this namespace.
+func (ns *Namespace) acceptedOf(g Granted) (Socket, error) {
+	s, err := ns.Accepted(g.Client, g.Destination)
+	if err == nil && s.Listening {
+		err = unix.ENOENT // in place of a connection that is gone the kernel finds the listener
+	}
+	return s, err
+}
+
+// Ended removes the connections on grants that are gone but whose client was not seen to close, as when its cgroup was
+// un-enrolled, and returns them. Where the client's namespace is not open any more the destination's end tells, and where
+// neither is, the connection is not ours any more.
 func (r *Redirect) Ended() ([]Granted, error) {
 	all, err := r.Granted()
 	if err != nil {
@@ -159,14 +169,12 @@ func (r *Redirect) Ended() ([]Granted, error) {
 	}
 	var ended []Granted
 	for _, g := range all {
-		if ns := r.namespace(g.From); ns != nil {
-			_, err := ns.diag.query(g.request())
-			if err == nil {
-				continue
-			}
-			if !gone(err) {
-				return ended, fmt.Errorf("look for the connection %s → %s: %w", g.Client, g.Destination, err)
-			}
+		live, err := r.live(g)
+		if err != nil {
+			return ended, fmt.Errorf("look for the connection %s → %s: %w", g.Client, g.Destination, err)
+		}
+		if live {
+			continue
 		}
 		removed, err := r.forget(g)
 		if err != nil {
@@ -177,6 +185,21 @@ func (r *Redirect) Ended() ([]Granted, error) {
 		}
 	}
 	return ended, nil
+}
+
+func (r *Redirect) live(g Granted) (bool, error) {
+	var err error
+	if ns := r.namespace(g.From); ns != nil {
+		_, err = ns.diag.query(g.request())
+	} else if ns := r.namespace(g.To); ns != nil {
+		_, err = ns.acceptedOf(g)
+	} else {
+		return false, nil
+	}
+	if gone(err) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // forget removes what the maps hold of a connection that is gone, and says whether a program was not faster.
