@@ -69,6 +69,9 @@ func (ns *Namespace) countCloses() error {
 	return nil
 }
 
+// noDevice is what a muzzled socket is bound to, NO_DEVICE of the programs.
+const noDevice = 0x7fffffff
+
 // Granted is a connection on a grant, whose client is not closed yet.
 type Granted struct {
 	Cookie      uint64 // of the client's socket
@@ -79,6 +82,7 @@ type Granted struct {
 	Destination netip.AddrPort // the instance
 	Opened      time.Time      // zero: not established
 	Accepted    bool           // by a socket of a workload
+	Muzzled     bool           // another workload than the grant's was about to accept: it is cut off, and to be destroyed
 	PID         uint32
 	Comm        string
 
@@ -113,7 +117,7 @@ func (c clock) granted(cookie uint64, g *outboundGranted) Granted {
 	return Granted{
 		Cookie: cookie, Workload: g.Workload, From: g.Netns, To: g.T.Netns, Accepted: g.Accepted != 0, PID: g.Pid, Comm: comm(g.Comm),
 		Client: fromEndpoint(g.T.Src, g.T.Sport), Dialled: fromEndpoint(g.Dialled, g.DialledPort),
-		Destination: fromEndpoint(g.T.Dst, g.T.Dport), Opened: c.wall(g.Opened), device: g.Device,
+		Destination: fromEndpoint(g.T.Dst, g.T.Dport), Opened: c.wall(g.Opened), Muzzled: g.Device == noDevice, device: g.Device,
 	}
 }
 

@@ -628,6 +628,9 @@ func TestWhatAnotherWorkloadAcceptsCarriesNothing(t *testing.T) {
 	g.leadTo(8099)
 	client := g.tells(other)
 	e := g.event(redirect.GrantImpostor, virtual4+":80")
+	if live, err := g.r.Granted(); err != nil || len(live) != 1 || !live[0].Muzzled || !e.Muzzled {
+		t.Errorf("it is listed as %+v, %v, and told as %+v; want it muzzled", live, err, e)
+	}
 	if err := g.r.Destroy(e.Granted); err != nil {
 		t.Error(err)
 	}
@@ -652,6 +655,9 @@ func TestWhatAStrangerAcceptsIsTold(t *testing.T) {
 	e := g.event(redirect.GrantOpened, virtual4+":80")
 	if !e.Impostor {
 		t.Errorf("a stranger's connection is opened as %+v", e)
+	}
+	if live, err := g.r.Granted(); err != nil || len(live) != 1 || live[0].Accepted || live[0].Muzzled {
+		t.Errorf("it is listed as %+v, %v; want it accepted by no workload", live, err)
 	}
 	if err := g.r.Destroy(e.Granted); err != nil {
 		t.Error(err)
@@ -795,7 +801,7 @@ func TestGrantsEndWithTheDaemonThatMadeThemAndLiveConnectionsPassToTheNext(t *te
 		t.Errorf("under a new daemon that has granted nothing: %s", got)
 	}
 	live, err := g.r.Granted()
-	if err != nil || len(live) != 1 || live[0].Workload != g.client.id || live[0].Dialled.String() != virtualKept+":80" || live[0].Opened.IsZero() {
+	if err != nil || len(live) != 1 || live[0].Workload != g.client.id || live[0].Dialled.String() != virtualKept+":80" || live[0].Opened.IsZero() || !live[0].Accepted || live[0].Muzzled {
 		t.Fatalf("the connection that the earlier daemon granted is listed as %+v, %v", live, err)
 	}
 	if err := g.r.Destroy(live[0]); err != nil {

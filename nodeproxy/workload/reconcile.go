@@ -42,10 +42,8 @@ func (m *Manager) reconcile(h Handler) {
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
 	if m.complete() {
-		m.once.Do(func() {
-			close(m.ready)
-			m.settleDirect(h)
-		})
+		m.once.Do(func() { close(m.ready) })
+		m.settleDirect(h)
 	}
 }
 
