@@ -77,6 +77,7 @@ type Manager struct {
 	serve      func(*redirect.Namespace, *Namespace)
 	workloads  map[string]*entry // by cgroup path
 	namespaces map[uint64]*space // by inode
+	host       []netip.Addr      // the node's addresses
 	refused    []RefusedClaim
 	pruned     bool
 	warned     map[warning]bool

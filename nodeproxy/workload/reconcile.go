@@ -26,6 +26,7 @@ func (m *Manager) reconcile(h Handler) {
 	for _, e := range m.workloads {
 		m.scan(e)
 	}
+	m.watchHost()
 	m.watchNamespaces()
 	m.openDNS()
 	next, last := m.assign(), m.view.Load()
