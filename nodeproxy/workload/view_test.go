@@ -22,7 +22,7 @@ func TestTheNodeOwnsItsAddressesThoughNoWorkloadIsInItsNamespace(t *testing.T) {
 			t.Errorf("%s is not the node's own", ip)
 		}
 	}
-	if stranger := netip.MustParseAddr("192.0.2.1"); m.Owns(stranger) {
+	if stranger := netip.MustParseAddr("203.0.113.77"); m.Owns(stranger) {
 		t.Errorf("%s is the node's own", stranger)
 	}
 }
