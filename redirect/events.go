@@ -164,7 +164,7 @@ func grantEvent(e *outboundGrantEvent) (GrantEvent, error) {
 		Granted: Granted{
 			Cookie: e.Cookie, Workload: e.Workload, From: e.From, To: e.To, PID: e.Pid, Comm: comm(e.Comm),
 			Client: fromEndpoint(e.Src, e.Sport), Dialled: fromEndpoint(e.Dialled, e.DialledPort),
-			Destination: fromEndpoint(e.Dst, e.Dport), Opened: clock.wall(e.Opened), device: e.Device,
+			Destination: fromEndpoint(e.Dst, e.Dport), Opened: clock.wall(e.Opened), Muzzled: e.Device == noDevice, device: e.Device,
 		},
 		Stage: GrantStage(e.Stage), Sent: e.Sent, Received: e.Received, RTT: time.Duration(e.RttUs) * time.Microsecond,
 		Admitted: e.Seen == uint16(outboundDirectSeenSEEN_ADMITTED), Refused: e.Seen == uint16(outboundDirectSeenSEEN_REFUSED),

@@ -69,6 +69,9 @@ func (ns *Namespace) countCloses() error {
 	return nil
 }
 
+// noDevice is what a muzzled socket is bound to, NO_DEVICE of the programs.
+const noDevice = 0x7fffffff
+
 // Granted is a connection on a grant, whose client is not closed yet.
 type Granted struct {
 	Cookie      uint64 // of the client's socket
@@ -79,6 +82,7 @@ type Granted struct {
 	Destination netip.AddrPort // the instance
 	Opened      time.Time      // zero: not established
 	Accepted    bool           // by a socket of a workload
+	Muzzled     bool           // another workload than the grant's was about to accept: it is cut off, and to be destroyed
 	PID         uint32
 	Comm        string
 
@@ -113,7 +117,7 @@ func (c clock) granted(cookie uint64, g *outboundGranted) Granted {
 	return Granted{
 		Cookie: cookie, Workload: g.Workload, From: g.Netns, To: g.T.Netns, Accepted: g.Accepted != 0, PID: g.Pid, Comm: comm(g.Comm),
 		Client: fromEndpoint(g.T.Src, g.T.Sport), Dialled: fromEndpoint(g.Dialled, g.DialledPort),
-		Destination: fromEndpoint(g.T.Dst, g.T.Dport), Opened: c.wall(g.Opened), device: g.Device,
+		Destination: fromEndpoint(g.T.Dst, g.T.Dport), Opened: c.wall(g.Opened), Muzzled: g.Device == noDevice, device: g.Device,
 	}
 }
 
@@ -136,8 +140,8 @@ func (r *Redirect) Destroy(g Granted) error {
 // destroyAccepted resets a connection from the destination's end, where the client's namespace is not open any more.
 func (r *Redirect) destroyAccepted(g Granted) error {
 	if ns := r.namespace(g.To); ns != nil {
-		s, err := ns.Accepted(g.Client, g.Destination)
-		if err == nil && !s.Listening && s.Cookie != 0 {
+		s, err := ns.acceptedOf(g)
+		if err == nil && s.Cookie != 0 {
 			req := diagRequest{family: familyOf(g.Destination.Addr()), src: g.Destination.Addr(), sport: g.Destination.Port(),
 				dst: g.Client.Addr(), dport: g.Client.Port(), cookie: s.Cookie}
 			err = ns.diag.destroy(req)
@@ -150,8 +154,18 @@ func (r *Redirect) destroyAccepted(g Granted) error {
 	return err
 }
 
-// Ended removes the connections on grants whose client is gone but was not seen to close, as when its cgroup was
-// un-enrolled, and returns them.
+// acceptedOf finds the destination's end of a connection, which is in this namespace.
+func (ns *Namespace) acceptedOf(g Granted) (Socket, error) {
+	s, err := ns.Accepted(g.Client, g.Destination)
+	if err == nil && s.Listening {
+		err = unix.ENOENT // in place of a connection that is gone the kernel finds the listener
+	}
+	return s, err
+}
+
+// Ended removes the connections on grants that are gone but whose client was not seen to close, as when its cgroup was
+// un-enrolled, and returns them. Where the client's namespace is not open any more the destination's end tells, and where
+// neither is, the connection is not ours any more.
 func (r *Redirect) Ended() ([]Granted, error) {
 	all, err := r.Granted()
 	if err != nil {
@@ -159,14 +173,12 @@ func (r *Redirect) Ended() ([]Granted, error) {
 	}
 	var ended []Granted
 	for _, g := range all {
-		if ns := r.namespace(g.From); ns != nil {
-			_, err := ns.diag.query(g.request())
-			if err == nil {
-				continue
-			}
-			if !gone(err) {
-				return ended, fmt.Errorf("look for the connection %s → %s: %w", g.Client, g.Destination, err)
-			}
+		live, err := r.live(g)
+		if err != nil {
+			return ended, fmt.Errorf("look for the connection %s → %s: %w", g.Client, g.Destination, err)
+		}
+		if live {
+			continue
 		}
 		removed, err := r.forget(g)
 		if err != nil {
@@ -177,6 +189,21 @@ func (r *Redirect) Ended() ([]Granted, error) {
 		}
 	}
 	return ended, nil
+}
+
+func (r *Redirect) live(g Granted) (bool, error) {
+	var err error
+	if ns := r.namespace(g.From); ns != nil {
+		_, err = ns.diag.query(g.request())
+	} else if ns := r.namespace(g.To); ns != nil {
+		_, err = ns.acceptedOf(g)
+	} else {
+		return false, nil
+	}
+	if gone(err) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // forget removes what the maps hold of a connection that is gone, and says whether a program was not faster.

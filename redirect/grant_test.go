@@ -628,6 +628,9 @@ func TestWhatAnotherWorkloadAcceptsCarriesNothing(t *testing.T) {
 	g.leadTo(8099)
 	client := g.tells(other)
 	e := g.event(redirect.GrantImpostor, virtual4+":80")
+	if live, err := g.r.Granted(); err != nil || len(live) != 1 || !live[0].Muzzled || !e.Muzzled {
+		t.Errorf("it is listed as %+v, %v, and told as %+v; want it muzzled", live, err, e)
+	}
 	if err := g.r.Destroy(e.Granted); err != nil {
 		t.Error(err)
 	}
@@ -652,6 +655,9 @@ func TestWhatAStrangerAcceptsIsTold(t *testing.T) {
 	e := g.event(redirect.GrantOpened, virtual4+":80")
 	if !e.Impostor {
 		t.Errorf("a stranger's connection is opened as %+v", e)
+	}
+	if live, err := g.r.Granted(); err != nil || len(live) != 1 || live[0].Accepted || live[0].Muzzled {
+		t.Errorf("it is listed as %+v, %v; want it accepted by no workload", live, err)
 	}
 	if err := g.r.Destroy(e.Granted); err != nil {
 		t.Error(err)
@@ -795,7 +801,7 @@ func TestGrantsEndWithTheDaemonThatMadeThemAndLiveConnectionsPassToTheNext(t *te
 		t.Errorf("under a new daemon that has granted nothing: %s", got)
 	}
 	live, err := g.r.Granted()
-	if err != nil || len(live) != 1 || live[0].Workload != g.client.id || live[0].Dialled.String() != virtualKept+":80" || live[0].Opened.IsZero() {
+	if err != nil || len(live) != 1 || live[0].Workload != g.client.id || live[0].Dialled.String() != virtualKept+":80" || live[0].Opened.IsZero() || !live[0].Accepted || live[0].Muzzled {
 		t.Fatalf("the connection that the earlier daemon granted is listed as %+v, %v", live, err)
 	}
 	if err := g.r.Destroy(live[0]); err != nil {
@@ -831,4 +837,53 @@ func TestConnectionsWhoseCloseNobodySawAreFound(t *testing.T) {
 		}
 	}
 	g.settled()
+}
+
+func TestAConnectionIsKeptInSightFromItsOtherEndOnceItsClientsNamespaceIsClosed(t *testing.T) {
+	g := newGranting(t)
+	kept := g.client.hold(g.client.cgroup, virtualKept+":80", "connected")
+	left := g.client.hold(g.client.cgroup, virtualKept+":81", "connected", "NP_RESET=1")
+	id, err := redirect.CgroupID(g.client.cgroup.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(g.r.Unenroll(id), g.client.ns.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if ended, err := g.r.Ended(); err != nil || len(ended) > 0 {
+		t.Errorf("while both live: %+v, %v", ended, err)
+	}
+	g.finish(left, unix.SIGTERM)
+	for end := time.Now().Add(deadline); ; time.Sleep(10 * time.Millisecond) {
+		ended, err := g.r.Ended()
+		if err == nil && len(ended) == 1 && ended[0].Dialled.String() == virtualKept+":81" {
+			break
+		}
+		if err != nil || len(ended) > 0 || time.Now().After(end) {
+			t.Fatalf("of two connections, one of which its client has left: %+v, %v", ended, err)
+		}
+	}
+	live, err := g.r.Granted()
+	if err != nil || len(live) != 1 || live[0].Dialled.String() != virtualKept+":80" {
+		t.Fatalf("the one that lives on is listed as %+v, %v", live, err)
+	}
+	if err := g.r.Destroy(live[0]); err != nil {
+		t.Error(err)
+	}
+	if out := g.ended(kept); !strings.Contains(out, "reset by peer") {
+		t.Errorf("the client of the one that was destroyed: %s", out)
+	}
+	g.settled()
+}
+
+func TestAConnectionBetweenNamespacesThatAreBothClosedIsForgotten(t *testing.T) {
+	g := newGranting(t)
+	held := g.client.hold(g.client.cgroup, virtualKept+":80", "connected")
+	if err := errors.Join(g.client.ns.Close(), g.server.ns.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if ended, err := g.r.Ended(); err != nil || len(ended) != 1 {
+		t.Errorf("forgotten: %+v, %v", ended, err)
+	}
+	g.finish(held, unix.SIGKILL)
 }

@@ -30,7 +30,11 @@ func (m *Manager) Dial(ctx context.Context, ns *Namespace, to netip.AddrPort) (*
 
 // Owns implements the proxy's Kernel.
 func (m *Manager) Owns(ip netip.Addr) bool {
-	for _, s := range m.view.Load().spaces {
+	v := m.view.Load()
+	if slices.Contains(v.host, ip) {
+		return true
+	}
+	for _, s := range v.spaces {
 		if s.has(ip) {
 			return true
 		}

@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -17,7 +18,8 @@ import (
 //
 // mu keeps revocation and granting apart: once Revoke has a policy, no grant of an older one is written.
 type direct struct {
-	why string // nothing is granted on this node, and why; "" when it is
+	why    string // nothing is granted on this node, and why; "" when it is
+	kernel granter
 
 	mu      sync.Mutex
 	policy  *catalog.Snapshot // whose intentions are in force
@@ -32,7 +34,19 @@ type direct struct {
 	open    map[uint64]*openDirect
 	cut     map[uint64]bool // connections that Revoke has ended, until their close is told
 	tests   chan pathTest
+
+	unsettled error // why the connections of an earlier daemon are not all taken over yet; nil: they are
 }
+
+// granter is the kernel's part.
+type granter interface {
+	SetGrants(grants []redirect.Grant) error
+	Granted() ([]redirect.Granted, error)
+	Ended() ([]redirect.Granted, error)
+	Destroy(g redirect.Granted) error
+}
+
+var errUnsettled = errors.New("connections within the node that an earlier daemon granted are not looked at yet")
 
 // grant is one in force, with whose intention it stands on.
 type grant struct {
@@ -74,8 +88,9 @@ func (in directInput) equal(other directInput) bool {
 	return in.snap == other.snap && in.changed == other.changed && slices.Equal(in.sources, other.sources) && slices.Equal(in.targets, other.targets)
 }
 
-func newDirect(cfg Config) *direct {
+func newDirect(cfg Config, kernel granter) *direct {
 	d := &direct{
+		kernel: kernel, unsettled: errUnsettled,
 		routes: make(map[routeKey]*route), sources: make(map[uint32]owner), places: make(map[place]*served),
 		open: make(map[uint64]*openDirect), cut: make(map[uint64]bool), tests: make(chan pathTest, 1024),
 	}
@@ -135,7 +150,7 @@ func (m *Manager) grantDirect(v *view) {
 	}
 	maps.DeleteFunc(d.routes, func(_ routeKey, r *route) bool { return !r.used && !r.asked })
 	d.last = in
-	if err := d.write(m.redirect); err != nil {
+	if err := d.write(); err != nil {
 		d.last = directInput{}
 		m.log.Error("not all connections within the node that could go straight do", "error", err)
 	}
@@ -149,13 +164,13 @@ func (d *direct) remember(workload uint32, of owner) {
 }
 
 // write puts what is granted, and not denied by now, into the kernel.
-func (d *direct) write(r *redirect.Redirect) error {
+func (d *direct) write() error {
 	d.granted = slices.DeleteFunc(d.granted, func(g grant) bool { return !d.allows(g.source, g.destination) })
 	all := make([]redirect.Grant, len(d.granted))
 	for i, g := range d.granted {
 		all[i] = g.Grant
 	}
-	return r.SetGrants(all)
+	return d.kernel.SetGrants(all)
 }
 
 // allows says whether the policy in force lets source connect to destination.
@@ -183,7 +198,7 @@ func (m *Manager) Revoke(snap *catalog.Snapshot) error {
 	defer d.mu.Unlock()
 	d.policy = snap
 	if slices.ContainsFunc(d.granted, func(g grant) bool { return !d.allows(g.source, g.destination) }) {
-		if err := d.write(m.redirect); err != nil {
+		if err := d.write(); err != nil {
 			return fmt.Errorf("revoke direct paths: %w", err)
 		}
 	}
@@ -200,7 +215,7 @@ func (m *Manager) Revoke(snap *catalog.Snapshot) error {
 func (m *Manager) endDenied() error {
 	d := m.direct
 	for range passes {
-		live, err := m.redirect.Granted()
+		live, err := d.kernel.Granted()
 		if err != nil {
 			return err
 		}
@@ -214,7 +229,7 @@ func (m *Manager) endDenied() error {
 		var failed []string
 		for _, g := range live {
 			d.cut[g.Cookie] = true
-			if err := m.redirect.Destroy(g); err != nil {
+			if err := d.kernel.Destroy(g); err != nil {
 				failed = append(failed, err.Error())
 			}
 		}
@@ -225,22 +240,29 @@ func (m *Manager) endDenied() error {
 	return fmt.Errorf("end denied connections: some are left after %d passes", passes)
 }
 
-// settleDirect takes over the connections of an earlier daemon, once it is known whose they are.
+// settleDirect takes over the connections of an earlier daemon, once it is known whose they are. What fails is done again
+// at the next reconciliation: what was denied while no daemon ran must not live on.
 func (m *Manager) settleDirect(h Handler) {
 	d := m.direct
 	d.mu.Lock()
+	last := d.unsettled
+	if last == nil {
+		d.mu.Unlock()
+		return
+	}
 	err := m.endDenied()
 	d.mu.Unlock()
-	live, errLive := m.redirect.Granted()
-	if err == nil {
-		err = errLive
-	}
+	live, errLive := d.kernel.Granted()
+	err = errors.Join(err, errLive, m.endStrangers(live))
 	for _, g := range live {
 		if !g.Opened.IsZero() {
 			m.directEvent(redirect.GrantEvent{Granted: g, Stage: redirect.GrantOpened}, h)
 		}
 	}
-	if err != nil {
-		m.log.Error("connections within the node that an earlier daemon granted", "error", err)
+	d.mu.Lock()
+	d.unsettled = err
+	d.mu.Unlock()
+	if err != nil && err.Error() != last.Error() {
+		m.log.Error("connections within the node that an earlier daemon granted: it is tried again", "error", err)
 	}
 }

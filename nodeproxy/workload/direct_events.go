@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"errors"
 	"maps"
 	"net/netip"
 	"slices"
@@ -55,8 +56,8 @@ func (m *Manager) directEvent(e redirect.GrantEvent, h Handler) {
 		return // settleDirect will tell
 	}
 	if e.Stage == redirect.GrantImpostor || e.Stage == redirect.GrantOpened && e.Impostor && m.strangerAt(e.Granted) {
-		if err := m.redirect.Destroy(e.Granted); err != nil {
-			m.log.Error("a connection that a stranger to the workload accepted is not reset", "error", err)
+		if err := m.direct.kernel.Destroy(e.Granted); err != nil {
+			m.log.Error("a connection that a stranger to the workload accepted is not reset yet", "error", err)
 		}
 	}
 	if e.Stage == redirect.GrantImpostor {
@@ -133,7 +134,19 @@ func (m *Manager) learn(e redirect.GrantEvent) {
 	m.wake()
 }
 
-// strangerAt says whether what listens where g went is not the workload's, or not any more.
+// endStrangers resets what others than the workload have accepted, also where no event told of it because the ring was full.
+func (m *Manager) endStrangers(live []redirect.Granted) error {
+	var errs []error
+	for _, g := range live {
+		if g.Muzzled || !g.Opened.IsZero() && !g.Accepted && m.strangerAt(g) {
+			errs = append(errs, m.direct.kernel.Destroy(g))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// strangerAt says whether what accepted g is not the workload's, or, where that is not known, whether what listens there
+// is not, or not any more.
 func (m *Manager) strangerAt(g redirect.Granted) bool {
 	d := m.direct
 	d.mu.Lock()
@@ -142,6 +155,9 @@ func (m *Manager) strangerAt(g redirect.Granted) bool {
 	if to == nil {
 		return true
 	}
+	if s, err := to.space.Accepted(g.Client, g.Destination); err == nil && !s.Listening && s.Cgroup != 0 {
+		return m.view.Load().owner(to, s.Cgroup) == nil
+	}
 	listeners, err := to.space.Listeners(g.Destination.Port())
 	return err != nil || m.view.Load().listens(to, listeners, g.Destination) != ""
 }
@@ -149,16 +165,17 @@ func (m *Manager) strangerAt(g redirect.Granted) bool {
 // mismatch says whether the SYN of a connection that failed never arrived as it left.
 func mismatch(e redirect.GrantEvent) bool { return !e.Admitted && !e.Refused && !e.Impostor }
 
-// reapDirect closes what the kernel has no more and what nobody saw closing, as when the ring of events was full.
+// reapDirect closes what the kernel has no more and what nobody saw closing, as when the ring of events was full, and ends
+// what a stranger has.
 func (m *Manager) reapDirect(h Handler) error {
-	ended, err := m.redirect.Ended()
+	ended, err := m.direct.kernel.Ended()
 	if err != nil {
 		return err
 	}
 	for _, g := range ended {
 		m.directEvent(redirect.GrantEvent{Granted: g, Stage: redirect.GrantClosed}, h)
 	}
-	live, err := m.redirect.Granted()
+	live, err := m.direct.kernel.Granted()
 	if err != nil {
 		return err
 	}
@@ -166,7 +183,12 @@ func (m *Manager) reapDirect(h Handler) error {
 		c.Stage = DirectClosed
 		h.Direct(c)
 	}
-	return nil
+	select {
+	case <-m.ready:
+		return m.endStrangers(live)
+	default: // whose the connections are is not known yet: see settleDirect
+		return nil
+	}
 }
 
 // missing removes what was told to be open and is not live, at two looks, and returns it. It forgets where instances

@@ -1,11 +1,16 @@
 package workload
 
 import (
+	"errors"
+	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/redirect"
 )
 
 // callOf is a snapshot in which web calls api, whose resolver leads to a route.
@@ -86,5 +91,83 @@ func TestTheAddressOfAnUpstreamIsNotGrantedToItsWorkload(t *testing.T) {
 		if v.isUpstream(8, netip.MustParseAddrPort(at)) {
 			t.Errorf("%s is an upstream of another workload", at)
 		}
+	}
+}
+
+// reluctant is a kernel whose first attempts to destroy a connection fail, as no real one does when it is told to.
+type reluctant struct {
+	live     []redirect.Granted
+	failures int
+}
+
+func (k *reluctant) SetGrants([]redirect.Grant) error     { return nil }
+func (k *reluctant) Granted() ([]redirect.Granted, error) { return slices.Clone(k.live), nil }
+func (k *reluctant) Ended() ([]redirect.Granted, error)   { return nil, nil }
+
+func (k *reluctant) Destroy(g redirect.Granted) error {
+	if k.failures > 0 {
+		k.failures--
+		return errors.New("no memory")
+	}
+	k.live = slices.DeleteFunc(k.live, func(other redirect.Granted) bool { return other.Cookie == g.Cookie })
+	return nil
+}
+
+func (k *reluctant) cookies() (all []uint64) {
+	for _, g := range k.live {
+		all = append(all, g.Cookie)
+	}
+	return all
+}
+
+// told collects what a Handler is told of direct connections.
+type told struct {
+	Handler
+	all []DirectConnection
+}
+
+func (h *told) Direct(c DirectConnection) { h.all = append(h.all, c) }
+
+func managerOf(k *reluctant) *Manager {
+	m := &Manager{direct: newDirect(Config{}, k), log: slog.New(slog.DiscardHandler), ready: make(chan struct{})}
+	close(m.ready)
+	return m
+}
+
+func TestWhatWasDeniedWhileNoDaemonRanIsEndedAtALaterReconciliationIfNotAtTheFirst(t *testing.T) {
+	k := &reluctant{live: []redirect.Granted{{Cookie: 1, Opened: time.Now(), Accepted: true}}, failures: 4}
+	m, h := managerOf(k), &told{}
+	for range 5 {
+		m.settleDirect(h)
+	}
+	if len(k.live) > 0 {
+		t.Errorf("%d failures later %v are live", 4-k.failures, k.cookies())
+	}
+	if len(h.all) != 1 || h.all[0].ID != 1 || h.all[0].Stage != DirectOpened {
+		t.Errorf("told of it: %+v; want its opening once", h.all)
+	}
+	k.live = []redirect.Granted{{Cookie: 2, Opened: time.Now(), Accepted: true}}
+	m.settleDirect(h)
+	if len(k.live) != 1 {
+		t.Error("a connection of this daemon's is ended as if it were an earlier one's")
+	}
+}
+
+func TestAStrangersConnectionIsEndedWithoutAnEvent(t *testing.T) {
+	k := &reluctant{failures: 1, live: []redirect.Granted{
+		{Cookie: 1, Muzzled: true},
+		{Cookie: 2, Opened: time.Now()},
+		{Cookie: 3, Opened: time.Now(), Accepted: true},
+		{Cookie: 4},
+	}}
+	m := managerOf(k)
+	if err := m.reapDirect(&told{}); err == nil {
+		t.Error("a failure is not told")
+	}
+	if err := m.reapDirect(&told{}); err != nil {
+		t.Error(err)
+	}
+	if !slices.Equal(k.cookies(), []uint64{3, 4}) {
+		t.Errorf("%v are live; want 3, which a workload has accepted, and 4, which nobody has yet", k.cookies())
 	}
 }

@@ -77,6 +77,7 @@ type Manager struct {
 	serve      func(*redirect.Namespace, *Namespace)
 	workloads  map[string]*entry // by cgroup path
 	namespaces map[uint64]*space // by inode
+	host       []netip.Addr      // the node's addresses
 	refused    []RefusedClaim
 	pruned     bool
 	warned     map[warning]bool
@@ -147,7 +148,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		return nil, errors.Join(fmt.Errorf("apply inbound.plaintext_from: %w", err), r.Close())
 	}
 	m := &Manager{
-		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount, direct: newDirect(cfg),
+		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount, direct: newDirect(cfg, r),
 		kick:       make(chan struct{}, 1),
 		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),

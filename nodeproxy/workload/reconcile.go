@@ -26,6 +26,7 @@ func (m *Manager) reconcile(h Handler) {
 	for _, e := range m.workloads {
 		m.scan(e)
 	}
+	m.watchHost()
 	m.watchNamespaces()
 	m.openDNS()
 	next, last := m.assign(), m.view.Load()
@@ -42,10 +43,8 @@ func (m *Manager) reconcile(h Handler) {
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
 	if m.complete() {
-		m.once.Do(func() {
-			close(m.ready)
-			m.settleDirect(h)
-		})
+		m.once.Do(func() { close(m.ready) })
+		m.settleDirect(h)
 	}
 }
 

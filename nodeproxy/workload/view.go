@@ -18,6 +18,7 @@ type view struct {
 	serves  map[uint32][]string        // IDs of the instances that each workload serves, in order
 	subtree map[uint32]map[uint64]bool // cgroup ids by workload
 	spaces  map[uint64]*space          // by cookie
+	host    []netip.Addr               // of the node, also where no workload is in its namespace
 	served  map[servedKey]*served
 	former  map[servedKey]*served // served a moment ago
 	states  []WorkloadState
@@ -42,10 +43,26 @@ func (v *view) hasLeaf(service string) bool {
 	return v.snap != nil && v.snap.Leaves[service] != nil
 }
 
+// watchHost reads the node's own addresses.
+func (m *Manager) watchHost() {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		m.log.Error("cannot see the node's addresses; keeping the last", "error", err)
+		return
+	}
+	var all []netip.Addr
+	for _, a := range addrs {
+		if prefix, err := netip.ParsePrefix(a.String()); err == nil {
+			all = append(all, prefix.Addr().Unmap())
+		}
+	}
+	m.host = all
+}
+
 // assign finds, for each local instance, the workloads and the namespace that serve it.
 func (m *Manager) assign() *view {
 	m.mu.Lock()
-	v := &view{snap: m.snap, spaces: make(map[uint64]*space), served: make(map[servedKey]*served)}
+	v := &view{snap: m.snap, host: m.host, spaces: make(map[uint64]*space), served: make(map[servedKey]*served)}
 	m.mu.Unlock()
 	for _, s := range m.namespaces {
 		v.spaces[s.Cookie] = s
