@@ -50,7 +50,7 @@ func within(t testing.TB, l *link, what string, do func()) {
 func TestRetiringATunnelDoesNotWaitForItsPeer(t *testing.T) {
 	l, _ := stuckLink(t)
 	pool := tunnel.NewPool[int, *link](1)
-	pool.Take(1, nil)
+	pool.Take(t.Context(), 1, nil)
 	pool.Put(1, l)
 	within(t, l, "Retire", func() { pool.Retire(func(int) bool { return false }) })
 	if _, err := l.wire.TCPConn.Write([]byte("x")); err == nil {
