@@ -56,6 +56,7 @@ type plainLeg struct {
 	socket *socket
 	held   *buffer
 	early  []byte // what first returned and next did not
+	ended  error  // what first met: the kernel tells of a reset only once
 }
 
 func newPlainLeg(conn net.Conn, pool *buffers) (*plainLeg, error) {
@@ -75,6 +76,9 @@ func (l *plainLeg) next() ([]byte, error) {
 		l.early = nil
 		return p, nil
 	}
+	if l.ended != nil {
+		return nil, l.ended
+	}
 	buf, n, err := l.socket.read(headroom, headroom+plainChunk)
 	if err != nil {
 		return nil, err
@@ -86,12 +90,13 @@ func (l *plainLeg) next() ([]byte, error) {
 // first returns what next will, without waiting and no more than limit bytes: nil when there is nothing yet. What was
 // passed on by other means is not for next any more after release.
 func (l *plainLeg) first(limit int) []byte {
-	if l.early != nil {
+	if l.early != nil || l.ended != nil {
 		return l.early
 	}
 	buf, n, err := l.socket.poll(headroom, headroom+limit)
 	if err != nil || buf == nil {
-		return nil // next meets the error again
+		l.ended = err
+		return nil
 	}
 	l.held, l.early = buf, buf[:headroom+n]
 	return l.early

@@ -212,10 +212,20 @@ func (l *link) Born() time.Time { return l.born }
 
 // Alive implements tunnel.Conn.
 func (l *link) Alive() bool {
-	if !l.drained && l.more() != nil { // which does not wait then
+	if !l.drained && !l.look() {
 		return false
 	}
 	return l.drained && l.held == nil && len(l.wire.unread) == 0 && l.wire.socket.quiet() && time.Now().Before(l.peer.Until())
+}
+
+// look reads what has arrived, without waiting. crypto/tls answers some records, for which a peer that reads nothing could
+// make it wait for ever: no answer is sent, and a tunnel on which one was due is no good.
+func (l *link) look() bool {
+	if l.wire.TCPConn.SetWriteDeadline(time.Unix(1, 0)) != nil || l.more() != nil {
+		return false
+	}
+	_, err := l.tls.Write(nil) // sends nothing, and fails if an answer did
+	return err == nil && l.wire.TCPConn.SetWriteDeadline(time.Time{}) == nil
 }
 
 // Ping implements tunnel.Conn.
@@ -237,8 +247,9 @@ func (l *link) Ping(deadline time.Time) error {
 	return l.wire.SetDeadline(time.Time{})
 }
 
-// Close implements tunnel.Conn. The other side sees an orderly end.
-func (l *link) Close() { _ = l.tls.Close() }
+// Close implements tunnel.Conn. What was sent still arrives. There is no close_notify, which might have to wait, and without
+// a stream it says nothing more than a FIN.
+func (l *link) Close() { _ = l.wire.TCPConn.Close() }
 
 // open asks for a stream. first is what the application has sent already, after headroom, or nil.
 func (l *link) open(o tunnel.Opening, first []byte) error {

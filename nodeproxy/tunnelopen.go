@@ -136,7 +136,7 @@ func (d *dialer) tunnelTo(inst *catalog.Instance, ready bool) (leg, error) {
 	}
 	ahead := d.meshDial(inst, tunnel.ALPN)
 	if ready {
-		l, ok := d.tunnels.pool.Take(key, ahead.ahead)
+		l, ok := d.tunnels.pool.Take(d.c.ctx, key, ahead.ahead)
 		if ok {
 			if err := d.c.hold(l.wire.TCPConn); err != nil {
 				return nil, err

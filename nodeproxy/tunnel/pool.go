@@ -27,7 +27,7 @@ type Conn interface {
 	Alive() bool
 	// Ping asks the other side for an answer.
 	Ping(deadline time.Time) error
-	// Close does not wait.
+	// Close does not wait. It ends a Ping that is under way.
 	Close()
 }
 
@@ -67,23 +67,67 @@ func NewPool[K comparable, C Conn](maxIdle int) *Pool[K, C] {
 	return &Pool[K, C]{maxIdle: maxIdle, now: time.Now, shelves: make(map[K]*shelf[C]), wanted: make(chan struct{}, 1)}
 }
 
-// Take returns a tunnel that is most likely alive; false when there is none. How often it is called, and in vain, decides
-// how many more are dialled ahead, with dial.
-func (p *Pool[K, C]) Take(key K, dial func(context.Context) (C, error)) (C, bool) {
-	for {
+// Take returns a tunnel that is most likely alive; false when there is none, or ctx ends. How often it is called, and in
+// vain, decides how many more are dialled ahead, with dial. One ping without an answer is all that it waits for: the others
+// that rested lead to the same peer, and are closed with the one that was pinged.
+func (p *Pool[K, C]) Take(ctx context.Context, key K, dial func(context.Context) (C, error)) (conn C, ok bool) {
+	for ctx.Err() == nil {
 		r, ok := p.pop(key, dial)
 		if !ok {
-			var none C
-			return none, false
+			break
 		}
 		now := p.now()
-		if now.Sub(r.conn.Born()) < MaxLife && now.Sub(r.since) < MaxIdleTime && r.conn.Alive() {
-			if now.Sub(r.since) < restedTime || r.conn.Ping(now.Add(pingTimeout)) == nil {
-				return r.conn, true
+		switch {
+		case now.Sub(r.conn.Born()) >= MaxLife || now.Sub(r.since) >= MaxIdleTime || !r.conn.Alive():
+			r.conn.Close()
+		case now.Sub(r.since) < restedTime || ping(ctx, r.conn, now.Add(pingTimeout)):
+			return r.conn, true
+		default:
+			r.conn.Close()
+			if ctx.Err() == nil {
+				p.closeRested(key)
 			}
+			return conn, false
 		}
+	}
+	return conn, false
+}
+
+// ping says whether the other side answers before the deadline and the end of ctx.
+func ping(ctx context.Context, conn Conn, deadline time.Time) bool {
+	stop := context.AfterFunc(ctx, conn.Close)
+	err := conn.Ping(deadline)
+	return stop() && err == nil
+}
+
+// closeRested closes what a key has that would be pinged before it is used.
+func (p *Pool[K, C]) closeRested(key K) {
+	p.mu.Lock()
+	var old []resting[C]
+	if s := p.shelves[key]; s != nil {
+		now := p.now()
+		old = p.sift(s, func(r resting[C]) bool { return now.Sub(r.since) < restedTime })
+	}
+	p.mu.Unlock()
+	for _, r := range old {
 		r.conn.Close()
 	}
+}
+
+// sift keeps what good accepts and returns the rest, to be closed.
+func (p *Pool[K, C]) sift(s *shelf[C], good func(resting[C]) bool) (bad []resting[C]) {
+	kept := s.idle[:0]
+	for _, r := range s.idle {
+		if good(r) {
+			kept = append(kept, r)
+		} else {
+			bad = append(bad, r)
+		}
+	}
+	clear(s.idle[len(kept):])
+	s.idle = kept
+	p.idle -= len(bad)
+	return bad
 }
 
 func (p *Pool[K, C]) pop(key K, dial func(context.Context) (C, error)) (r resting[C], ok bool) {
@@ -231,17 +275,9 @@ func (p *Pool[K, C]) tidy() {
 			p.drop(key, s)
 			continue
 		}
-		kept := s.idle[:0]
-		for _, r := range s.idle {
-			if now.Sub(r.since) < MaxIdleTime && now.Sub(r.conn.Born()) < MaxLife && r.conn.Alive() {
-				kept = append(kept, r)
-			} else {
-				old = append(old, r)
-			}
-		}
-		clear(s.idle[len(kept):])
-		p.idle -= len(s.idle) - len(kept)
-		s.idle = kept
+		old = append(old, p.sift(s, func(r resting[C]) bool {
+			return now.Sub(r.since) < MaxIdleTime && now.Sub(r.conn.Born()) < MaxLife && r.conn.Alive()
+		})...)
 	}
 	p.mu.Unlock()
 	for _, r := range old {

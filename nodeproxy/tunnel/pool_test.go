@@ -14,6 +14,7 @@ type fake struct {
 	born   time.Time
 	dead   bool
 	mute   bool
+	onPing func()
 	mu     sync.Mutex
 	pinged int
 	closed bool
@@ -23,6 +24,9 @@ func (f *fake) Born() time.Time { return f.born }
 func (f *fake) Alive() bool     { return !f.dead }
 func (f *fake) Ping(time.Time) error {
 	f.pinged++
+	if f.onPing != nil {
+		f.onPing()
+	}
 	if f.mute {
 		return errors.New("no answer")
 	}
@@ -51,13 +55,13 @@ func never(context.Context) (*fake, error) { return nil, errors.New("it is not d
 
 func TestATunnelIsOnlyForItsKey(t *testing.T) {
 	p, c := newPool(10)
-	p.Take("a", never)
-	p.Take("b", never)
+	p.Take(t.Context(), "a", never)
+	p.Take(t.Context(), "b", never)
 	p.Put("a", &fake{born: c.t})
-	if _, ok := p.Take("b", never); ok {
+	if _, ok := p.Take(t.Context(), "b", never); ok {
 		t.Error("b has the tunnel of a")
 	}
-	if _, ok := p.Take("a", never); !ok || p.Idle() != 0 {
+	if _, ok := p.Take(t.Context(), "a", never); !ok || p.Idle() != 0 {
 		t.Error("a has not its own")
 	}
 }
@@ -80,10 +84,10 @@ func TestTunnelsThatAreNoGoodAreNotTaken(t *testing.T) {
 		if tc.f.born.IsZero() {
 			tc.f.born = c.t
 		}
-		p.Take("a", never)
+		p.Take(t.Context(), "a", never)
 		p.Put("a", tc.f)
 		c.t = c.t.Add(tc.rested)
-		_, ok := p.Take("a", never)
+		_, ok := p.Take(t.Context(), "a", never)
 		if ok != tc.taken || tc.f.pinged != tc.pinged || tc.f.closed == ok {
 			t.Errorf("%s: taken %v, pinged %d, closed %v", name, ok, tc.f.pinged, tc.f.closed)
 		}
@@ -93,8 +97,8 @@ func TestTunnelsThatAreNoGoodAreNotTaken(t *testing.T) {
 func TestRetiredTunnelsAreClosedAndNotTakenBack(t *testing.T) {
 	p, c := newPool(10)
 	busy, idle, other := &fake{born: c.t}, &fake{born: c.t}, &fake{born: c.t}
-	p.Take("a", never)
-	p.Take("b", never)
+	p.Take(t.Context(), "a", never)
+	p.Take(t.Context(), "b", never)
 	p.Put("a", idle)
 	p.Put("b", other)
 	p.Retire(func(key string) bool { return key != "a" })
@@ -107,7 +111,7 @@ func TestRetiredTunnelsAreClosedAndNotTakenBack(t *testing.T) {
 func TestThePoolIsBounded(t *testing.T) {
 	p, c := newPool(maxIdleOfKey + 1)
 	for _, key := range []string{"a", "b"} {
-		p.Take(key, never)
+		p.Take(t.Context(), key, never)
 		for range maxIdleOfKey + 5 {
 			p.Put(key, &fake{born: c.t})
 		}
@@ -123,7 +127,7 @@ func TestThePoolIsBounded(t *testing.T) {
 func TestWhatNobodyUsesIsClosedAndForgotten(t *testing.T) {
 	p, c := newPool(10)
 	old, dead, fresh := &fake{born: c.t}, &fake{born: c.t, dead: true}, &fake{born: c.t}
-	p.Take("a", never)
+	p.Take(t.Context(), "a", never)
 	p.Put("a", old)
 	p.Put("a", dead)
 	c.t = c.t.Add(30 * time.Second)
@@ -167,7 +171,7 @@ func TestTunnelsAreDialledAheadOfDemand(t *testing.T) {
 		p.Run(ctx)
 	}()
 	for range 4 {
-		for _, ok := p.Take("a", dial); ok; _, ok = p.Take("a", dial) {
+		for _, ok := p.Take(t.Context(), "a", dial); ok; _, ok = p.Take(context.Background(), "a", dial) {
 		}
 	}
 	for deadline := time.Now().Add(patience); p.Idle() < 8; time.Sleep(time.Millisecond) {
@@ -215,12 +219,64 @@ func TestAFailingDialIsNotRepeatedAtOnce(t *testing.T) {
 		p.Run(ctx)
 	}()
 	for range 100 {
-		p.Take("a", dial)
+		p.Take(t.Context(), "a", dial)
 	}
 	<-first
 	stop()
 	<-done
 	if dials > 2*maxDialling {
 		t.Errorf("%d dials", dials)
+	}
+}
+
+func TestOnePingWithoutAnAnswerIsAllThatIsWaitedFor(t *testing.T) {
+	p, c := newPool(100)
+	p.Take(t.Context(), "a", never)
+	p.Take(t.Context(), "b", never)
+	var rested []*fake
+	for range maxIdleOfKey - 1 {
+		f := &fake{born: c.t, mute: true}
+		rested = append(rested, f)
+		p.Put("a", f)
+	}
+	other := &fake{born: c.t}
+	p.Put("b", other)
+	c.t = c.t.Add(restedTime)
+	fresh := &fake{born: c.t}
+	rested[len(rested)-1].onPing = func() { p.Put("a", fresh) } // somebody else's, while that is pinged
+	if _, ok := p.Take(t.Context(), "a", never); ok {
+		t.Error("a mute one is taken")
+	}
+	pinged, open := 0, 0
+	for _, f := range rested {
+		pinged += f.pinged
+		if !f.closed {
+			open++
+		}
+	}
+	if pinged != 1 || open != 0 || other.closed || fresh.closed || p.Idle() != 2 {
+		t.Errorf("%d were pinged, %d are open; other %v, fresh %v, %d idle", pinged, open, other.closed, fresh.closed, p.Idle())
+	}
+}
+
+func TestTheEndOfAConnectionEndsItsPing(t *testing.T) {
+	p, c := newPool(10)
+	p.Take(t.Context(), "a", never)
+	ctx, cancel := context.WithCancel(t.Context())
+	first, second := &fake{born: c.t}, &fake{born: c.t}
+	second.onPing = func() {
+		cancel()
+		for deadline := time.Now().Add(patience); !second.isClosed() && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	p.Put("a", first)
+	p.Put("a", second)
+	c.t = c.t.Add(restedTime)
+	if _, ok := p.Take(ctx, "a", never); ok || !second.isClosed() || first.closed || p.Idle() != 1 {
+		t.Errorf("taken %v, closed %v; the other: closed %v, %d idle", ok, second.isClosed(), first.closed, p.Idle())
+	}
+	if _, ok := p.Take(ctx, "a", never); ok || first.pinged != 0 {
+		t.Errorf("after the end: taken %v, %d pings", ok, first.pinged)
 	}
 }
