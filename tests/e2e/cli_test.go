@@ -94,9 +94,9 @@ func TestTheTraceSaysWhoCalledWhomHowAndWhy(t *testing.T) {
 		from   *netlab.Workload
 		fields []string
 	}{
-		"the end, at the source":      {0, web, []string{" close ", "outbound", "web → api", "127.0.0.1:", "→ " + dialled, "mtls", "allowed", "web => api (allow), ", "sent 5 B, received ", spiffe(root, "api").String(), " app"}},
-		"the end, at the destination": {1, web, []string{" close ", "inbound", "web → api", hostPrefix(web.IPv4), "→ " + taken, "mtls", "allowed", "web => api (allow), ", "sent 5 B, received ", spiffe(root, "web").String()}},
-		"the start":                   {0, web, []string{" open ", "outbound", "web → api", "127.0.0.1:", "→ " + dialled, "mtls", "allowed", "web => api (allow), ", " app"}},
+		"the end, at the source":      {0, web, []string{" close ", "outbound", "web → api", "127.0.0.1:", "→ " + dialled, "tunnel", "allowed", "web => api (allow), ", "sent 5 B, received ", spiffe(root, "api").String(), " app"}},
+		"the end, at the destination": {1, web, []string{" close ", "inbound", "web → api", hostPrefix(web.IPv4), "→ " + taken, "tunnel", "allowed", "web => api (allow), ", "sent 5 B, received ", spiffe(root, "web").String()}},
+		"the start":                   {0, web, []string{" open ", "outbound", "web → api", "127.0.0.1:", "→ " + dialled, "tunnel", "allowed", "web => api (allow), ", " app"}},
 		"a denial":                    {0, batch, []string{" denied ", "outbound", "batch → api", "127.0.0.1:", "→ " + dialled, "none", "intention: ", "* => * (deny), ", " app"}},
 	} {
 		missing := errNotYet

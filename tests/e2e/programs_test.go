@@ -255,10 +255,18 @@ func TestIperf3InBothDirections(t *testing.T) {
 	host, _ := netip.ParseAddrPort(m.to("iperf", 5201))
 	for name, more := range map[string][]string{"upload": nil, "download": {"-R"}, "four streams": {"-P", "4"}} {
 		t.Run(name, func(t *testing.T) {
-			out := m.in(t).run(w, netlab.Command{Path: tool["iperf3"], Args: append([]string{"-c", host.Addr().String(), "-n", "100M"}, more...)})
-			if !strings.Contains(out, "iperf Done.") {
-				t.Errorf("iperf3 did not finish: %s", out)
-			}
+			m := m.in(t)
+			m.eventually("iperf3 has measured", func() error {
+				p, err := w.Start(netlab.Command{Path: tool["iperf3"], Args: append([]string{"-c", host.Addr().String(), "-n", "100M"}, more...)})
+				m.must(err)
+				err = p.Wait(m.ctx())
+				if out := p.Output(); strings.Contains(out, "the server is busy") { // it has not taken leave of the last client yet
+					return errNotYet
+				} else if err != nil || !strings.Contains(out, "iperf Done.") {
+					t.Fatalf("iperf3 did not finish: %v: %s", err, out)
+				}
+				return nil
+			})
 		})
 	}
 }
