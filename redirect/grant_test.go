@@ -651,7 +651,7 @@ func TestWhatAStrangerAcceptsIsTold(t *testing.T) {
 	stranger := g.server.app(nil, "NP_APP=backlog", "NP_ADDR="+g.server.v4.String()+":8099")
 	waitFor(t, stranger, "listening")
 	g.leadTo(8099)
-	client := g.tells(stranger)
+	client := g.client.hold(g.client.cgroup, virtual4+":80", "connected")
 	e := g.event(redirect.GrantOpened, virtual4+":80")
 	if !e.Impostor {
 		t.Errorf("a stranger's connection is opened as %+v", e)

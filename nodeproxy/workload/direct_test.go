@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
 	"nodeproxy.io/redirect"
 )
 
@@ -169,5 +170,27 @@ func TestAStrangersConnectionIsEndedWithoutAnEvent(t *testing.T) {
 	}
 	if !slices.Equal(k.cookies(), []uint64{3, 4}) {
 		t.Errorf("%v are live; want 3, which a workload has accepted, and 4, which nobody has yet", k.cookies())
+	}
+}
+
+func TestAStrangersConnectionIsEndedWhenTheNextDaemonStarts(t *testing.T) {
+	p, err := policy.Compile(1, policy.Allow, policy.Identity{TrustDomain: "x.consul"}, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := netip.MustParseAddrPort("10.0.0.1:8080")
+	k := &reluctant{failures: 1, live: []redirect.Granted{
+		{Cookie: 1, Workload: 7, To: 5, Destination: at, Muzzled: true},
+		{Cookie: 2, Workload: 7, To: 5, Destination: at, Opened: time.Now(), Accepted: true},
+	}}
+	m := managerOf(k)
+	m.direct.policy = &catalog.Snapshot{TrustDomain: "x.consul", Policy: p}
+	m.direct.remember(7, owner{service: "web"})
+	m.direct.places[place{5, at}] = &served{Served: Served{Service: "api", Instance: "api-1"}}
+	for range 2 {
+		m.settleDirect(&told{})
+	}
+	if !slices.Equal(k.cookies(), []uint64{2}) {
+		t.Errorf("%v are live; want 2, which a workload has accepted and the policy allows", k.cookies())
 	}
 }
