@@ -36,8 +36,15 @@ type link struct {
 	left     int     // how much of a body is not returned yet, of OPEN and DATA
 	drained  bool    // no whole record is left of what has arrived
 
+	// Used by whoever writes.
+	unconfirmed int // how much was sent that the other side is not known to have read
+
 	watching, finished atomic.Bool
 }
+
+// sureToBeRead is what the other side reads whatever its application does: so much, headroom included for each write, always
+// fits the socket to it.
+const sureToBeRead = 4 << 10
 
 // newLink takes over conn, whose handshake was done over w.
 func newLink(conn *tls.Conn, w *wire, peer mtls.Peer, server bool) *link {
@@ -160,6 +167,7 @@ func (l *link) release() {
 func (l *link) write(p []byte) error {
 	frame := p[headroom-tunnel.HeaderSize:]
 	tunnel.Header{Type: tunnel.Data, Length: len(p) - headroom, Stream: l.session.Send(tunnel.Data)}.Put(frame)
+	l.unconfirmed += len(p)
 	return l.wire.seal(l.tls, frame)
 }
 
@@ -244,7 +252,14 @@ func (l *link) Ping(deadline time.Time) error {
 		return err
 	}
 	l.release()
+	l.unconfirmed = 0
 	return l.wire.SetDeadline(time.Time{})
+}
+
+// caughtUp says whether the other side has read the last stream, and asks if that is not sure. An OPEN behind bytes that its
+// application does not read would be in doubt until that does.
+func (l *link) caughtUp() bool {
+	return l.unconfirmed <= sureToBeRead || l.Ping(time.Now().Add(tunnel.PingTimeout)) == nil
 }
 
 // Close implements tunnel.Conn. What was sent still arrives. There is no close_notify, which might have to wait, and without
@@ -258,6 +273,7 @@ func (l *link) open(o tunnel.Opening, first []byte) error {
 	}
 	tunnel.Header{Type: tunnel.Open, Length: len(first) - tunnel.HeaderSize, Stream: l.session.Send(tunnel.Open)}.Put(first)
 	o.Put(first[tunnel.HeaderSize:])
+	l.unconfirmed = len(first)
 	if err := l.wire.seal(l.tls, first); err != nil {
 		return err
 	}
@@ -294,6 +310,7 @@ func (l *link) answer() error {
 			return err
 		}
 		l.release()
+		l.unconfirmed = 0
 		return &farRefusal{catalog.Reason(reason)}
 	case tunnel.Duplicate:
 		return errDuplicate

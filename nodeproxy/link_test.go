@@ -1,12 +1,21 @@
 package nodeproxy
 
 import (
+	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
 	"nodeproxy.io/nodeproxy/mtls"
+	"nodeproxy.io/nodeproxy/mtls/mtlstest"
 	"nodeproxy.io/nodeproxy/tunnel"
 )
 
@@ -89,4 +98,65 @@ func TestLookingAtATunnelLeavesItFitForUse(t *testing.T) {
 	if _, err := server.next(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A KeyUpdate that asks for an answer gets none between streams: the tunnel is not used again, rather than failing a stream.
+func TestATunnelThatOwesAnAnswerIsNotAlive(t *testing.T) {
+	a, b := tcpPair(t)
+	pool := newBuffers()
+	w, err := newWire(a, pool)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var keys bytes.Buffer
+	leaf := mtlstest.NewRoot(t).Leaf(t, spiffe("api"))
+	server := tls.Server(b, &tls.Config{Certificates: []tls.Certificate{*leaf}, SessionTicketsDisabled: true})
+	shaken := make(chan error, 1)
+	go func() { shaken <- server.Handshake() }()
+	client := tls.Client(w, &tls.Config{InsecureSkipVerify: true, KeyLogWriter: &keys})
+	if err := errors.Join(client.Handshake(), <-shaken); err != nil {
+		t.Fatal(err)
+	}
+	if suite := client.ConnectionState().CipherSuite; suite != tls.TLS_AES_128_GCM_SHA256 {
+		t.Fatalf("the test seals for another suite than %s", tls.CipherSuiteName(suite))
+	}
+	l := newLink(client, w, mtls.Peer{}, false)
+	if _, err := b.Write(sealFirst(t, keys.String(), []byte{24, 0, 0, 1, 1, 22})); err != nil { // KeyUpdate, update_requested; a handshake record
+		t.Fatal(err)
+	}
+	eventually(t, "it has arrived", func() bool { return !l.wire.socket.quiet() })
+	if err := l.wire.fill(); err != nil {
+		t.Fatal(err)
+	}
+	if l.look() {
+		t.Error("it is alive")
+	}
+}
+
+// sealFirst makes the first record that a TLS server sends after its handshake, as RFC 8446 says.
+func sealFirst(t testing.TB, keyLog string, inner []byte) []byte {
+	t.Helper()
+	_, line, _ := strings.Cut(keyLog, "SERVER_TRAFFIC_SECRET_0 ")
+	secret, err := hex.DecodeString(strings.Fields(line)[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	expand := func(label string, n int) []byte {
+		label = "tls13 " + label
+		p, err := hkdf.Expand(sha256.New, secret, string([]byte{0, byte(n), byte(len(label))})+label+"\x00", n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	block, err := aes.NewCipher(expand("key", 16))
+	if err != nil {
+		t.Fatal(err)
+	}
+	aead, err := cipher.NewGCM(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	header := []byte{23, 3, 3, 0, byte(len(inner) + aead.Overhead())}
+	return append(header, aead.Seal(nil, expand("iv", 12), inner, header)...)
 }

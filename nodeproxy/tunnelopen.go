@@ -166,10 +166,10 @@ func (d *dialer) tunnelKey(inst *catalog.Instance) (tunnelKey, error) {
 	}, nil
 }
 
-// putBack gives the pool a tunnel whose stream has ended in order.
+// putBack gives the pool a tunnel whose stream has ended in order, if the other side is ready for another one.
 func (d *dialer) putBack(l *link, inst *catalog.Instance) {
 	key, err := d.tunnelKey(inst)
-	if err != nil || !l.ready() {
+	if err != nil || !l.ready() || !l.caughtUp() {
 		l.Close()
 		return
 	}

@@ -11,7 +11,7 @@ const (
 	MaxIdleTime  = time.Minute     // a tunnel that nobody took for so long is closed
 	MaxLife      = time.Hour       // one older than this is not used again
 	restedTime   = 5 * time.Second // one that was idle for longer is pinged before it is used
-	pingTimeout  = 500 * time.Millisecond
+	PingTimeout  = 500 * time.Millisecond
 	maxIdleOfKey = 64
 	maxSpares    = 16               // tunnels of one key that are dialled ahead
 	spareTime    = 10 * time.Second // after so long without a miss, half as many
@@ -80,7 +80,7 @@ func (p *Pool[K, C]) Take(ctx context.Context, key K, dial func(context.Context)
 		switch {
 		case now.Sub(r.conn.Born()) >= MaxLife || now.Sub(r.since) >= MaxIdleTime || !r.conn.Alive():
 			r.conn.Close()
-		case now.Sub(r.since) < restedTime || ping(ctx, r.conn, now.Add(pingTimeout)):
+		case now.Sub(r.since) < restedTime || ping(ctx, r.conn, now.Add(PingTimeout)):
 			return r.conn, true
 		default:
 			r.conn.Close()
