@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/redirect"
@@ -33,16 +35,24 @@ func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) [
 	if err != nil {
 		return []Result{failed("canaries", "ask where instances are delivered to: %s", err)}
 	}
-	var results []Result
+	of := make([][]Result, len(status.Workloads))
+	var tries errgroup.Group
+	tries.SetLimit(atOnce)
 	for i := range status.Workloads {
 		if w := &status.Workloads[i]; isTried(w) && ctx.Err() == nil {
-			c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Service)}
-			results = append(results, c.run(ctx)...)
-			results = append(results, c.applications(applications)...)
+			tries.Go(func() error {
+				c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Service)}
+				of[i] = append(c.run(ctx), c.applications(applications)...)
+				return nil
+			})
 		}
 	}
-	return results
+	_ = tries.Wait() // what fails is a Result
+	return slices.Concat(of...)
 }
+
+// atOnce bounds the workloads that are tried at the same time: most of a failure is waiting for what does not come.
+const atOnce = 8
 
 // isTried says whether connections of w must go into the mesh. What of an unprotected workload does not work is then told
 // beside the daemon's own reason, and whether or not its audit has been there already.
