@@ -12,8 +12,8 @@ import (
 	"nodeproxy.io/tests/netlab"
 )
 
-// rounds is how often every service is taken over from its Envoy and handed back.
-const rounds = 20
+// rounds is how often every service is taken over from its Envoy and handed back, in each kind of namespace.
+const rounds = 10
 
 // mover moves one service between its Envoy and nodeproxy with the commands of docs/migrate.md.
 type mover struct {
