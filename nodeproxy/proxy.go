@@ -19,6 +19,7 @@ import (
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/policy"
 )
 
 // Observer is told of every connection: an "open" event when bytes may flow and a "close" event at its end, or one
@@ -73,8 +74,9 @@ type Proxy struct {
 	offers chan *catalog.Snapshot // the newest snapshot not yet applied
 
 	mu       sync.Mutex
-	needed   []string // services that workloads here run as
-	applying error    // what the kernel could not apply
+	needed   []string       // services that workloads here run as
+	applying error          // what the kernel could not apply
+	revoked  *policy.Policy // the newest of which Kernel.Revoke has ended what it denies; nil before there is one
 }
 
 var _ workload.Handler = (*Proxy)(nil)

@@ -117,7 +117,7 @@ func (p *Proxy) Status() admin.Status {
 		return s
 	}
 	s.Canaries = texts(now.snap.Canaries())
-	s.Policy = admin.PolicyStatus{Generation: now.snap.Policy.Generation(), Default: now.snap.Policy.Default().String(), Intentions: now.snap.Policy.Len()}
+	s.Policy = p.policyStatus()
 	for _, name := range slices.Sorted(maps.Keys(now.snap.Services)) {
 		svc := now.snap.Services[name]
 		line := admin.Service{Name: name, Virtual: texts(svc.Virtual), Instances: p.instances(svc.Instances)}
@@ -147,6 +147,15 @@ func (p *Proxy) applyError() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.applying
+}
+
+func (p *Proxy) policyStatus() admin.PolicyStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.revoked == nil {
+		return admin.PolicyStatus{}
+	}
+	return admin.PolicyStatus{Generation: p.revoked.Generation(), Default: p.revoked.Default().String(), Intentions: p.revoked.Len()}
 }
 
 func (p *Proxy) sourceStatus() admin.SourceStatus {

@@ -145,10 +145,11 @@ type Store struct {
 	Detail     string    `json:"detail,omitempty"` // why nothing is kept, or need be
 }
 
-// PolicyStatus is the policy in force.
+// PolicyStatus is the newest policy that is in force on every path: the proxy decides by it, and what it denies of the
+// connections that do not pass the proxy is ended. Verdicts may be of a newer one already.
 type PolicyStatus struct {
-	Generation uint64 `json:"generation"`
-	Default    string `json:"default"` // "allow" or "deny"
+	Generation uint64 `json:"generation"` // 0: none yet
+	Default    string `json:"default"`    // "allow" or "deny"
 	Intentions int    `json:"intentions"`
 }
 
@@ -160,7 +161,7 @@ type Workload struct {
 	Provider   string   `json:"provider"`
 	Mesh       string   `json:"mesh"` // "enabled", "observe", "disabled"
 	Mode       string   `json:"mode"`
-	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected"
+	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected", "leaving" (un-enrolled, the hooks are not detached yet)
 	Detail     string   `json:"detail,omitempty"`
 	Namespaces []uint64 `json:"network_namespaces"` // inodes
 	Instances  []string `json:"instances"`          // of the service, served from here

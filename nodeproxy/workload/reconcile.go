@@ -372,6 +372,11 @@ func (m *Manager) states() []WorkloadState {
 		s.DNS = m.dnsState(e)
 		states = append(states, s)
 	}
+	for _, e := range m.leaving {
+		if w := e.Workload; !m.isClaimed(e.cgroup) {
+			states = append(states, WorkloadState{Workload: &w, State: "leaving", Detail: "its hooks are about to be detached", Processes: e.processes})
+		}
+	}
 	slices.SortFunc(states, func(a, b WorkloadState) int { return strings.Compare(a.Workload.Cgroup, b.Workload.Cgroup) })
 	return states
 }

@@ -186,7 +186,7 @@ type State struct {
 // WorkloadState is one enrolled workload.
 type WorkloadState struct {
 	Workload   *Workload
-	State      string // "protected", "empty", "waiting", "unprotected"
+	State      string // "protected", "empty", "waiting", "unprotected", "leaving"
 	Detail     string // what is wrong and what to do, when there is something
 	Namespaces []*Namespace
 	Instances  []string
