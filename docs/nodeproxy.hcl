@@ -46,7 +46,8 @@ source "file" {
 workloads {
   cgroup "web" {                                          # example. The label is only a name for this block
     path    = "/sys/fs/cgroup/system.slice/web.service"   # required: on cgroup2. It need not exist yet
-    service = "web"                                       # required
+    service = "web"                                       # required: what it is, and calls others as
+    also_serves = ["web-admin"]                           # example: further services that others reach in it, on ports of their own
     mode    = "strict"                                    # default: inbound.mode
     consul_access = "refuse"                              # default: allow where ACLs are on, and for native services
   }

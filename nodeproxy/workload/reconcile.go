@@ -77,7 +77,7 @@ func (m *Manager) silent() map[string]bool {
 func (m *Manager) protect(next *view) {
 	ready := m.enrollable(next)
 	for _, e := range ready {
-		id, err := m.redirect.NewWorkload(m.group(e.Service))
+		id, err := m.redirect.NewWorkload(m.group(&e.Workload))
 		if err != nil {
 			e.problem = err
 		}
@@ -230,7 +230,7 @@ func (m *Manager) closeNamespaces() {
 	}
 }
 
-// enrollable lists the workloads to switch on now: the cgroup is there and so is the certificate, unless an earlier
+// enrollable lists the workloads to switch on now: the cgroup is there and so are the certificates, unless an earlier
 // daemon had enrolled it already, which must never lapse.
 func (m *Manager) enrollable(v *view) []*entry {
 	pinned := make(map[uint64]uint32)
@@ -246,7 +246,8 @@ func (m *Manager) enrollable(v *view) []*entry {
 		if left {
 			m.direct.remember(id, owner{e.Service, e.Cgroup})
 		}
-		if left || v.hasLeaf(e.Service) || e.Mesh != Enabled {
+		e.uncertified = slices.DeleteFunc(e.Services(), v.hasLeaf)
+		if left || len(e.uncertified) == 0 || e.Mesh != Enabled {
 			ready = append(ready, e)
 		}
 	}
@@ -272,7 +273,7 @@ func (m *Manager) enroll(e *entry) {
 		return
 	}
 	m.forgetWarnings(e.Cgroup)
-	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
+	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", strings.Join(e.Services(), ","), "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
 	if joins {
 		m.noteOlder(e)
 	}
@@ -347,12 +348,13 @@ func (m *Manager) forgetWarnings(cgroup string) {
 	maps.DeleteFunc(m.warned, func(w warning, _ bool) bool { return w.cgroup == cgroup })
 }
 
-// group is the kernel's number of a service, for as long as this daemon runs.
-func (m *Manager) group(service string) uint32 {
-	if m.groups[service] == 0 {
-		m.groups[service] = uint32(len(m.groups) + 1)
+// group is the kernel's number of the workloads that have the services of w, for as long as this daemon runs.
+func (m *Manager) group(w *Workload) uint32 {
+	services := strings.Join(w.Services(), ",")
+	if m.groups[services] == 0 {
+		m.groups[services] = uint32(len(m.groups) + 1)
 	}
-	return m.groups[service]
+	return m.groups[services]
 }
 
 func (m *Manager) states() []WorkloadState {
@@ -385,7 +387,7 @@ func (e *entry) state(open int) (state, detail string) {
 	case e.enrolled && e.Mesh == Disabled:
 		return "disabled", ""
 	case !e.enrolled:
-		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", e.Service)
+		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", strings.Join(e.uncertified, ","))
 	case open < len(e.inodes):
 		return "unprotected", "no listener in " + strconv.Itoa(len(e.inodes)-open) + " of its network namespaces: see the daemon's log"
 	case e.processes == 0:
