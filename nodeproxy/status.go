@@ -43,7 +43,7 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 		p.foresee(v, &e)
 	case !v.Allowed:
 		e.Event, e.Verdict = admin.EventDenied, admin.Denied
-		if !v.Inbound {
+		if !v.Inbound && v.Reason != catalog.ReasonExisting { // which had a way until now
 			e.Path = admin.PathNone
 		}
 		p.denied.Add(1)

@@ -91,6 +91,7 @@ type Manager struct {
 	watcher    *watcher
 	probers    probers
 	older      map[uint64]*older // by cgroup id
+	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
 }
 
 // entry is a granted claim.
@@ -158,7 +159,11 @@ func NewManager(cfg Config) (*Manager, error) {
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
 		older:      make(map[uint64]*older),
+		adopted:    make(map[uint64]bool),
 		former:     former{workloads: make(map[uint32]formerWorkload), served: make(map[servedKey]formerServed)},
+	}
+	for _, e := range r.Enrolled() {
+		m.adopted[e.Cgroup] = true
 	}
 	m.view.Store(&view{})
 	return m, nil

@@ -32,7 +32,7 @@ func (m *Manager) reconcile(h Handler) {
 	next, last := m.assign(), m.view.Load()
 	next.states, next.refused, next.problems = last.states, last.refused, last.problems // shown until there are newer ones
 	if m.complete() {
-		m.protect(next)
+		m.protect(next, h)
 	} else {
 		m.index(next) // an earlier daemon's guards stay as they are until we know better
 	}
@@ -74,7 +74,7 @@ func (m *Manager) silent() map[string]bool {
 }
 
 // protect guards and switches on what is ready to be, and removes what an earlier daemon enrolled and nobody claims.
-func (m *Manager) protect(next *view) {
+func (m *Manager) protect(next *view, h Handler) {
 	ready := m.enrollable(next)
 	for _, e := range ready {
 		id, err := m.redirect.NewWorkload(m.group(&e.Workload))
@@ -87,6 +87,7 @@ func (m *Manager) protect(next *view) {
 	m.view.Store(next)
 	if m.unguarded = m.redirect.SetRules(m.rules(next, ready)); m.unguarded != nil {
 		m.log.Error("inbound rules are incomplete", "error", m.unguarded)
+		ready = m.refuseUnguarded(ready)
 	}
 	if err := m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); err != nil {
 		m.log.Error("what single workloads reach and do not reach is incomplete", "error", err)
@@ -96,11 +97,33 @@ func (m *Manager) protect(next *view) {
 		m.enroll(e)
 	}
 	m.settleNesting()
-	m.endOlder()
+	m.endOlder(h)
 	m.steerDNS()
 	m.prune()
 	m.retryRoutes()
 	m.grantDirect(next)
+}
+
+// refuseUnguarded takes those out of ready whose inbound rules have no room: they are not enrolled before they have. The rules that
+// are in force stay.
+func (m *Manager) refuseUnguarded(ready []*entry) []*entry {
+	return slices.DeleteFunc(ready, func(e *entry) bool {
+		if e.ID == 0 || !m.isUnguarded(e) {
+			return false
+		}
+		e.problem = fmt.Errorf("not enrolled, because its ports cannot be guarded: %w", m.unguarded)
+		if err := m.redirect.Forget(e.ID); err != nil {
+			e.problem = errors.Join(e.problem, err)
+		}
+		e.ID = 0
+		m.warn(e.Cgroup, "workload is unprotected", e.problem, "service", e.Service)
+		return true
+	})
+}
+
+func (m *Manager) isUnguarded(e *entry) bool {
+	missing, ok := errors.AsType[*redirect.Unguarded](m.unguarded)
+	return ok && missing.Workloads[e.ID]
 }
 
 // scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
@@ -274,9 +297,7 @@ func (m *Manager) enroll(e *entry) {
 	}
 	m.forgetWarnings(e.Cgroup)
 	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", strings.Join(e.Services(), ","), "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
-	if joins {
-		m.noteOlder(e)
-	}
+	m.joined(e, joins)
 }
 
 // treatment is what the kernel does differently for e than for others.
@@ -368,8 +389,8 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
-		if m.unguarded != nil && s.State == "protected" {
-			s.State, s.Detail = "unprotected", "ports of this node's workloads may be open to strangers: "+m.unguarded.Error()
+		if s.State == "protected" && m.isUnguarded(e) {
+			s.State, s.Detail = "unprotected", "ports of it may be open to strangers: "+m.unguarded.Error()
 		}
 		s.DNS = m.dnsState(e)
 		states = append(states, s)

@@ -162,7 +162,7 @@ type Handler interface {
 	Direct(c DirectConnection)
 }
 
-// KernelVerdict is a decision that a BPF program took.
+// KernelVerdict is a decision that a BPF program took, or the end of a connection older than its workload's enrolment.
 type KernelVerdict struct {
 	Inbound     bool
 	Allowed     bool // plaintext let in by permissive mode
