@@ -60,7 +60,7 @@ func (r *Redirect) hooks() []hook {
 	}
 }
 
-// NewWorkload hands out a workload id, in the group of its service's workloads. Rules may name it at once, so that what is delivered to
+// NewWorkload hands out a workload id, in the group of the workloads with its services. Rules may name it at once, so that what is delivered to
 // it passes before it is enrolled. Ids are never used again while the pins exist.
 func (r *Redirect) NewWorkload(group uint32) (uint32, error) {
 	var id uint32
