@@ -140,9 +140,9 @@ func (m *mesh) oneServiceTwice(web *netlab.Workload) {
 	}
 	_, err = m.nodeproxy(0, "enroll", second.Cgroup.Path(), "--service", "web-admin", "--service", "metrics")
 	m.must(err)
-	w := m.awaitWorkload(second.Cgroup, "web-admin", "empty")
+	m.awaitWorkload(second.Cgroup, "web-admin", "empty")
 	m.sleeper(second.Cgroup, second.Namespace)
-	w = m.awaitWorkload(second.Cgroup, "web-admin", "protected")
+	w := m.awaitWorkload(second.Cgroup, "web-admin", "protected")
 	if want := fmt.Sprintf(`port %d of the node is guarded for service "web,web-admin"`, adminPort); w.Services() != "web-admin,metrics" || !strings.Contains(w.Detail, want) {
 		m.t.Errorf("shown as %+v, want %q", w, want)
 	}
