@@ -71,6 +71,7 @@ var fileOnly = map[string][]string{
 		"TestOfNestedWorkloadsTheNearestGivesTheIdentity",
 		"TestACgroupWithTwoNamespacesIsServedInBoth",
 		"TestTwoWorkloadsInTheNodesNamespaceAreNotTakenForEachOther",
+		"TestAWorkloadServesSeveralServicesByPort",
 		"TestAnAddressThatTwoNamespacesHaveIsGuardedInTheWorkloadsAlone",
 		"TestAWorkloadUnenrolledJustBeforeTheDaemonStopsIsLetGo",
 		"TestAnInnerWorkloadThatIsUnenrolledFailsNoConnection",
