@@ -89,6 +89,9 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	add := func(format string, args ...any) { missing = append(missing, fmt.Sprintf(format, args...)) }
 	local := false
 	for _, w := range p.cfg.Kernel.State().Workloads {
+		if slices.Contains(w.Workload.Also, source) {
+			add("workload %s is reached as %q and calls others as %q: explain the way from that", w.Workload.Cgroup, source, w.Workload.Service)
+		}
 		if w.Workload.Service != source {
 			continue
 		}

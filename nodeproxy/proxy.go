@@ -57,6 +57,7 @@ type Proxy struct {
 	gate       gate
 	slots      slots
 	handshakes handshakes // inbound
+	answers    rounds     // of inbound handshakes
 	turns      turns      // of outbound handshakes
 	balancer   *balancer
 	buffers    *buffers
@@ -91,6 +92,7 @@ func New(cfg Config) (*Proxy, error) {
 		started:    time.Now(),
 		slots:      slots{taken: make(map[slotKey]int)},
 		handshakes: handshakes{scopes: make(map[slotKey]*scope)},
+		answers:    rounds{free: answering()},
 		turns:      turns{lines: make(map[slotKey]*line)},
 		balancer:   newBalancer(cfg.PreferLocal),
 		buffers:    newBuffers(),

@@ -31,7 +31,9 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 	if v.Workload != nil {
 		own.Service, own.Workload = v.Workload.Service, v.Workload.Cgroup
 	}
-	if now := p.gate.current(); now != nil && !v.Inbound {
+	if now := p.gate.current(); now != nil && v.Inbound && v.Workload != nil {
+		own.Service = serviceAt(now.snap, v.Workload, v.Destination.Port())
+	} else if now != nil && !v.Inbound {
 		if to, ok := now.snap.Resolve(v.Destination); ok {
 			e.Destination.Service = to.Service.Name
 		}
@@ -41,12 +43,25 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 		p.foresee(v, &e)
 	case !v.Allowed:
 		e.Event, e.Verdict = admin.EventDenied, admin.Denied
-		if !v.Inbound {
+		if !v.Inbound && v.Reason != catalog.ReasonExisting { // which had a way until now
 			e.Path = admin.PathNone
 		}
 		p.denied.Add(1)
 	}
 	p.cfg.Observer.Observe(e)
+}
+
+// serviceAt is which of w's services a port is of, its first one for ports of none.
+func serviceAt(snap *catalog.Snapshot, w *workload.Workload, port uint16) string {
+	for _, name := range w.Also {
+		svc := snap.Services[name]
+		if svc != nil && slices.ContainsFunc(svc.Instances, func(inst *catalog.Instance) bool {
+			return inst.Local && (inst.Address.Port() == port || inst.Delivery.Port() == port)
+		}) {
+			return name
+		}
+	}
+	return w.Service
 }
 
 // Connections lists the open connections as "open" events with the bytes so far, by ID.
@@ -94,7 +109,7 @@ func (p *Proxy) Status() admin.Status {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}
 	for _, r := range kernel.Refused {
-		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Provider: r.Claim.Provider, Why: r.Why})
+		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Also: r.Claim.Also, Provider: r.Claim.Provider, Why: r.Why})
 	}
 	for _, p := range kernel.Providers {
 		s.Problems = append(s.Problems, admin.Problem{Kind: p.Provider, Text: fmt.Sprintf("workloads labelled there may not be seen: %v", p.Err)})
@@ -172,7 +187,7 @@ func (p *Proxy) sourceStatus() admin.SourceStatus {
 
 func workloadStatus(w workload.WorkloadState) admin.Workload {
 	s := admin.Workload{
-		ID: w.Workload.ID, Service: w.Workload.Service, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
+		ID: w.Workload.ID, Service: w.Workload.Service, Also: w.Workload.Also, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
 		Mesh: w.Workload.Mesh.String(), Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
 		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS,
 	}

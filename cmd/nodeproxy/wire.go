@@ -122,7 +122,7 @@ func (d *node) listen(cfg config.Admin) (err error) {
 func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (*workload.Manager, error) {
 	var configured workload.Configured
 	for _, c := range cfg.Cgroups {
-		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
+		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Also: c.Also, Provider: configured.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
 	}
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -282,10 +282,12 @@ func (d *node) close() {
 
 // Enroll implements admin.Backend.
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
-	if !catalog.IsServiceName(req.Service) {
-		return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, req.Service), admin.ErrRefused)
+	for _, name := range append([]string{req.Service}, req.Also...) {
+		if !catalog.IsServiceName(name) {
+			return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, name), admin.ErrRefused)
+		}
 	}
-	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
+	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Also: req.Also, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
 	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
 		return admin.Classify(err, admin.ErrRefused)
 	}

@@ -6,6 +6,7 @@
 package admin
 
 import (
+	"strings"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -156,7 +157,8 @@ type PolicyStatus struct {
 // Workload is one enrolled cgroup.
 type Workload struct {
 	ID         uint32   `json:"id"`
-	Service    string   `json:"service"`
+	Service    string   `json:"service"`               // whose identity its connections have
+	Also       []string `json:"also_serves,omitempty"` // further services that others reach in it
 	Cgroup     string   `json:"cgroup"`
 	Provider   string   `json:"provider"`
 	Mesh       string   `json:"mesh"` // "enabled", "observe", "disabled"
@@ -164,9 +166,14 @@ type Workload struct {
 	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected", "leaving" (un-enrolled, the hooks are not detached yet)
 	Detail     string   `json:"detail,omitempty"`
 	Namespaces []uint64 `json:"network_namespaces"` // inodes
-	Instances  []string `json:"instances"`          // of the service, served from here
+	Instances  []string `json:"instances"`          // of the services, served from here
 	Processes  int      `json:"processes"`
 	DNS        string   `json:"dns,omitempty"` // "on", "off: why"; absent where dns.enabled is false
+}
+
+// Services names all that others reach in w, Service first, with commas.
+func (w *Workload) Services() string {
+	return strings.Join(append([]string{w.Service}, w.Also...), ",")
 }
 
 // Unprotected says whether processes of w run outside the mesh although they were claimed for it.
@@ -174,11 +181,15 @@ func (w *Workload) Unprotected() bool { return w.State == "unprotected" || w.Sta
 
 // Refused is a claim that was not granted.
 type Refused struct {
-	Cgroup   string `json:"cgroup"`
-	Service  string `json:"service"`
-	Provider string `json:"provider"`
-	Why      string `json:"why"`
+	Cgroup   string   `json:"cgroup"`
+	Service  string   `json:"service"`
+	Also     []string `json:"also_serves,omitempty"`
+	Provider string   `json:"provider"`
+	Why      string   `json:"why"`
 }
+
+// Services names all that the claim asked for, Service first, with commas.
+func (r *Refused) Services() string { return strings.Join(append([]string{r.Service}, r.Also...), ",") }
 
 // Service is one name of the mesh.
 type Service struct {
@@ -320,7 +331,8 @@ type Explanation struct {
 
 // EnrollRequest is the body of POST /v1/enroll and /v1/unenroll.
 type EnrollRequest struct {
-	Cgroup  string `json:"cgroup"`
-	Service string `json:"service,omitempty"`
-	Mode    string `json:"mode,omitempty"` // "strict", "permissive" or "" for the node's
+	Cgroup  string   `json:"cgroup"`
+	Service string   `json:"service,omitempty"`
+	Also    []string `json:"also_serves,omitempty"` // further services that others reach in it
+	Mode    string   `json:"mode,omitempty"`        // "strict", "permissive" or "" for the node's
 }

@@ -41,7 +41,7 @@ func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) [
 	for i := range status.Workloads {
 		if w := &status.Workloads[i]; isTried(w) && ctx.Err() == nil {
 			tries.Go(func() error {
-				c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Service)}
+				c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Services())}
 				of[i] = append(c.run(ctx), c.applications(applications)...)
 				return nil
 			})
@@ -73,7 +73,7 @@ type canary struct {
 
 func (c *canary) run(ctx context.Context) []Result {
 	ctx, cancel := context.WithCancel(ctx)
-	trace, err := c.client.OpenTrace(ctx, admin.Filter{Service: c.workload.Service})
+	trace, err := c.client.OpenTrace(ctx, c.traced())
 	if err != nil {
 		cancel()
 		return []Result{failed(c.name, "%s", err)}
@@ -113,6 +113,14 @@ func (c *canary) run(ctx context.Context) []Result {
 		_ = p.netns.Close()
 	}
 	return results
+}
+
+// traced is whose connections are asked for. What is plaintext at a further service's port is told of as that service's.
+func (c *canary) traced() admin.Filter {
+	if len(c.workload.Also) > 0 {
+		return admin.Filter{}
+	}
+	return admin.Filter{Service: c.workload.Service}
 }
 
 // concerns says whether e may be of a canary's connection.
@@ -278,6 +286,16 @@ func (c *canary) instances() []admin.Instance {
 	return all
 }
 
+// serviceAt is the service of this node that speaks mTLS at an address.
+func (c *canary) serviceAt(mesh netip.AddrPort) string {
+	for _, svc := range c.status.Services {
+		if slices.ContainsFunc(svc.Instances, func(inst admin.Instance) bool { return inst.Local && inst.Mesh == mesh.String() }) {
+			return svc.Name
+		}
+	}
+	return c.workload.Service
+}
+
 // judgePlaintext says what became of a stranger's plaintext to a strict port. e is what the daemon tells of it.
 func (c *canary) judgePlaintext(o outcome, e *admin.Connection) Result {
 	switch {
@@ -295,14 +313,15 @@ func (c *canary) judgePlaintext(o outcome, e *admin.Connection) Result {
 
 func (c *canary) judgeHandshake(o outcome) Result {
 	var want admin.Certificate
-	if i := slices.IndexFunc(c.status.Certificates, func(cert admin.Certificate) bool { return cert.Service == c.workload.Service }); i >= 0 {
+	service := c.serviceAt(o.To)
+	if i := slices.IndexFunc(c.status.Certificates, func(cert admin.Certificate) bool { return cert.Service == service }); i >= 0 {
 		want = c.status.Certificates[i]
 	}
 	switch {
 	case o.Refused:
 		return failed(c.name, "mTLS at %s is refused: nothing steers the port to the proxy: %s", o.To, repair)
 	case o.Error != "":
-		return failed(c.name, "mTLS at %s: %s: look at %q with \"nodeproxy trace\", and at its certificate in \"nodeproxy status\"", o.To, o.Error, c.workload.Service)
+		return failed(c.name, "mTLS at %s: %s: look at %q with \"nodeproxy trace\", and at its certificate in \"nodeproxy status\"", o.To, o.Error, service)
 	case o.Identity != want.Identity:
 		return failed(c.name, "mTLS at %s shows the certificate of %q instead of %q: another program answers there: move it, or %s", o.To, o.Identity, want.Identity, repair)
 	case o.Alert == "":

@@ -197,7 +197,7 @@ func shorten(names []string) string {
 func Workloads(status *admin.Status) []Result {
 	var results []Result
 	for _, w := range status.Workloads {
-		name := fmt.Sprintf("workload %s (%s)", filepath.Base(w.Cgroup), w.Service)
+		name := fmt.Sprintf("workload %s (%s)", filepath.Base(w.Cgroup), w.Services())
 		switch {
 		case w.State == "protected" && w.Detail == "":
 			results = append(results, ok(name, "protected, %s, %d process(es) in %d network namespace(s)", w.Mode, w.Processes, len(w.Namespaces)))
@@ -208,13 +208,13 @@ func Workloads(status *admin.Status) []Result {
 		}
 		switch why, off := strings.CutPrefix(w.DNS, "off: "); {
 		case off:
-			results = append(results, warning("dns "+filepath.Base(w.Cgroup)+" ("+w.Service+")", "off, name queries pass as they are: %s", why))
+			results = append(results, warning("dns "+filepath.Base(w.Cgroup)+" ("+w.Services()+")", "off, name queries pass as they are: %s", why))
 		case w.DNS != "":
-			results = append(results, ok("dns "+filepath.Base(w.Cgroup)+" ("+w.Service+")", "%s", w.DNS))
+			results = append(results, ok("dns "+filepath.Base(w.Cgroup)+" ("+w.Services()+")", "%s", w.DNS))
 		}
 	}
 	for _, r := range status.Refused {
-		results = append(results, failed("claim "+r.Cgroup, "may not be %s (%s): %s", r.Service, r.Provider, r.Why))
+		results = append(results, failed("claim "+r.Cgroup, "may not be %s (%s): %s", r.Services(), r.Provider, r.Why))
 	}
 	if len(results) == 0 {
 		results = append(results, warning("workloads", "none is enrolled: name one in the configuration, or with \"nodeproxy enroll\""))

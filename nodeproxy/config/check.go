@@ -216,13 +216,18 @@ func (c *checker) cgroups() []Cgroup {
 		if !catalog.IsServiceName(r.Service) {
 			c.fail(at("service"), "is %q: set it to the name of the service that the workload is", r.Service)
 		}
+		for i, name := range r.Also {
+			if !catalog.IsServiceName(name) || name == r.Service || slices.Contains(r.Also[:i], name) {
+				c.fail(at("also_serves"), "has %q: list the names of further services, each once and without %q, which service is", name, r.Service)
+			}
+		}
 		if r.Mode != "" {
 			c.oneOf(at("mode"), r.Mode, string(Strict), string(Permissive))
 		}
 		if r.Consul != "" {
 			c.oneOf(at("consul_access"), r.Consul, "allow", "refuse")
 		}
-		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode), Consul: r.Consul})
+		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Also: r.Also, Mode: Mode(r.Mode), Consul: r.Consul})
 	}
 	return all
 }

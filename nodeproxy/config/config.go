@@ -79,8 +79,9 @@ type Cgroup struct {
 	Label   string
 	Path    string // absolute, on cgroup2; it need not exist yet
 	Service string
-	Mode    Mode   // "" is the node's
-	Consul  string // consul_access: "allow", "refuse", or "" for what fits
+	Also    []string // also_serves: further services that others reach in it
+	Mode    Mode     // "" is the node's
+	Consul  string   // consul_access: "allow", "refuse", or "" for what fits
 }
 
 // Inbound is how connections from other nodes come in.

@@ -84,7 +84,7 @@ func TestEveryKeyOfTheDocumentationThatHasLandedIsHonoured(t *testing.T) {
 	web := filepath.Join(cgroup2(t), "demo/web")
 	c := mustLoad(t, `node { name = "n2"  address = "fd00::1" }
 source "file" { path = "/m"  virtual_ips = "fd01::/64" }
-workloads { cgroup "web" { path = "`+web+`"  service = "web"  mode = "permissive" } }
+workloads { cgroup "web" { path = "`+web+`"  service = "web"  also_serves = ["web-admin"]  mode = "permissive" } }
 inbound { mode = "permissive"  ports = "22000-22001"  plaintext_from = ["10.0.0.0/8", "fd00::/64"]  probers = [] }
 same_node = "mtls"
 tunnels = false
@@ -113,7 +113,7 @@ state { dir = "/s"  pins = "/p" }
 	if !equal(*c, want) {
 		t.Errorf("config = %+v\nwant     %+v", *c, want)
 	}
-	if wantCgroup := (Cgroup{Label: "web", Path: web, Service: "web", Mode: Permissive}); len(c.Cgroups) != 1 || c.Cgroups[0] != wantCgroup {
+	if wantCgroup := (Cgroup{Label: "web", Path: web, Service: "web", Also: []string{"web-admin"}, Mode: Permissive}); len(c.Cgroups) != 1 || !reflect.DeepEqual(c.Cgroups[0], wantCgroup) {
 		t.Errorf("cgroups = %v, want %v", c.Cgroups, wantCgroup)
 	}
 }
@@ -283,6 +283,7 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 		"relative cgroup":     {minimal + "workloads {\n cgroup \"w\" { path = \"w\"  service = \"w\" }\n}", "c.hcl:4: workloads.cgroup.w.path "},
 		"not on cgroup2":      {minimal + "workloads {\n cgroup \"w\" { path = \"/proc/w\"  service = \"w\" }\n}", "c.hcl:4: workloads.cgroup.w.path is /proc/w"},
 		"cgroup's service":    {minimal + "workloads {\n cgroup \"w\" {\n service = \"a b\"\n}\n}", "c.hcl:5: workloads.cgroup.w.service "},
+		"service named twice": {minimal + "workloads {\n cgroup \"w\" {\n service = \"a\"\n also_serves = [\"b\", \"a\"]\n}\n}", "c.hcl:6: workloads.cgroup.w.also_serves has \"a\""},
 		"cgroup's mode":       {minimal + "workloads {\n cgroup \"w\" {\n mode = \"off\"\n}\n}", "c.hcl:5: workloads.cgroup.w.mode "},
 	} {
 		t.Run(name, func(t *testing.T) {

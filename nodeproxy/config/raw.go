@@ -67,10 +67,11 @@ type rawLabelled struct {
 }
 
 type rawCgroup struct {
-	Path    string `hcl:"path"`
-	Service string `hcl:"service"`
-	Mode    string `hcl:"mode"`
-	Consul  string `hcl:"consul_access"`
+	Path    string   `hcl:"path"`
+	Service string   `hcl:"service"`
+	Also    []string `hcl:"also_serves"`
+	Mode    string   `hcl:"mode"`
+	Consul  string   `hcl:"consul_access"`
 }
 
 type rawInbound struct {

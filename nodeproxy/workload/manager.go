@@ -81,7 +81,7 @@ type Manager struct {
 	refused    []RefusedClaim
 	pruned     bool
 	warned     map[warning]bool
-	groups     map[string]uint32 // the kernel's numbers of services
+	groups     map[string]uint32 // the kernel's numbers of workloads with the same services
 	serving    sync.WaitGroup    // of name queries, one for each namespace
 	unguarded  error             // why inbound rules are missing
 	missed     bool              // a namespace could not be opened in this reconciliation
@@ -91,27 +91,28 @@ type Manager struct {
 	watcher    *watcher
 	probers    probers
 	older      map[uint64]*older // by cgroup id
+	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
 }
 
 // entry is a granted claim.
 type entry struct {
 	Workload
-	claim     Claim
-	cgroup    uint64 // id; 0: the directory is not there
-	enrolled  bool
-	processes int
-	inodes    []uint64        // of the network namespaces its processes are in
-	subtree   map[uint64]bool // ids of its cgroup and those below
-	problem   error
-	access    Access
-	left      bool     // was released before the last reconciliation
-	steered   uint64   // the cgroup whose name queries are
-	noDNS     error    // why they are not
-	misplaced []string // instances of its service whose address is in none of its namespaces
-	contested []string // its ports that another service's workload has in the same namespace
-	instances []string
-
-	unreachable []string // instances of its service that have no mesh address: they only call others
+	claim       Claim
+	cgroup      uint64 // id; 0: the directory is not there
+	enrolled    bool
+	processes   int
+	inodes      []uint64        // of the network namespaces its processes are in
+	subtree     map[uint64]bool // ids of its cgroup and those below
+	problem     error
+	access      Access
+	left        bool     // was released before the last reconciliation
+	steered     uint64   // the cgroup whose name queries are
+	noDNS       error    // why they are not
+	uncertified []string // its services without a certificate
+	misplaced   []string // instances of its services whose address is in none of its namespaces
+	contested   []string // its ports that another service's workload has in the same namespace
+	instances   []string // of its services, that it serves
+	callers     []string // of the service that its connections are of: their upstreams are its own
 }
 
 // space is an open namespace. The data path sees it through a view: what it reads is not changed, but replaced.
@@ -158,7 +159,11 @@ func NewManager(cfg Config) (*Manager, error) {
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
 		older:      make(map[uint64]*older),
+		adopted:    make(map[uint64]bool),
 		former:     former{workloads: make(map[uint32]formerWorkload), served: make(map[servedKey]formerServed)},
+	}
+	for _, e := range r.Enrolled() {
+		m.adopted[e.Cgroup] = true
 	}
 	m.view.Store(&view{})
 	return m, nil
@@ -329,16 +334,16 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 func (m *Manager) needed() []string {
 	granted, _ := m.grants()
 	var names []string
-	add := func(service string, mesh Mesh) {
+	add := func(services []string, mesh Mesh) {
 		if mesh == Enabled {
-			names = append(names, service)
+			names = append(names, services...)
 		}
 	}
 	for _, c := range granted {
-		add(c.Service, c.Mesh)
+		add(c.services(), c.Mesh)
 	}
 	for _, e := range m.workloads {
-		add(e.Service, e.Mesh)
+		add(e.Services(), e.Mesh)
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
