@@ -66,6 +66,7 @@ type Manager struct {
 	view  atomic.Pointer[view]
 
 	repairs atomic.Uint64
+	looked  atomic.Pointer[time.Time] // when the last reconciliation ended
 	direct  *direct
 
 	mu     sync.Mutex // guards claims, ended and snap
@@ -287,6 +288,8 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			h.Need(need)
 		}
 		m.reconcile(h)
+		now := time.Now()
+		m.looked.Store(&now)
 		select {
 		case <-ctx.Done():
 			return

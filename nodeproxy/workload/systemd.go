@@ -94,6 +94,20 @@ func (s *Systemd) report(err error) bool {
 	return news
 }
 
+// UnitClaims lists what the units that are loaded now claim. It asks systemd itself: there need not be a bus yet.
+func UnitClaims(ctx context.Context, mount string) ([]Claim, error) {
+	conn, err := systemd.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect to systemd: %w", err)
+	}
+	defer conn.Close()
+	s := &Systemd{mount: mount, units: make(map[string]*labelledUnit)}
+	if err := s.readAll(ctx, bus{conn: conn}); err != nil {
+		return nil, err
+	}
+	return s.claims(), nil
+}
+
 // session follows systemd until the connection ends.
 func (s *Systemd) session(ctx context.Context, claim func([]Claim)) error {
 	var signalling *dbus.Conn
