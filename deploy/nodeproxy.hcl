@@ -1,11 +1,11 @@
 # The configuration of nodeproxy on this node. As it is, the daemon starts and does nothing: no workload is enrolled.
 # Every key: /usr/share/doc/nodeproxy/nodeproxy.hcl. Try a change with "nodeproxy check".
 
-# Who this node is. Set both before a workload is enrolled: the name is the node's in the mesh, the address is
-# where other nodes reach it.
+# Who this node is. Set both before a workload is enrolled: its name in the mesh, and the address by which other nodes reach
+# it; until then it has one that nobody has.
 node {
-  name    = "localhost"
-  address = "127.0.0.1"
+  name    = "unnamed"
+  address = "192.0.2.1"
 }
 
 # A directory of Consul's service definitions and config entries, with a built-in certificate authority.

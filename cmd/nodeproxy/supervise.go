@@ -16,6 +16,7 @@ import (
 
 const (
 	superviseEvery = time.Second
+	readyEvery     = 50 * time.Millisecond // until it is ready
 	staleBeat      = time.Duration(redirect.StaleSeconds) * time.Second // what the kernel takes for a dead daemon
 	staleLook      = 30 * time.Second
 	// readyAnyway is how long one workload that cannot be protected may keep the node from being ready.
@@ -29,10 +30,13 @@ func (d *node) supervise(ctx context.Context) {
 		d.log.Warn("the service manager's watchdog is not fed", "error", err)
 	}
 	s := supervisor{watched: watched > 0, tell: func(state string) { notify(d.log, state) }, log: d.log, source: func() string { return d.Status().Source.Error }}
-	tick := time.NewTicker(superviseEvery)
+	tick := time.NewTicker(readyEvery)
 	defer tick.Stop()
 	for ctx.Err() == nil {
-		s.look(time.Now(), d.manager.Health())
+		wasReady := s.ready
+		if s.look(time.Now(), d.manager.Health()); s.ready && !wasReady {
+			tick.Reset(superviseEvery)
+		}
 		select {
 		case <-ctx.Done():
 		case <-tick.C:

@@ -43,9 +43,11 @@ mount -t bpf bpf "$root/sys/fs/bpf"
 mount --bind "$root/proc/sys" "$root/proc/sys"
 mount -o remount,ro,bind "$root/proc/sys"
 mount -t tmpfs tmpfs "$root/dev"
-for node in 'null 3' 'zero 5' 'full 7' 'random 8' 'urandom 9'; do
-  mknod -m 666 "$root/dev/${node% *}" c 1 "${node#* }"
+for node in 'null 1 3' 'zero 1 5' 'full 1 7' 'random 1 8' 'urandom 1 9' 'tty 5 0'; do
+  set -- "$1" "$2" "$3" $node
+  mknod -m 666 "$root/dev/$4" c "$5" "$6"
 done
+ln -s pts/ptmx "$root/dev/ptmx"
 mkdir "$root/dev/shm"
 mount -t tmpfs tmpfs "$root/dev/shm"
 ln -s "$lab/console" "$root/dev/console"
@@ -185,7 +187,7 @@ func (s *Systemd) Start(unit string, args ...string) (*netlab.Process, error) {
 	}
 	return s.lab.Start(netlab.Command{
 		Path: "nsenter",
-		Args: append([]string{"--target", strconv.Itoa(pid), "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--wd=/"}, args...),
+		Args: append([]string{"--target", strconv.Itoa(pid), "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup"}, args...),
 		Env:  []string{"DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"},
 	})
 }
