@@ -84,6 +84,7 @@ type Manager struct {
 	warned     map[warning]bool
 	groups     map[string]uint32 // the kernel's numbers of services
 	serving    sync.WaitGroup    // of name queries, one for each namespace
+	unheard    map[string]bool   // providers that had said nothing when this reconciliation began
 	unguarded  error             // why inbound rules are missing
 	missed     bool              // a namespace could not be opened in this reconciliation
 	drifted    drifts
