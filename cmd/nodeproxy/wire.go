@@ -120,10 +120,7 @@ func (d *node) listen(cfg config.Admin) (err error) {
 }
 
 func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (*workload.Manager, error) {
-	var configured workload.Configured
-	for _, c := range cfg.Cgroups {
-		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Also: c.Also, Provider: configured.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
-	}
+	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
 		probers.Agent = cfg.Consul.Address
@@ -140,6 +137,13 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
 		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Log: log,
 	})
+}
+
+func configuredClaims(cfg *config.Config) (all workload.Configured) {
+	for _, c := range cfg.Cgroups {
+		all = append(all, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: all.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
+	}
+	return all
 }
 
 // labelProviders lists the enabled ones, in order of precedence.

@@ -66,6 +66,7 @@ type Manager struct {
 	view  atomic.Pointer[view]
 
 	repairs atomic.Uint64
+	looked  atomic.Pointer[time.Time] // when the last reconciliation ended
 	direct  *direct
 
 	mu     sync.Mutex // guards claims, ended and snap
@@ -83,6 +84,7 @@ type Manager struct {
 	warned     map[warning]bool
 	groups     map[string]uint32 // the kernel's numbers of workloads with the same services
 	serving    sync.WaitGroup    // of name queries, one for each namespace
+	unheard    map[string]bool   // providers that had said nothing when this reconciliation began
 	unguarded  error             // why inbound rules are missing
 	missed     bool              // a namespace could not be opened in this reconciliation
 	drifted    drifts
@@ -292,6 +294,8 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			h.Need(need)
 		}
 		m.reconcile(h)
+		now := time.Now()
+		m.looked.Store(&now)
 		select {
 		case <-ctx.Done():
 			return

@@ -21,6 +21,8 @@ import (
 // redirected to them, guards and ids before a workload is switched on.
 func (m *Manager) reconcile(h Handler) {
 	m.missed = false
+	m.unheard = m.silent() // before claims are read: what is said meanwhile counts from the next reconciliation on
+	known := m.complete()
 	m.findAgent()
 	m.follow()
 	for _, e := range m.workloads {
@@ -31,7 +33,7 @@ func (m *Manager) reconcile(h Handler) {
 	m.openDNS()
 	next, last := m.assign(), m.view.Load()
 	next.states, next.refused, next.problems = last.states, last.refused, last.problems // shown until there are newer ones
-	if m.complete() {
+	if known {
 		m.protect(next, h)
 	} else {
 		m.index(next) // an earlier daemon's guards stay as they are until we know better
@@ -42,7 +44,7 @@ func (m *Manager) reconcile(h Handler) {
 	shown := *next
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
-	if m.complete() {
+	if known {
 		m.once.Do(func() { close(m.ready) })
 		m.settleDirect(h)
 	}
@@ -50,13 +52,13 @@ func (m *Manager) reconcile(h Handler) {
 
 // complete reports whether a snapshot is there and every provider has spoken, or says why it cannot.
 func (m *Manager) complete() bool {
-	silent := m.silent()
+	unheard := maps.Clone(m.unheard)
 	for _, p := range m.problems() {
-		delete(silent, p.Provider)
+		delete(unheard, p.Provider)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.snap != nil && len(silent) == 0
+	return m.snap != nil && len(unheard) == 0
 }
 
 // silent names the providers that have claimed nothing yet, not even that there is nothing: what an earlier daemon enrolled
@@ -336,7 +338,7 @@ func (m *Manager) nesting(e *entry) redirect.Nesting {
 // prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened or a
 // provider is silent the earlier daemon's guards stay: one of them may be theirs.
 func (m *Manager) prune() {
-	if m.pruned || m.missed || len(m.silent()) > 0 {
+	if m.pruned || m.missed || len(m.unheard) > 0 {
 		return
 	}
 	claimed := make(map[uint64]bool)
