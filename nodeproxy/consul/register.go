@@ -162,6 +162,9 @@ type wanted struct {
 	sidecars map[string]*api.AgentServiceRegistration // by ID
 	apps     map[string]string                        // services by the ID of the sidecar
 	needed   []string
+
+	entries []*api.CatalogRegistration // all of it as the catalog has it, where there is no agent
+	defined bool                       // what is not among them is not defined any more
 }
 
 // wantedOf is what to register for snap. A sidecar is wanted once its service has a certificate: before, nobody answers at
@@ -190,6 +193,9 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	w.self = &api.AgentServiceRegistration{
 		ID: proxyService, Name: proxyService, Address: cfg.NodeAddress.String(), Meta: meta,
 		Check: &api.AgentServiceCheck{CheckID: proxyService, Name: "node proxy", TTL: lifetime.String(), Status: api.HealthPassing},
+	}
+	if cfg.agentless() {
+		w.entries, w.defined = entriesOf(cfg, d, w, snap), d.defined.Err == nil
 	}
 	return w
 }
@@ -255,6 +261,16 @@ func (r *run) keepRegistered(ctx context.Context) {
 	retry := time.NewTimer(0)
 	retry.Stop()
 	defer retry.Stop()
+	register := r.register
+	if r.cfg.agentless() {
+		l := &enlister{run: r}
+		register = l.register
+		defer func() {
+			if w != nil {
+				l.leave(ctx)
+			}
+		}()
+	}
 	for {
 		alive := false
 		select {
@@ -272,7 +288,7 @@ func (r *run) keepRegistered(ctx context.Context) {
 			claimed[name] = true
 		}
 		asked := time.Now()
-		err := r.register(ctx, w, alive, func(service string) bool { return claimed[service] || time.Since(started) > unclaimed })
+		err := register(ctx, w, alive, func(service string) bool { return claimed[service] || time.Since(started) > unclaimed })
 		if err != nil && ctx.Err() == nil {
 			failures++
 			r.world.failed("its registrations", asked, explain(err))
@@ -318,17 +334,26 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || !isOurs(s) || w.sidecars[id] != nil {
 			continue
 		}
-		name := s.Proxy.DestinationServiceName
-		app := local[s.Proxy.DestinationServiceID]
-		orphan := app == nil || app.Connect != nil && app.Connect.Native
-		if orphan || slices.Contains(w.needed, name) && !r.waiting(w, id) || !slices.Contains(w.needed, name) && settled(name) {
-			put(name, "/v1/agent/service/deregister/"+escape(id), nil)
+		if r.forsaken(w, s, settled) {
+			put(s.Proxy.DestinationServiceName, "/v1/agent/service/deregister/"+escape(id), nil)
 		}
 	}
 	if changed {
 		wake(r.lookNow)
 	}
 	return errors.Join(errs...)
+}
+
+// forsaken says whether a sidecar of ours that is not wanted is to go.
+func (r *run) forsaken(w *wanted, s *api.AgentService, settled func(service string) bool) bool {
+	app := r.world.current().local[s.Proxy.DestinationServiceID]
+	if app == nil || app.Connect != nil && app.Connect.Native {
+		return true
+	}
+	if name := s.Proxy.DestinationServiceName; !slices.Contains(w.needed, name) {
+		return settled(name)
+	}
+	return !r.waiting(w, s.ID)
 }
 
 // waiting says whether a sidecar of ours is not wanted only because its service has no certificate yet, as after a restart.
@@ -363,13 +388,16 @@ func (r *run) nodeProxiesTopic() topic {
 	}}
 }
 
-// Withdraw removes all registrations that a daemon made with the agent of cfg, and says which.
+// Withdraw removes all registrations that a daemon made with the agent of cfg, or in the catalog, and says which.
 func Withdraw(ctx context.Context, cfg Config) (removed []string, err error) {
 	c, err := newClient(&cfg)
 	if err != nil {
 		return nil, fmt.Errorf("withdraw registrations: %w", err)
 	}
 	defer c.close()
+	if cfg.agentless() {
+		return withdrawNode(ctx, c, cfg.catalogNode())
+	}
 	got, err := c.request(ctx, question{path: "/v1/agent/services"})
 	local := make(map[string]*api.AgentService)
 	if err == nil {
