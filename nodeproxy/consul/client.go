@@ -244,7 +244,18 @@ func (c *client) token(ctx context.Context, service string) (string, error) {
 	return c.tokens.general()
 }
 
-func (c *client) exchange(ctx context.Context, q question, token string) (*answer, error) {
+// exchange asks one server, the next where it cannot be reached.
+func (c *client) exchange(ctx context.Context, q question, token string) (a *answer, err error) {
+	for range c.bases {
+		a, err = c.ask(ctx, q, token)
+		if dial, ok := errors.AsType[*net.OpError](err); !ok || dial.Op != "dial" || ctx.Err() != nil {
+			break
+		}
+	}
+	return a, err
+}
+
+func (c *client) ask(ctx context.Context, q question, token string) (*answer, error) {
 	base, server := c.base()
 	req, err := newRequest(ctx, base, q)
 	if err != nil {

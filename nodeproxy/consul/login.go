@@ -64,7 +64,7 @@ func (l *login) in(ctx context.Context, c *client) error {
 	if bearer == "" {
 		return fmt.Errorf("log in: %s is empty: write the bearer token into it", l.file)
 	}
-	a, err := c.exchange(ctx, question{method: http.MethodPut, path: "/v1/acl/login", body: &api.ACLLoginParams{
+	a, err := c.exchange(ctx, question{method: http.MethodPost, path: "/v1/acl/login", body: &api.ACLLoginParams{
 		AuthMethod: l.method, BearerToken: bearer, Meta: map[string]string{"node": l.node, managedBy: ours},
 	}}, "")
 	if err != nil {
@@ -104,7 +104,7 @@ func (l *login) out(c *client) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), logoutTimeout)
 	defer cancel()
-	_, _ = c.exchange(ctx, question{method: http.MethodPut, path: "/v1/acl/logout"}, l.token)
+	_, _ = c.exchange(ctx, question{method: http.MethodPost, path: "/v1/acl/logout"}, l.token)
 	l.token = ""
 }
 
