@@ -96,6 +96,7 @@ func (m *Manager) protect(next *view) {
 		m.enroll(e)
 	}
 	m.settleNesting()
+	m.syncSockets(next)
 	m.endOlder()
 	m.steerDNS()
 	m.prune()

@@ -49,7 +49,7 @@ func TestExplicitUpstreamsAreTheWorkloadsOwn(t *testing.T) {
 	toAPI := map[string]any{"DestinationName": "api", "LocalBindPort": 9191}
 	register("spare:9192, spare:9191", toAPI, // the first of two at one port counts
 		map[string]any{"DestinationName": "nearest", "DestinationType": "prepared_query", "LocalBindPort": 9193},
-		map[string]any{"DestinationName": "spare", "LocalBindSocketPath": "/run/spare.sock"})
+		map[string]any{"DestinationName": "spare", "LocalBindSocketPath": "run/spare.sock"})
 	m.must(m.agents[0].Register(m.ctx(), Service("batch", "batch-1", web.IPv4.String(), port+1)))
 	m.must(m.agents[0].Do(m.ctx(), http.MethodPost, "/v1/query", map[string]any{"Name": "nearest", "Service": map[string]any{"Service": "spare"}}, nil))
 	n := 2
