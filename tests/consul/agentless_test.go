@@ -1,14 +1,6 @@
 package consul
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/base64"
-	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"maps"
 	"net/http"
@@ -18,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/tests/netlab"
@@ -27,9 +18,9 @@ import (
 // agentless is a mesh whose second node has no agent: its daemon asks the server on the first, as whom an auth method says.
 type agentless struct {
 	*mesh
-	key         *ecdsa.PrivateKey // of who issues bearer tokens
-	services    string            // the directory of the node's definitions
-	application *netlab.Process   // of api
+	issuer      *Issuer
+	services    string          // the directory of the node's definitions
+	application *netlab.Process // of api
 }
 
 const (
@@ -40,19 +31,10 @@ const (
 func newAgentless(t *testing.T) *agentless {
 	m := &agentless{mesh: newMeshOf(t, 1, Config{Open: true})}
 	var err error
-	m.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	m.issuer, err = NewIssuer()
 	m.must(err)
-	der, err := x509.MarshalPKIXPublicKey(m.key.Public())
-	m.must(err)
-	do := func(path string, body map[string]any) {
-		m.must(m.agents[0].Do(m.ctx(), http.MethodPut, path, body, nil))
-	}
-	do("/v1/acl/policy", map[string]any{"Name": "node-2", "Rules": documentedRules(t, "## Without an agent", "node-2", "api")})
-	do("/v1/acl/auth-method", map[string]any{"Name": authMethod, "Type": "jwt", "MaxTokenTTL": "1h", "Config": map[string]any{
-		"JWTValidationPubKeys": []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))},
-		"JWTSupportedAlgs":     []string{"ES256"}, "BoundAudiences": []string{"consul"}, "ClaimMappings": map[string]string{"sub": "node"},
-	}})
-	do("/v1/acl/binding-rule", map[string]any{"AuthMethod": authMethod, "BindType": "policy", "BindName": "${value.node}"})
+	m.must(m.agents[0].Do(m.ctx(), http.MethodPut, "/v1/acl/policy", map[string]any{"Name": "node-2", "Rules": documentedRules(t, "## Without an agent", "node-2", "api")}, nil))
+	m.must(m.agents[0].AuthMethod(m.ctx(), authMethod, m.issuer))
 
 	m.services = filepath.Join(m.Nodes[1].Dir, "services.d")
 	m.must(os.Mkdir(m.services, 0o700))
@@ -75,21 +57,12 @@ func (m *agentless) within(t *testing.T) *agentless {
 	return &sub
 }
 
-// bearer writes a JWT for a node.
+// bearer writes the bearer token of a node.
 func (m *agentless) bearer(node string) {
-	part := func(v any) string {
-		text, err := json.Marshal(v)
-		m.must(err)
-		return base64.RawURLEncoding.EncodeToString(text)
-	}
-	now := time.Now()
-	signed := part(map[string]string{"alg": "ES256", "typ": "JWT"}) + "." +
-		part(map[string]any{"sub": node, "aud": "consul", "iat": now.Add(-time.Minute).Unix(), "nbf": now.Add(-time.Minute).Unix(), "exp": now.Add(time.Hour).Unix()})
-	sum := sha256.Sum256([]byte(signed))
-	r, s, err := ecdsa.Sign(rand.Reader, m.key, sum[:])
+	m.t.Helper()
+	text, err := m.issuer.Bearer(node)
 	m.must(err)
-	signature := append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
-	m.must(os.WriteFile(m.tokenFile(1), []byte(signed+"."+base64.RawURLEncoding.EncodeToString(signature)), 0o600))
+	m.must(os.WriteFile(m.tokenFile(1), []byte(text), 0o600))
 }
 
 // define writes the definition of api.

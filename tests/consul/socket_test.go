@@ -59,12 +59,12 @@ func TestAnUpstreamsSocketIsTheWorkloadsOwn(t *testing.T) {
 	register := func(upstreams ...map[string]any) {
 		t.Helper()
 		s := Service("web", "web-1", web.IPv4.String(), port)
-		s["Meta"] = map[string]string{"nodeproxy-upstreams": "spare:" + toSpare}
+		s["Meta"] = map[string]string{"nodeproxy-upstreams": "spare:" + toSpare + ", spare:" + taken}
 		s["Connect"].(map[string]any)["SidecarService"].(map[string]any)["Proxy"] = map[string]any{"Upstreams": upstreams}
 		m.must(m.agents[0].Register(m.ctx(), s))
 	}
 	upstream := map[string]any{"DestinationName": "api", "LocalBindSocketPath": toAPI, "LocalBindSocketMode": "0666"}
-	register(upstream, map[string]any{"DestinationName": "api", "LocalBindSocketPath": taken})
+	register(upstream)
 	m.must(m.agents[0].Register(m.ctx(), Service("batch", "batch-1", batch.IPv4.String(), port+1)))
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow", "batch": "allow"}))
 	m.must(m.agents[0].Intentions(m.ctx(), "spare", map[string]string{"web": "allow"}))
