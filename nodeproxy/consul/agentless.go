@@ -165,7 +165,8 @@ func entriesOf(cfg *Config, d *data, w *wanted, snap *catalog.Snapshot) []*api.C
 		}
 		all = append(all, entry(of(d.local[def.ID]), checks...))
 		side := d.local[def.ID+sidecarSuffix] // the operator's
-		if reg := w.sidecars[def.ID+sidecarSuffix]; reg != nil {
+		if want := w.sidecars[def.ID+sidecarSuffix]; want.app != nil {
+			reg := want.registration()
 			side = &api.AgentService{
 				Kind: reg.Kind, ID: reg.ID, Service: reg.Name, Address: reg.Address, Port: reg.Port, Tags: reg.Tags, Meta: reg.Meta,
 				Weights: api.AgentWeights{Passing: 1, Warning: 1}, Proxy: reg.Proxy,

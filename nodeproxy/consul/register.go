@@ -159,25 +159,32 @@ func same(s *api.AgentService, reg *api.AgentServiceRegistration) bool {
 // wanted is what this daemon wants to be registered, as of one snapshot.
 type wanted struct {
 	self     *api.AgentServiceRegistration
-	sidecars map[string]*api.AgentServiceRegistration // by ID
-	apps     map[string]string                        // services by the ID of the sidecar
+	sidecars map[string]wantedSidecar // by ID
 	needed   []string
 
 	entries []*api.CatalogRegistration // all of it as the catalog has it, where there is no agent
 	defined bool                       // what is not among them is not defined any more
 }
 
+// wantedSidecar is a sidecar for an instance. Its registration is made when it is compared: it takes some kilobytes.
+type wantedSidecar struct {
+	app  *api.AgentService
+	port uint16
+}
+
+func (s wantedSidecar) registration() *api.AgentServiceRegistration { return sidecar(s.app, s.port) }
+
 // wantedOf is what to register for snap. A sidecar is wanted once its service has a certificate: before, nobody answers at
 // its port.
 func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, given map[string]uint16) *wanted {
-	w := &wanted{sidecars: make(map[string]*api.AgentServiceRegistration), apps: make(map[string]string), needed: needed}
+	w := &wanted{sidecars: make(map[string]wantedSidecar), needed: needed}
 	for _, app := range unserved(d, needed) {
-		reg := sidecar(app, given[app.ID])
-		if _, operators := d.local[reg.ID]; operators && !isOurs(d.local[reg.ID]) {
+		id := app.ID + sidecarSuffix
+		if _, operators := d.local[id]; operators && !isOurs(d.local[id]) {
 			continue
 		}
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
-			w.sidecars[reg.ID], w.apps[reg.ID] = reg, app.Service
+			w.sidecars[id] = wantedSidecar{app, given[app.ID]}
 		}
 	}
 	var served []uint16
@@ -325,13 +332,14 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
-		if !same(local[id], w.sidecars[id]) {
-			put(w.apps[id], replace, w.sidecars[id])
+		want := w.sidecars[id]
+		if reg := want.registration(); !same(local[id], reg) {
+			put(want.app.Service, replace, reg)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(local)) {
 		s := local[id]
-		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || !isOurs(s) || w.sidecars[id] != nil {
+		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || !isOurs(s) || w.sidecars[id].app != nil {
 			continue
 		}
 		if r.forsaken(w, s, settled) {
