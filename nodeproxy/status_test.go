@@ -59,9 +59,14 @@ func TestStatus(t *testing.T) {
 func TestAnInstanceWithoutAddressHasNoneInStatus(t *testing.T) {
 	m := newMesh(t)
 	m.add(&catalog.Instance{ID: "api-9", Service: "api", Node: "node-2", Healthy: true})
+	m.add(&catalog.Instance{ID: "api-8", Service: "api", Node: "node-2", Healthy: true, Address: netip.MustParseAddrPort("10.0.0.9:80")})
 	m.rule(policy.Allow)
-	eventually(t, "the snapshot is in force", func() bool { return len(m.proxy.Status().Services) > 0 })
-	for _, inst := range m.proxy.Status().Services[0].Instances {
+	m.publish()
+	instances := m.proxy.Status().Services[0].Instances
+	if len(instances) != 2 {
+		t.Fatalf("instances %+v", instances)
+	}
+	for _, inst := range instances {
 		text, err := json.Marshal(inst)
 		if has := strings.Contains(string(text), "address"); err != nil || has == (inst.ID == "api-9") || strings.Contains(string(text), "invalid") {
 			t.Errorf("%s is written as %s: %v", inst.ID, text, err)

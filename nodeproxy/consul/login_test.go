@@ -60,7 +60,9 @@ func TestALoginIsRenewedBeforeItEnds(t *testing.T) {
 		}
 		return nil
 	})
+	ctx := w.ctx()
 	for n := 1; logins("/v1/acl/login") < 3; n++ { // questions go on
+		w.must(ctx.Err())
 		w.must(w.agent.Intentions(w.ctx(), "web", map[string]string{"api": []string{"allow", "deny"}[n%2]}))
 		w.await("the intention is known", func(s *catalog.Snapshot) error {
 			if got := s.Policy.Decide(s.Identity("api"), "web").Allowed; got != (n%2 == 0) {
