@@ -96,9 +96,15 @@ func (v *view) socketUpstreams(id uint32) []*catalog.Upstream {
 	return all
 }
 
+// startTime is how long a process may take to enter its own mount namespace: whoever starts a container does that in the
+// container's cgroup, and nothing is to be made in the node's file system meanwhile.
+const startTime = time.Second
+
 // mountSpaces are the mount namespaces of e's processes, with a process in each.
 func mountSpaces(e *entry) map[uint64]string {
 	found := make(map[uint64]string)
+	var own unix.Stat_t
+	_ = unix.Stat("/proc/self/ns/mnt", &own)
 	_ = filepath.WalkDir(e.Cgroup, func(dir string, d os.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
 			return skipGone(err)
@@ -112,13 +118,29 @@ func mountSpaces(e *entry) map[uint64]string {
 		}
 		for pid := range strings.FieldsSeq(string(procs)) {
 			var st unix.Stat_t
-			if err := unix.Stat("/proc/"+pid+"/ns/mnt", &st); err == nil && found[st.Ino] == "" && len(found) < maxNamespaces {
+			if err := unix.Stat("/proc/"+pid+"/ns/mnt", &st); err == nil && found[st.Ino] == "" && len(found) < maxNamespaces && (st.Ino != own.Ino || age(pid) > startTime) {
 				found[st.Ino] = pid
 			}
 		}
 		return nil
 	})
 	return found
+}
+
+// age is for how long process pid has been there, 0 if that is not known.
+func age(pid string) time.Duration {
+	text, err := os.ReadFile("/proc/" + pid + "/stat")
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	var now unix.Timespec
+	if err != nil || len(fields) < 20 || unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) != nil {
+		return 0
+	}
+	const tick = time.Second / 100 // USER_HZ
+	started, err := strconv.ParseInt(fields[19], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return time.Duration(now.Nano()) - time.Duration(started)*tick
 }
 
 // openSocket listens as pid would, unless it is done.

@@ -24,12 +24,13 @@ func TestAnUpstreamsSocketIsTheWorkloadsOwn(t *testing.T) {
 	m.must(err)
 	batch := m.hosted(0, "batch")
 	m.idle(batch)
-	dir := filepath.Join(m.Nodes[0].Dir, "run") // the workload sees a file system of its own there
-	m.must(os.Mkdir(dir, 0o755))
+	mounted := filepath.Join(m.Nodes[0].Dir, "run") // the workload sees a file system of its own there
+	dir := filepath.Join(mounted, "upstreams")
+	m.must(os.MkdirAll(dir, 0o755))
 	toAPI, toSpare, taken := filepath.Join(dir, "api.sock"), filepath.Join(dir, "spare.sock"), filepath.Join(dir, "taken.sock")
 
 	app, err := web.Start(netlab.Command{Path: "/usr/bin/unshare", Args: []string{"--mount", "sh", "-c", fmt.Sprintf(
-		"mount -t tmpfs none %s && chmod 755 %[1]s && exec setpriv --reuid %d --regid %[2]d --clear-groups %s serve :%d", dir, user, programs.app, port)}})
+		"mount -t tmpfs none %s && mkdir -m 755 %s && exec setpriv --reuid %d --regid %[3]d --clear-groups %s serve :%d", mounted, dir, user, programs.app, port)}})
 	m.must(err)
 	m.must(app.WaitOutput(m.ctx(), "ready"))
 	inside := []string{"--mount", "--target", strconv.Itoa(app.PID()), programs.app}
