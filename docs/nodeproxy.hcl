@@ -35,12 +35,17 @@ source "file" {
 #   virtual_ips = "240.0.0.0/4"
 #   namespace   = "default"
 #   partition   = "default"
-#   not yet: mode = "servers"
 #   not yet: namespace = "team"
 #   not yet: partition = "team"
-#   not yet: auth_method = "kubernetes"
-#   not yet: bearer_token_file = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 # }
+#
+# On a node without an agent it has, in the place of address:
+#
+#   mode              = "servers"
+#   addresses         = ["https://10.0.0.11:8501", "https://10.0.0.12:8501"]
+#   services_dir      = "/etc/nodeproxy/services.d"   # the node's service definitions
+#   auth_method       = "nodes"                       # in the place of token_file
+#   bearer_token_file = "/etc/nodeproxy/bearer"
 
 # Which cgroups are which service. Others are not touched. "nodeproxy enroll" names more, without a restart.
 workloads {

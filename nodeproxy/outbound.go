@@ -22,16 +22,26 @@ import (
 func (p *Proxy) ServeOutbound(ns *workload.Namespace, ln *net.TCPListener) {
 	p.accept(ln, func(app *net.TCPConn) {
 		c := p.begin(admin.Outbound, app)
-		origin, err := p.admitOutbound(c, ns, app)
+		c.describe(func(about *admin.Connection) { about.Source.Address = app.RemoteAddr().String() })
+		origin, err := p.cfg.Kernel.Origin(ns, app)
+		origin, err = p.admitOutbound(c, origin, err)
 		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
 	})
 	p.tunnels.retireNamespace(ns.Cookie)
 }
 
-// admitOutbound finds out whose connection app is, and takes its places. It does not block.
-func (p *Proxy) admitOutbound(c *connection, ns *workload.Namespace, app *net.TCPConn) (*workload.Origin, error) {
-	c.describe(func(about *admin.Connection) { about.Source.Address = app.RemoteAddr().String() })
-	origin, err := p.cfg.Kernel.Origin(ns, app)
+// ServeUpstream implements workload.Handler: it carries the connections of applications to a unix socket.
+func (p *Proxy) ServeUpstream(ln *net.UnixListener, origin func(*net.UnixConn) (*workload.Origin, error)) {
+	acceptAll(p, ln.Addr(), ln.AcceptUnix, func(app *net.UnixConn) {
+		c := p.begin(admin.Outbound, app)
+		origin, err := origin(app)
+		origin, err = p.admitOutbound(c, origin, err)
+		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
+	})
+}
+
+// admitOutbound takes the places of a connection of origin, if it is known whose it is. It does not block.
+func (p *Proxy) admitOutbound(c *connection, origin *workload.Origin, err error) (*workload.Origin, error) {
 	if err != nil {
 		return nil, withReason(err, catalog.ReasonUnknownOrigin)
 	}
@@ -40,7 +50,7 @@ func (p *Proxy) admitOutbound(c *connection, ns *workload.Namespace, app *net.TC
 			Service: origin.Workload.Service, Address: origin.Client.String(),
 			Workload: origin.Workload.Cgroup, PID: origin.PID, Comm: origin.Comm,
 		}
-		about.Destination.Address = origin.Destination.String()
+		about.Destination.Address = cmp.Or(origin.Socket, origin.Destination.String())
 	})
 	release, err := p.slots.take(p.cfg.Limits.outboundSlots(origin.Workload.ID)...)
 	if err != nil {
@@ -50,12 +60,18 @@ func (p *Proxy) admitOutbound(c *connection, ns *workload.Namespace, app *net.TC
 	return origin, nil
 }
 
-func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app *net.TCPConn) error {
+func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Conn) error {
 	now := p.gate.current()
 	if now == nil {
 		return notReady()
 	}
-	to, ok := now.snap.Upstream(origin.Instances, origin.Destination)
+	to, ok := now.snap.UpstreamSocket(origin.Instances, origin.Socket)
+	if origin.Socket != "" && !ok {
+		return refuse(catalog.ReasonUnknownService, "find the service of %s: it is no upstream any more", origin.Socket)
+	}
+	if !ok {
+		to, ok = now.snap.Upstream(origin.Instances, origin.Destination)
+	}
 	if !ok {
 		to, ok = now.snap.Resolve(origin.Destination)
 	}

@@ -169,7 +169,7 @@ func (p *Proxy) Need(services []string) {
 }
 
 // begin starts the life of an accepted connection. Every begin is followed by one run.
-func (p *Proxy) begin(direction admin.Direction, conn *net.TCPConn) *connection {
+func (p *Proxy) begin(direction admin.Direction, conn net.Conn) *connection {
 	c := newConnection(p.lastID.Add(1), direction)
 	_ = c.hold(conn) // c is new: it cannot have been cut off
 	return c

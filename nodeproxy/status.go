@@ -230,10 +230,7 @@ func (p *Proxy) certificates(now *state) []admin.Certificate {
 func (p *Proxy) instances(of []*catalog.Instance) []admin.Instance {
 	list := []admin.Instance{}
 	for _, inst := range of {
-		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: inst.Address.String(), Healthy: inst.Healthy, Ejected: p.balancer.why(inst)}
-		if inst.Mesh.IsValid() {
-			s.Mesh = inst.Mesh.String()
-		}
+		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: textOf(inst.Address), Mesh: textOf(inst.Mesh), Healthy: inst.Healthy, Ejected: p.balancer.why(inst)}
 		list = append(list, s)
 	}
 	return list
@@ -248,6 +245,14 @@ func (p *Proxy) targets(snap *catalog.Snapshot, route *catalog.Route) []admin.Ta
 		})
 	}
 	return list
+}
+
+// textOf is "" for no address.
+func textOf(at netip.AddrPort) string {
+	if !at.IsValid() {
+		return ""
+	}
+	return at.String()
 }
 
 func texts(addrs []netip.Addr) []string {

@@ -120,7 +120,7 @@ func printExplanation(e *env, x *admin.Explanation) {
 	list(title, targets, plain)
 	var instances []string
 	for _, i := range x.Instances {
-		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, i.Address)
+		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, cmp.Or(i.Address, "no address"))
 		if i.Mesh != "" {
 			line += ", mTLS at " + i.Mesh
 		}

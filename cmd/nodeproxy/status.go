@@ -178,7 +178,7 @@ func (v *statusView) services() {
 			if inst.Local {
 				node += " (here)"
 			}
-			t.add(cell{name, nil}, cell{virtual, nil}, cell{inst.ID, nil}, cell{node, nil}, cell{inst.Address, nil},
+			t.add(cell{name, nil}, cell{virtual, nil}, cell{inst.ID, nil}, cell{node, nil}, cell{cmp.Or(inst.Address, "-"), nil},
 				cell{cmp.Or(inst.Mesh, "-"), nil}, v.health(&inst))
 			name, virtual = "", ""
 		}

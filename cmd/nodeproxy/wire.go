@@ -197,6 +197,9 @@ func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Sou
 	if cfg.Consul != nil {
 		c := consulConfig(cfg)
 		c.Log = log
+		if len(c.Servers) > 0 {
+			c.Definitions = file.NewLocal(cfg.Consul.ServicesDir, dial, log)
+		}
 		if dial != nil { // the daemon's: it registers what it serves
 			c.StateFile = filepath.Join(cfg.State.Dir, "state.json")
 		}
@@ -212,7 +215,8 @@ func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Sou
 func consulConfig(cfg *config.Config) consul.Config {
 	c := cfg.Consul
 	return consul.Config{
-		Address: c.Address, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
+		Address: c.Address, Servers: c.Servers, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
+		AuthMethod: c.AuthMethod, BearerTokenFile: c.BearerToken,
 		CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile,
 		Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs}, VirtualCIDRs: cfg.VirtualCIDRs,
 		Ports: consul.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort}, Version: version,

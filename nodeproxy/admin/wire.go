@@ -215,8 +215,8 @@ type Instance struct {
 	ID      string `json:"id"`
 	Node    string `json:"node"`
 	Local   bool   `json:"local"`
-	Address string `json:"address"`
-	Mesh    string `json:"mesh_address"`
+	Address string `json:"address,omitempty"`      // of the application; it may have none
+	Mesh    string `json:"mesh_address,omitempty"` // where it can be dialled
 	Healthy bool   `json:"healthy"`
 	Ejected string `json:"ejected,omitempty"` // why it is not dialled now, after failed dials
 }

@@ -64,9 +64,11 @@ func (r *Route) Preferred() *Target {
 
 // Upstream is an address at which one workload reaches a service, because its own registration says so.
 type Upstream struct {
-	At    netip.AddrPort // what the workload dials; it may be loopback
-	Name  string         // of the service, or of the prepared query
-	Query bool
+	At         netip.AddrPort // what the workload dials; it may be loopback
+	Socket     string         // or the path of a unix socket
+	SocketMode uint32         // permissions of that; 0: it is the workload's own user's
+	Name       string         // of the service, or of the prepared query
+	Query      bool
 	Route
 	Config CallConfig
 }
@@ -128,7 +130,19 @@ func (s *Snapshot) Upstream(instances []string, at netip.AddrPort) (Destination,
 	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 	for _, id := range instances {
 		for _, up := range s.Upstreams[id] {
-			if up.At == at {
+			if up.Socket == "" && up.At == at {
+				return Destination{Service: s.Services[up.Name], Upstream: up}, true
+			}
+		}
+	}
+	return Destination{}, false
+}
+
+// UpstreamSocket is Upstream for the path of a unix socket.
+func (s *Snapshot) UpstreamSocket(instances []string, path string) (Destination, bool) {
+	for _, id := range instances {
+		for _, up := range s.Upstreams[id] {
+			if path != "" && up.Socket == path {
 				return Destination{Service: s.Services[up.Name], Upstream: up}, true
 			}
 		}

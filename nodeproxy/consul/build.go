@@ -60,13 +60,14 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 	b.addUpstreams()
 	for _, name := range b.needed {
 		if b.services[name] == nil {
-			b.problem(name, "unknown-service", "a workload of this node runs as %q, which is not registered with this node's agent: it can call others, and nobody can call it; register it", name)
+			b.problem(name, "unknown-service", "a workload of this node runs as %q, which is not registered %s: it can call others, and nobody can call it; register it", name, b.cfg.registrar())
 		}
 	}
 	p, err := b.policy(generation)
 	if err != nil {
 		return nil, err
 	}
+	b.reportDefinitions()
 	if b.data.filtered {
 		b.problem("", "unsupported", "the token may not see every service, so those it does not see cannot be called: see docs/consul.md")
 	}
@@ -195,6 +196,9 @@ func (b *builder) addUnserved(s *api.AgentService) {
 	inst := b.localInstance(s, s.Service)
 	inst.Address = b.applicationPlace(inst, s)
 	inst.DeliverySocket = s.SocketPath
+	if def := b.data.definition(s.ID); def != nil {
+		inst.Delivery = def.Delivery
+	}
 	svc := b.service(s.Service)
 	svc.Instances = append(svc.Instances, inst)
 	switch port := b.given[s.ID]; {
@@ -210,7 +214,9 @@ func (b *builder) localInstance(s *api.AgentService, name string) *catalog.Insta
 		ID: s.ID, Service: name, Node: b.data.agent.node, Local: true, Healthy: true,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: s.Tags, Meta: s.Meta,
 	}
-	if known := b.data.services[name]; known != nil {
+	if def := b.data.definition(s.ID); def != nil {
+		inst.Healthy = def.Healthy()
+	} else if known := b.data.services[name]; known != nil {
 		for _, e := range known.instances {
 			if e.node == inst.Node && (e.proxyID == s.ID || e.proxyID == s.ID+sidecarSuffix) {
 				inst.Healthy = e.healthy

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -58,9 +59,15 @@ func upstreamsOf(s *api.AgentService) []upstream {
 		if text = strings.TrimSpace(text); text == "" || isOurs(s) {
 			continue
 		}
-		name, port, _ := strings.Cut(text, ":")
-		n, _ := strconv.ParseUint(port, 10, 16) // 0 is refused like one that is missing
-		all = append(all, upstream{api.Upstream{DestinationName: name, LocalBindPort: int(n)}, s.ID})
+		name, at, _ := strings.Cut(text, ":")
+		up := api.Upstream{DestinationName: name}
+		if strings.HasPrefix(at, "/") {
+			up.LocalBindSocketPath = at
+		} else {
+			n, _ := strconv.ParseUint(at, 10, 16) // 0 is refused like one that is missing
+			up.LocalBindPort = int(n)
+		}
+		all = append(all, upstream{up, s.ID})
 	}
 	return all
 }
@@ -86,6 +93,8 @@ func (d *data) resolved() map[string]bool {
 type bound struct {
 	host netip.Addr
 	at   netip.AddrPort
+
+	instance, socket string // or, of one instance, the path of a unix socket
 }
 
 // addUpstreams gives the instances of this node the upstreams that their registrations declare. It comes last, when all
@@ -130,16 +139,28 @@ func (b *builder) registrations(inst *catalog.Instance) []*api.AgentService {
 
 // bind says whether nothing else is bound where made is. The first keeps the place.
 func (b *builder) bind(inst *catalog.Instance, made *catalog.Upstream, up upstream, taken map[bound]upstream) bool {
-	at := bound{inst.Address.Addr(), made.At}
+	at := bound{host: inst.Address.Addr(), at: made.At}
+	if made.Socket != "" {
+		at = bound{instance: inst.ID, socket: made.Socket}
+	}
 	if first, twice := taken[at]; twice {
 		if first.DestinationName != up.DestinationName || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
-			b.problem(inst.Service, "refused", "upstream %q of %q is at %s, where upstream %q of %q is already: give it another port",
-				up.DestinationName, up.owner, made.At, first.DestinationName, first.owner)
+			b.problem(inst.Service, "refused", "upstream %q of %q is at %s, where upstream %q of %q is already: give it another place",
+				up.DestinationName, up.owner, cmp.Or(made.Socket, made.At.String()), first.DestinationName, first.owner)
 		}
 		return false
 	}
 	taken[at] = up
 	return true
+}
+
+// maxSocketName is how long the last part of a socket's path may be: what is bound is that, and a descriptor.
+const maxSocketName = 80
+
+// isMode says whether text is "" or permissions in octal.
+func isMode(text string) bool {
+	mode, err := strconv.ParseUint(text, 8, 32)
+	return text == "" || err == nil && mode > 0 && mode <= 0o777
 }
 
 // upstream is up as the proxy uses it, or nil where it is refused.
@@ -151,9 +172,13 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 	address := cmp.Or(up.LocalBindAddress, "127.0.0.1")
 	ip, err := netip.ParseAddr(address)
 	switch {
-	case up.LocalBindSocketPath != "":
-		return refuse("local_bind_socket_path is not supported yet: bind it to a port")
-	case up.DestinationName == "" || up.LocalBindPort < 1 || up.LocalBindPort > 65535:
+	case up.LocalBindSocketPath != "" && (!path.IsAbs(up.LocalBindSocketPath) || path.Clean(up.LocalBindSocketPath) != up.LocalBindSocketPath || len(path.Base(up.LocalBindSocketPath)) > maxSocketName):
+		return refuse("local_bind_socket_path %q is not absolute and clean, or its last part is longer than %d bytes", up.LocalBindSocketPath, maxSocketName)
+	case up.LocalBindSocketPath != "" && up.LocalBindPort != 0:
+		return refuse("local_bind_socket_path does not go with local_bind_port: remove one of them")
+	case !isMode(up.LocalBindSocketMode):
+		return refuse("local_bind_socket_mode %q is no mode, as \"0660\"", up.LocalBindSocketMode)
+	case up.DestinationName == "" || up.LocalBindSocketPath == "" && (up.LocalBindPort < 1 || up.LocalBindPort > 65535):
 		return refuse("it needs a destination and a port, as in \"db:9191\"")
 	case err != nil || ip.Zone() != "" || ip.IsMulticast() || b.isVirtual(ip.Unmap()):
 		return refuse("local_bind_address %q is not an address of one host", address)
@@ -166,7 +191,12 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 	if ip = ip.Unmap(); ip.IsUnspecified() { // every address of the host: the one that applications dial is loopback's
 		ip = map[bool]netip.Addr{true: netip.AddrFrom4([4]byte{127, 0, 0, 1}), false: netip.IPv6Loopback()}[ip.Is4()]
 	}
-	made.At = netip.AddrPortFrom(ip, uint16(up.LocalBindPort))
+	if made.Socket = up.LocalBindSocketPath; made.Socket == "" {
+		made.At = netip.AddrPortFrom(ip, uint16(up.LocalBindPort))
+	} else {
+		mode, _ := strconv.ParseUint(up.LocalBindSocketMode, 8, 32)
+		made.SocketMode = uint32(mode)
+	}
 	switch up.DestinationType {
 	case api.UpstreamDestTypeService, "":
 		made.Route = *b.upstreamRoute(service, up)

@@ -92,6 +92,7 @@ type Manager struct {
 	leaving    []*entry // released, and not detached yet
 	watcher    *watcher
 	probers    probers
+	sockets    sockets
 	older      map[uint64]*older // by cgroup id
 	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
 }
@@ -188,6 +189,11 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 			wg.Go(func() { h.ServeInbound(public, ln) })
 		}
 	}
+	m.sockets = sockets{open: make(map[socketKey]*upstreamSocket), serve: func(s *upstreamSocket) {
+		wg.Go(func() {
+			h.ServeUpstream(s.ln, func(conn *net.UnixConn) (*Origin, error) { return m.socketOrigin(s, conn) })
+		})
+	}}
 	for _, p := range m.cfg.Providers {
 		wg.Go(func() { m.provide(ctx, p) })
 	}
@@ -209,6 +215,9 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 		e.left = true // nothing is redirected for it any more, and there is no later
 	}
 	m.leave()
+	for _, s := range m.sockets.open {
+		s.close(m)
+	}
 	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close())
 	for _, ns := range m.namespaces {
 		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {

@@ -99,6 +99,7 @@ func (m *Manager) protect(next *view, h Handler) {
 		m.enroll(e)
 	}
 	m.settleNesting()
+	m.syncSockets(next)
 	m.endOlder(h)
 	m.steerDNS()
 	m.prune()
@@ -272,13 +273,39 @@ func (m *Manager) enrollable(v *view) []*entry {
 			m.direct.remember(id, owner{e.Service, e.Cgroup})
 		}
 		e.uncertified = slices.DeleteFunc(e.Services(), v.hasLeaf)
-		if left || len(e.uncertified) == 0 || e.Mesh != Enabled {
-			ready = append(ready, e)
+		if !left && e.Mesh == Enabled {
+			if len(e.uncertified) > 0 {
+				continue
+			}
+			if e.problem = m.foreignRedirect(e); e.problem != nil {
+				m.warn(e.Cgroup, "workload is not enrolled", e.problem, "service", e.Service)
+				continue
+			}
 		}
+		ready = append(ready, e)
 	}
 	// The inner ones first: what is taken out of a workload must not be redirected with it for a moment.
 	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(b.Cgroup, a.Cgroup) })
 	return ready
+}
+
+// foreignRedirect says whose rules redirect what e sends already: two proxies must not have one workload. Whoever sets such
+// rules later has a workload that is enrolled, and stays so.
+func (m *Manager) foreignRedirect(e *entry) error {
+	for _, inode := range e.inodes {
+		s := m.namespaces[inode]
+		if s == nil {
+			continue
+		}
+		rule, err := s.ForeignRedirect()
+		if err != nil {
+			m.warn(e.Cgroup, "whether another proxy has the workload is not known", err, "service", e.Service)
+		}
+		if rule != "" {
+			return fmt.Errorf("another proxy's rules redirect its connections (%s, in network namespace %d): remove them, and the workload is enrolled", rule, inode)
+		}
+	}
+	return nil
 }
 
 func (m *Manager) enroll(e *entry) {

@@ -175,6 +175,9 @@ func (m *Manager) own(v *view, workloads []*entry) []redirect.Destination {
 	for _, e := range workloads {
 		for _, id := range v.callers[e.ID] {
 			for _, up := range v.snap.Upstreams[id] {
+				if up.Socket != "" {
+					continue
+				}
 				all = append(all, redirect.Destination{Addr: up.At.Addr(), Port: up.At.Port(), Workload: e.ID})
 			}
 		}

@@ -132,6 +132,7 @@ type Origin struct {
 	Namespace   *Namespace
 	Client      netip.AddrPort // the application's own address as it would have been seen by the destination
 	Destination netip.AddrPort // what the application dialled; IPv4 is never v4-mapped
+	Socket      string         // the unix socket of an upstream that it connected to instead, "" for none
 	PID         uint32
 	Comm        string
 	Cookie      uint64 // socket cookie of the application's socket
@@ -151,6 +152,9 @@ type Handler interface {
 	// Connections outlive the call: their owner is the Handler.
 	ServeOutbound(ns *Namespace, ln *net.TCPListener)
 	ServeInbound(ns *Namespace, ln *net.TCPListener)
+
+	// ServeUpstream accepts from ln, a unix socket of a workload, until it is closed. origin says whose a connection is.
+	ServeUpstream(ln *net.UnixListener, origin func(*net.UnixConn) (*Origin, error))
 
 	// Need says which services have workloads here, each time the set changes. It does not block.
 	Need(services []string)
