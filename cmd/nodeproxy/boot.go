@@ -164,17 +164,22 @@ func (c closed) Need(services []string) {
 // ServeOutbound implements workload.Handler.
 func (closed) ServeOutbound(_ *workload.Namespace, ln *net.TCPListener) { refuse(ln) }
 
+// ServeUpstream implements workload.Handler.
+func (closed) ServeUpstream(ln *net.UnixListener, _ func(*net.UnixConn) (*workload.Origin, error)) { refuse(ln) }
+
 // ServeInbound implements workload.Handler.
 func (closed) ServeInbound(_ *workload.Namespace, ln *net.TCPListener) { refuse(ln) }
 
-func refuse(ln *net.TCPListener) {
+func refuse(ln net.Listener) {
 	for {
-		conn, err := ln.AcceptTCP()
+		conn, err := ln.Accept()
 		if err != nil {
 			return
 		}
-		conn.SetLinger(0)
-		conn.Close()
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0) // else it is closed without a reset
+		}
+		_ = conn.Close() // nothing was sent
 	}
 }
 

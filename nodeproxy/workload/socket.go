@@ -86,7 +86,7 @@ func (m *Manager) syncSockets(v *view) {
 
 func (v *view) socketUpstreams(id uint32) []*catalog.Upstream {
 	var all []*catalog.Upstream
-	for _, inst := range v.serves[id] {
+	for _, inst := range v.callers[id] {
 		for _, up := range v.snap.Upstreams[inst] {
 			if up.Socket != "" {
 				all = append(all, up)
@@ -323,7 +323,7 @@ func (m *Manager) socketOrigin(s *upstreamSocket, conn *net.UnixConn) (*Origin, 
 	for _, space := range v.spaces {
 		if space.Inode == netns.Ino {
 			return &Origin{
-				Workload: w, Instances: v.serves[w.ID], Namespace: space.public, Client: space.anyAddress(), Socket: s.key.path,
+				Workload: w, Instances: v.callers[w.ID], Namespace: space.public, Client: space.anyAddress(), Socket: s.key.path,
 				PID: uint32(pid), Comm: strings.TrimSpace(string(comm)),
 			}, nil
 		}
