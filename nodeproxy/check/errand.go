@@ -22,7 +22,7 @@ const CanaryCommand = "canary"
 
 const (
 	errandTimeout = 2 * time.Second // of a connect, and of what follows it
-	maxTries      = 10
+	maxTries      = 30
 )
 
 // errandKind says what a canary process does.
