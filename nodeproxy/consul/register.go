@@ -309,6 +309,9 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
+		if local[id] != nil && !isOurs(local[id]) {
+			continue // the operator's, since w was made
+		}
 		if !same(local[id], w.sidecars[id]) {
 			put(w.apps[id], replace, w.sidecars[id])
 		}
