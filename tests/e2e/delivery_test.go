@@ -69,8 +69,12 @@ func TestADeliveryTargetThatIsNotTheWorkloadsIsRefused(t *testing.T) {
 		}
 	}
 	m.define(1, "api", port, api.IPv4) // the delivery port of the last definition has a guard of its own
-	m.awaitGeneration(1)
-	m.reaches(web, m.vip("api"))
+	m.eventually("web reaches api again", func() error { // Consul tells of the definition a moment later
+		if out := m.dial(web, "-timeout", "2s", m.vip("api"), "peer"); !strings.Contains(out, "accept=") {
+			return fmt.Errorf("%w: %s", errNotYet, out)
+		}
+		return nil
+	})
 }
 
 func TestASquatterOnTheApplicationsPortGetsNoDelivery(t *testing.T) {
