@@ -68,7 +68,7 @@ func TestADeliveryTargetThatIsNotTheWorkloadsIsRefused(t *testing.T) {
 			t.Errorf("a foreign listener was dialled: %s", p.Output())
 		}
 	}
-	m.define(1, "api", port, api.IPv4) // the delivery port of the last definition has a guard of its own
+	m.define(1, "api", port, api.IPv4)                   // the delivery port of the last definition has a guard of its own
 	m.eventually("web reaches api again", func() error { // Consul tells of the definition a moment later
 		if out := m.dial(web, "-timeout", "2s", m.vip("api"), "peer"); !strings.Contains(out, "accept=") {
 			return fmt.Errorf("%w: %s", errNotYet, out)
