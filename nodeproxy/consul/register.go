@@ -170,9 +170,6 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	w := &wanted{sidecars: make(map[string]*api.AgentServiceRegistration), apps: make(map[string]string), needed: needed}
 	for _, app := range unserved(d, needed) {
 		reg := sidecar(app, given[app.ID])
-		if _, operators := d.local[reg.ID]; operators && !isOurs(d.local[reg.ID]) {
-			continue
-		}
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
 			w.sidecars[reg.ID], w.apps[reg.ID] = reg, app.Service
 		}
@@ -310,7 +307,7 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
 		if local[id] != nil && !isOurs(local[id]) {
-			continue // the operator's, since w was made
+			continue // the operator's, maybe since w was made
 		}
 		if !same(local[id], w.sidecars[id]) {
 			put(w.apps[id], replace, w.sidecars[id])
