@@ -36,22 +36,31 @@ func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) [
 		return []Result{failed("canaries", "ask where instances are delivered to: %s", err)}
 	}
 	of := make([][]Result, len(status.Workloads))
+	services := make(map[string][]int) // the workloads to try, of each
+	for i := range status.Workloads {
+		if w := &status.Workloads[i]; isTried(w) {
+			services[w.Service] = append(services[w.Service], i)
+		}
+	}
 	var tries errgroup.Group
 	tries.SetLimit(atOnce)
-	for i := range status.Workloads {
-		if w := &status.Workloads[i]; isTried(w) && ctx.Err() == nil {
-			tries.Go(func() error {
-				c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Services())}
-				of[i] = append(c.run(ctx), c.applications(applications)...)
-				return nil
-			})
-		}
+	for _, workloads := range services {
+		tries.Go(func() error {
+			for _, i := range workloads {
+				if w := &status.Workloads[i]; ctx.Err() == nil {
+					c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Services())}
+					of[i] = append(c.run(ctx), c.applications(applications)...)
+				}
+			}
+			return nil
+		})
 	}
 	_ = tries.Wait() // what fails is a Result
 	return slices.Concat(of...)
 }
 
-// atOnce bounds the workloads that are tried at the same time: most of a failure is waiting for what does not come.
+// atOnce bounds the services whose workloads are tried at the same time: most of a failure is waiting for what does not come.
+// Those of one service wait for each other: the trace of a refused stranger does not tell them apart.
 const atOnce = 8
 
 // isTried says whether connections of w must go into the mesh. What of an unprotected workload does not work is then told

@@ -179,9 +179,6 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	w := &wanted{sidecars: make(map[string]wantedSidecar), needed: needed}
 	for _, app := range unserved(d, needed) {
 		id := app.ID + sidecarSuffix
-		if _, operators := d.local[id]; operators && !isOurs(d.local[id]) {
-			continue
-		}
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
 			w.sidecars[id] = wantedSidecar{app, given[app.ID]}
 		}
@@ -331,6 +328,9 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
+		if local[id] != nil && !isOurs(local[id]) {
+			continue // the operator's, maybe since w was made
+		}
 		want := w.sidecars[id]
 		if reg := want.registration(); !same(local[id], reg) {
 			put(want.app.Service, replace, reg)

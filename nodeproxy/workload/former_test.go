@@ -40,3 +40,20 @@ func TestWhatIsServedNoMoreIsCarriedOnForAWhileAndThenForgotten(t *testing.T) {
 		}
 	})
 }
+
+func TestAWorkloadIsListedUntilItsHooksAreDetached(t *testing.T) {
+	gone := &entry{Workload: Workload{ID: 7, Cgroup: "/cg/web", Service: "web"}, cgroup: 70}
+	m := &Manager{leaving: []*entry{gone}}
+	if all := m.states(); len(all) != 1 || all[0].Workload.Cgroup != "/cg/web" || all[0].State != "leaving" {
+		t.Errorf("what is un-enrolled and still redirected is listed as %+v", all)
+	}
+	again := &entry{Workload: Workload{Cgroup: "/cg/web", Service: "shop"}, cgroup: 70}
+	m.workloads = map[string]*entry{"/cg/web": again}
+	if all := m.states(); len(all) != 1 || all[0].Workload.Service != "shop" || all[0].State == "leaving" {
+		t.Errorf("a workload that is enrolled again is listed as %+v", all)
+	}
+	m.workloads, m.leaving = nil, nil
+	if all := m.states(); len(all) != 0 {
+		t.Errorf("once detached it is listed as %+v", all)
+	}
+}

@@ -13,7 +13,7 @@ import (
 )
 
 // rounds is how often every service is taken over from its Envoy and handed back, in each kind of namespace.
-const rounds = 10
+const rounds = 20
 
 // mover moves one service between its Envoy and nodeproxy with the commands of docs/migrate.md.
 type mover struct {

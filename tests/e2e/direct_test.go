@@ -88,12 +88,15 @@ func TestWithinANodeBothPathsShowTheSame(t *testing.T) {
 
 func TestWithinANodeADenyCutsLiveConnectionsAndRefusesNewOnes(t *testing.T) {
 	eachPath(t, func(t *testing.T, m *mesh, web, _ *netlab.Workload, path admin.Path) {
+		traced := m.traced(0)
 		ends := map[string]func() string{
 			"download": m.background(web, "a line", m.vip("api"), "stream"),
 			"idle":     m.background(web, "held", m.vip("api"), "hold"),
 			"upload":   m.background(web, "connected", "-payload", "1000000000000", m.vip("api"), "sum"),
 		}
-		traced := m.traced(0)
+		for range ends { // an application is connected before its connection is allowed
+			traced.await("open connection", outboundOf(admin.EventOpen, web, path))
+		}
 		written := time.Now()
 		m.deny("api", "web")
 		for name, ended := range ends {
