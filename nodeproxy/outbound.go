@@ -119,7 +119,7 @@ type dialer struct {
 
 func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to catalog.Destination) *dialer {
 	caller := origin.Workload.Service
-	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: to.Route(), config: now.snap.Call(caller, to)}
+	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: now.snap.RouteOf(caller, to), config: now.snap.Call(caller, to)}
 	d.call = call{balance: d.route.Balance, source: origin.Client.Addr(), ejection: d.config.Ejection}
 	if d.call.ejection != nil {
 		d.call.caller = caller
@@ -210,6 +210,10 @@ func whyUnusable(route *catalog.Route) []string {
 		case t.Unreachable != "":
 			why = append(why, t.Unreachable)
 		case !t.Usable():
+			if t.Gateway == catalog.GatewayLocal || t.Gateway == catalog.GatewayRemote {
+				why = append(why, fmt.Sprintf("%s has no healthy instance, or none of the %d mesh gateways on the way (mode %q) is healthy", t, len(t.Instances), t.Gateway))
+				continue
+			}
 			why = append(why, fmt.Sprintf("none of the %d instances of %s is healthy and speaks mTLS", len(t.Instances), t))
 		}
 	}
@@ -267,7 +271,10 @@ func (d *dialer) dialMesh(m meshDial) (leg, error) {
 // leadsTo notes whom d's connection goes to.
 func (d *dialer) leadsTo(inst *catalog.Instance) {
 	d.c.describe(func(about *admin.Connection) {
-		about.Destination.Instance, about.Destination.Peer = inst.ID, inst.Mesh.String()
+		about.Destination.Instance, about.Destination.Gateway, about.Destination.Peer = inst.ID, "", inst.Mesh.String()
+		if inst.Gateway { // which instance is behind it is not known
+			about.Destination.Instance, about.Destination.Gateway = "", inst.ID
+		}
 		about.Destination.Identity = d.state.snap.TargetIdentity(d.target).String()
 	})
 }

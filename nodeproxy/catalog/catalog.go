@@ -82,6 +82,9 @@ type Snapshot struct {
 	// Calls is how services of this node call others, by the caller's name; what is not there is left to the node.
 	Calls map[string]*Calls
 
+	// Gateways are the mesh gateways of datacenters to which calls go, and of this one: by datacenter, "" is the snapshot's.
+	Gateways map[string][]*Instance
+
 	// MeshOnly refuses connections of workloads to whatever is not in the mesh (MeshDestinationsOnly), but for Outside.
 	MeshOnly bool
 	Outside  []netip.AddrPort
@@ -142,6 +145,10 @@ type Instance struct {
 	// Native is a service that speaks Connect mTLS itself, at Mesh: its port is never steered and nothing is delivered to it,
 	// and it has no Address, for plaintext must never be sent there.
 	Native bool
+
+	// Gateway is a place at which a gateway stands for the service, and for others: it tells them apart by SNI. It has a Mesh
+	// address only, and makes no tunnels.
+	Gateway bool
 
 	// Probed are the ports at which a prober of this node checks the instance: the application's, or the mesh port.
 	Probed []uint16
@@ -222,7 +229,7 @@ func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {
 		addr  netip.AddrPort
 		index map[netip.AddrPort]*Instance
 	}{{inst.Address, s.instances}, {inst.Mesh, s.mesh}} {
-		if !at.addr.IsValid() {
+		if !at.addr.IsValid() || inst.Gateway {
 			continue
 		}
 		if other, taken := at.index[at.addr]; taken {

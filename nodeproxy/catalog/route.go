@@ -37,6 +37,10 @@ type Target struct {
 	Instances      []*Instance
 	ConnectTimeout time.Duration // to one instance, 0 means the node's own limit
 
+	// Gateway is how Instances of another datacenter are reached, where the caller's configuration does not say. In a
+	// route of RouteOf it is how they are, and Instances are the gateways where it is through any.
+	Gateway GatewayMode
+
 	// Unreachable says why no instance can be dialled, whatever its health, and what to do; "" when they can.
 	Unreachable string
 }
@@ -62,6 +66,17 @@ func (r *Route) Preferred() *Target {
 	return r.Targets[0]
 }
 
+// GatewayMode is whether what is in another datacenter is reached through mesh gateways, and through whose.
+type GatewayMode string
+
+// The modes of a config entry's MeshGateway.
+const (
+	GatewayUnset  GatewayMode = "" // left to the next configuration that says; after the last: none
+	GatewayNone   GatewayMode = "none"
+	GatewayLocal  GatewayMode = "local"  // those of the caller's datacenter
+	GatewayRemote GatewayMode = "remote" // those of the target's
+)
+
 // Upstream is an address at which one workload reaches a service, because its own registration says so.
 type Upstream struct {
 	At    netip.AddrPort // what the workload dials; it may be loopback
@@ -76,6 +91,7 @@ type CallConfig struct {
 	ConnectTimeout time.Duration // goes before the target's
 	MaxConnections int           // of one workload, at once
 	Ejection       *Ejection
+	Gateway        GatewayMode // goes before the target's
 }
 
 // Ejection is when an instance that fails is not dialled for a while (PassiveHealthCheck).
@@ -91,6 +107,7 @@ func (c CallConfig) over(base CallConfig) CallConfig {
 	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, base.ConnectTimeout)
 	c.MaxConnections = cmp.Or(c.MaxConnections, base.MaxConnections)
 	c.Ejection = cmp.Or(c.Ejection, base.Ejection)
+	c.Gateway = cmp.Or(c.Gateway, base.Gateway)
 	return c
 }
 
@@ -136,7 +153,8 @@ func (s *Snapshot) Upstream(instances []string, at netip.AddrPort) (Destination,
 	return Destination{}, false
 }
 
-// AllTargets yields every target of s, and each service with its own instances. One may come several times.
+// AllTargets yields every target of s, and each service with its own instances, as they are reached from here: directly,
+// and through gateways. One may come several times.
 func (s *Snapshot) AllTargets() iter.Seq[*Target] {
 	return func(yield func(*Target) bool) {
 		var all []*Route
@@ -150,8 +168,13 @@ func (s *Snapshot) AllTargets() iter.Seq[*Target] {
 		}
 		for _, route := range all {
 			for _, t := range route.Targets {
-				if !yield(t) {
-					return
+				for _, mode := range []GatewayMode{GatewayNone, GatewayLocal, GatewayRemote} {
+					if !yield(s.reach(t, mode)) {
+						return
+					}
+					if t.Datacenter == "" {
+						break
+					}
 				}
 			}
 		}

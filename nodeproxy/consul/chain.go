@@ -16,6 +16,7 @@ type endpoints struct {
 	datacenter  string // "" is this one
 	filter      string // of a resolver's subset
 	onlyPassing bool   // a warning counts as unhealthy
+	gateways    bool   // the instances of service, which are mesh gateways, and not those behind its proxies
 }
 
 func (e endpoints) isPlain() bool { return e == endpoints{service: e.service} }
@@ -52,6 +53,7 @@ type chain struct {
 type target struct {
 	endpoints
 	subset      string
+	gateway     catalog.GatewayMode
 	unreachable string // why, and what to do; "" it is not
 }
 
@@ -123,18 +125,16 @@ func addrs(texts []string) []netip.Addr {
 func (t *compiledTarget) resolve(here string) target {
 	r := target{
 		endpoints: endpoints{service: t.Service, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing},
-		subset:    t.ServiceSubset,
+		subset:    t.ServiceSubset, gateway: catalog.GatewayMode(t.MeshGateway.Mode),
 	}
 	if t.Datacenter != here {
 		r.datacenter = t.Datacenter
 	}
-	switch mode := t.MeshGateway.Mode; {
+	switch {
 	case t.Peer != "":
 		r.unreachable = fmt.Sprintf("%q is a service of peer %q, and peers are not supported", t.Service, t.Peer)
 	case !isDefault(t.Namespace) || !isDefault(t.Partition):
 		r.unreachable = fmt.Sprintf("%q is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", t.Service, t.Namespace, t.Partition)
-	case r.datacenter != "" && mode != api.MeshGatewayModeDefault && mode != api.MeshGatewayModeNone:
-		r.unreachable = fmt.Sprintf("%q in datacenter %q is to be reached through mesh gateways (mode %q), which is not supported: set MeshGateway.Mode to \"none\" where the datacenters reach each other", t.Service, r.datacenter, mode)
 	}
 	return r
 }

@@ -47,22 +47,18 @@ func TestAChainsTargetsAreInOrder(t *testing.T) {
 		t.Errorf("virtual IPs %s and %s", c.virtual, c.manual)
 	}
 	want := []target{
-		{endpoints: endpoints{service: "api", filter: "Service.Meta.version == v1", onlyPassing: true}, subset: "v1"},
+		{endpoints: endpoints{service: "api", filter: "Service.Meta.version == v1", onlyPassing: true}, subset: "v1", gateway: catalog.GatewayLocal},
 		{endpoints: endpoints{service: "api", datacenter: "dc2"}},
-		{endpoints: endpoints{service: "old", datacenter: "dc3"}},
+		{endpoints: endpoints{service: "old", datacenter: "dc3"}, gateway: catalog.GatewayRemote},
 		{endpoints: endpoints{service: "spare"}},
 	}
 	if len(c.targets) != len(want) {
 		t.Fatalf("targets: %+v", c.targets)
 	}
 	for i := range want {
-		got := c.targets[i]
-		if got.endpoints != want[i].endpoints || got.subset != want[i].subset || (got.unreachable != "") != (i == 2) {
+		if got := c.targets[i]; got != want[i] {
 			t.Errorf("target %d: %+v", i, got)
 		}
-	}
-	if !strings.Contains(c.targets[2].unreachable, "mesh gateways") {
-		t.Errorf("through a gateway: %q", c.targets[2].unreachable)
 	}
 }
 

@@ -99,6 +99,9 @@ func (d *data) targetQuestions() map[endpoints]bool {
 			if !t.isPlain() && t.unreachable == "" {
 				all[t.endpoints] = true
 			}
+			for _, e := range d.gatewaysTo(t.datacenter) {
+				all[e] = true
+			}
 		}
 	}
 	return all
@@ -159,6 +162,7 @@ func (r *run) readChain(ctx context.Context, k chainKey) (*chain, error) {
 		return nil, err
 	}
 	c.read = time.Now()
+	r.findGateways(ctx, c)
 	for _, t := range c.targets {
 		if !t.isPlain() && t.unreachable == "" && d.targets[t.endpoints] == nil {
 			r.readTarget(ctx, t.endpoints)
@@ -196,6 +200,7 @@ func (r *run) refreshChains(ctx context.Context) bool {
 	keys = slices.DeleteFunc(keys, func(k chainKey) bool { return time.Since(last(k)) < look/2 })
 	asked := time.Now()
 	chains, err := r.readChains(ctx, keys)
+	err = errors.Join(err, r.readGateways(ctx))
 	changed := false
 	r.world.update(func(d *data) bool {
 		changed = d.setChains(chains)
@@ -301,6 +306,9 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 			for _, t := range c.targets {
 				if t.unreachable == "" {
 					add(t.endpoints)
+				}
+				for _, e := range d.gatewaysTo(t.datacenter) {
+					add(e)
 				}
 			}
 		}

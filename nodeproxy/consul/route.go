@@ -28,7 +28,7 @@ func (b *builder) route(c *chain) *catalog.Route {
 		default:
 			r.Targets = append(r.Targets, b.target(t.endpoints, known.instances))
 		}
-		r.Targets[len(r.Targets)-1].Subset = t.subset
+		r.Targets[len(r.Targets)-1].Subset, r.Targets[len(r.Targets)-1].Gateway = t.subset, t.gateway
 	}
 	return r
 }
@@ -80,7 +80,7 @@ func (b *builder) find(name string, e endpoint) *catalog.Instance {
 // abroad is an instance of another datacenter.
 func (b *builder) abroad(of endpoints, e endpoint) *catalog.Instance {
 	inst := &catalog.Instance{
-		ID: e.id, Service: of.service, Node: e.node, Datacenter: of.datacenter, Healthy: e.healthy, Native: e.native, Tags: e.tags, Meta: e.meta,
+		ID: e.id, Service: of.service, Node: e.node, Datacenter: of.datacenter, Healthy: e.healthy, Native: e.native, Gateway: e.gateway, Tags: e.tags, Meta: e.meta,
 	}
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	return inst

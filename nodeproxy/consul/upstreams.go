@@ -2,7 +2,6 @@ package consul
 
 import (
 	"cmp"
-	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -163,6 +162,7 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 		return refuse("it is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", up.DestinationNamespace, up.DestinationPartition)
 	}
 	made := &catalog.Upstream{Name: up.DestinationName, Config: b.upstreamConfig(service, up)}
+	made.Config.Gateway = cmp.Or(catalog.GatewayMode(up.MeshGateway.Mode), made.Config.Gateway)
 	if ip = ip.Unmap(); ip.IsUnspecified() { // every address of the host: the one that applications dial is loopback's
 		ip = map[bool]netip.Addr{true: netip.AddrFrom4([4]byte{127, 0, 0, 1}), false: netip.IPv6Loopback()}[ip.Is4()]
 	}
@@ -191,9 +191,6 @@ func (b *builder) upstreamRoute(service string, up *upstream) *catalog.Route {
 	fail := func(why string) *catalog.Route {
 		b.problem(service, "unsupported", "upstream %q of %q can not be reached: %s", up.DestinationName, up.owner, why)
 		return &catalog.Route{Targets: []*catalog.Target{{Service: k.service, Datacenter: k.datacenter, Unreachable: why}}}
-	}
-	if mode := up.MeshGateway.Mode; mode != api.MeshGatewayModeDefault && mode != api.MeshGatewayModeNone {
-		return fail(fmt.Sprintf("mesh gateways (mode %q) are not supported: set its mode to \"none\" where the datacenters reach each other", mode))
 	}
 	c := b.data.chains[k]
 	if c == nil {
@@ -226,10 +223,10 @@ const (
 
 // callConfig reads what can be honoured of how a service calls another. ignore is told of the rest.
 func callConfig(u *api.UpstreamConfig, ignore func(field string, isHTTP bool)) catalog.CallConfig {
-	c := catalog.CallConfig{ConnectTimeout: time.Duration(max(u.ConnectTimeoutMs, 0)) * time.Millisecond}
+	c := catalog.CallConfig{ConnectTimeout: time.Duration(max(u.ConnectTimeoutMs, 0)) * time.Millisecond, Gateway: catalog.GatewayMode(u.MeshGateway.Mode)}
 	for field, set := range map[string]bool{
 		"EnvoyListenerJSON": u.EnvoyListenerJSON != "", "EnvoyClusterJSON": u.EnvoyClusterJSON != "",
-		"MeshGateway": u.MeshGateway.Mode != "" && u.MeshGateway.Mode != api.MeshGatewayModeNone, "BalanceOutboundConnections": u.BalanceOutboundConnections != "",
+		"BalanceOutboundConnections": u.BalanceOutboundConnections != "",
 	} {
 		if set {
 			ignore(field, false)
@@ -276,8 +273,12 @@ func ejection(h *api.PassiveHealthCheck, ignore func(field string, isHTTP bool))
 func (b *builder) calls() map[string]*catalog.Calls {
 	all := make(map[string]*catalog.Calls)
 	for _, name := range b.needed {
+		c := &catalog.Calls{Overrides: make(map[string]catalog.CallConfig)}
 		d := b.defaults[name]
 		if d == nil || d.UpstreamConfig == nil {
+			if c.Defaults.Gateway = b.gatewayMode(name, c.Defaults); c.Defaults.Gateway != catalog.GatewayUnset {
+				all[name] = c
+			}
 			continue
 		}
 		read := func(u *api.UpstreamConfig) catalog.CallConfig {
@@ -289,10 +290,10 @@ func (b *builder) calls() map[string]*catalog.Calls {
 				b.problem(name, "unsupported", "UpstreamConfig %s %s of %s is not honoured", u.Name, field, what(d))
 			})
 		}
-		c := &catalog.Calls{Overrides: make(map[string]catalog.CallConfig)}
 		if u := d.UpstreamConfig.Defaults; u != nil {
 			c.Defaults = read(u)
 		}
+		c.Defaults.Gateway = b.gatewayMode(name, c.Defaults)
 		for _, u := range d.UpstreamConfig.Overrides {
 			if u.Peer == "" && isDefault(u.Namespace) && isDefault(u.Partition) {
 				c.Overrides[u.Name] = read(u)
