@@ -124,7 +124,7 @@ func missingOf(to catalog.Destination, route *catalog.Route) []string {
 	var missing []string
 	switch target := route.Preferred(); {
 	case target.Usable():
-	case len(route.Targets) > 1 || target.Unreachable != "":
+	case len(route.Targets) > 1 || target.Unreachable != "" || target.Gateway.Through():
 		missing = append(missing, whyUnusable(route)...)
 	case len(target.Instances) == 0:
 		missing = append(missing, fmt.Sprintf("%q has no instance: register one", target.Service))

@@ -210,7 +210,7 @@ func whyUnusable(route *catalog.Route) []string {
 		case t.Unreachable != "":
 			why = append(why, t.Unreachable)
 		case !t.Usable():
-			if t.Gateway == catalog.GatewayLocal || t.Gateway == catalog.GatewayRemote {
+			if t.Gateway.Through() {
 				why = append(why, fmt.Sprintf("%s has no healthy instance, or none of the %d mesh gateways on the way (mode %q) is healthy", t, len(t.Instances), t.Gateway))
 				continue
 			}

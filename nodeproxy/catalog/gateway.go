@@ -30,13 +30,12 @@ func (s *Snapshot) reach(t *Target, mode GatewayMode) *Target {
 	}
 	reached := new(*t)
 	reached.Gateway = mode
-	of := ""
-	switch mode {
-	case GatewayLocal:
-	case GatewayRemote:
-		of = t.Datacenter
-	default:
+	if !mode.Through() {
 		return reached
+	}
+	of := ""
+	if mode == GatewayRemote {
+		of = t.Datacenter
 	}
 	reached.Instances = nil
 	alive := slices.ContainsFunc(t.Instances, func(inst *Instance) bool { return inst.Healthy })

@@ -77,6 +77,9 @@ const (
 	GatewayRemote GatewayMode = "remote" // those of the target's
 )
 
+// Through says whether the way goes through gateways.
+func (m GatewayMode) Through() bool { return m == GatewayLocal || m == GatewayRemote }
+
 // Upstream is an address at which one workload reaches a service, because its own registration says so.
 type Upstream struct {
 	At    netip.AddrPort // what the workload dials; it may be loopback

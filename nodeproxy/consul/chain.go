@@ -125,10 +125,10 @@ func addrs(texts []string) []netip.Addr {
 func (t *compiledTarget) resolve(here string) target {
 	r := target{
 		endpoints: endpoints{service: t.Service, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing},
-		subset:    t.ServiceSubset, gateway: catalog.GatewayMode(t.MeshGateway.Mode),
+		subset:    t.ServiceSubset,
 	}
 	if t.Datacenter != here {
-		r.datacenter = t.Datacenter
+		r.datacenter, r.gateway = t.Datacenter, catalog.GatewayMode(t.MeshGateway.Mode)
 	}
 	switch {
 	case t.Peer != "":

@@ -47,7 +47,7 @@ func TestAChainsTargetsAreInOrder(t *testing.T) {
 		t.Errorf("virtual IPs %s and %s", c.virtual, c.manual)
 	}
 	want := []target{
-		{endpoints: endpoints{service: "api", filter: "Service.Meta.version == v1", onlyPassing: true}, subset: "v1", gateway: catalog.GatewayLocal},
+		{endpoints: endpoints{service: "api", filter: "Service.Meta.version == v1", onlyPassing: true}, subset: "v1"},
 		{endpoints: endpoints{service: "api", datacenter: "dc2"}},
 		{endpoints: endpoints{service: "old", datacenter: "dc3"}, gateway: catalog.GatewayRemote},
 		{endpoints: endpoints{service: "spare"}},

@@ -36,9 +36,7 @@ func (d *data) gatewaysTo(datacenter string) []endpoints {
 
 // throughGateways says whether anything on this node, or of what it calls, is to go through mesh gateways.
 func (d *data) throughGateways() bool {
-	is := func(mode api.MeshGatewayMode) bool {
-		return mode == api.MeshGatewayModeLocal || mode == api.MeshGatewayModeRemote
-	}
+	is := func(mode api.MeshGatewayMode) bool { return catalog.GatewayMode(mode).Through() }
 	for _, s := range d.local {
 		if s.Proxy != nil && (is(s.Proxy.MeshGateway.Mode) || slices.ContainsFunc(s.Proxy.Upstreams, func(u api.Upstream) bool { return is(u.MeshGateway.Mode) })) {
 			return true
@@ -77,7 +75,7 @@ func (d *data) gatewayDatacenters() []string {
 	found := make(map[string]bool)
 	for _, c := range d.chains {
 		for _, t := range c.targets {
-			if t.datacenter != "" && (through || t.gateway == catalog.GatewayLocal || t.gateway == catalog.GatewayRemote) {
+			if t.datacenter != "" && (through || t.gateway.Through()) {
 				found[""], found[t.datacenter] = true, true
 			}
 		}
