@@ -8,6 +8,7 @@ import (
 	"github.com/hashicorp/consul/api"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/resolver"
 )
 
 // endpoints names a question for instances. With a service alone it is all of them in this datacenter.
@@ -97,8 +98,8 @@ func parseChain(a *answer, here string) (*chain, error) {
 	ids := []string{node.Resolver.Target}
 	if f := node.Resolver.Failover; f != nil {
 		ids = append(ids, f.Targets...)
-		if f.Policy != nil && f.Policy.Mode != "" && f.Policy.Mode != "sequential" {
-			c.ignored = append(c.ignored, fmt.Sprintf("failover policy %q is not honoured: the targets are used in order", f.Policy.Mode))
+		if f.Policy != nil && resolver.Unordered(f.Policy.Mode) != "" {
+			c.ignored = append(c.ignored, resolver.Unordered(f.Policy.Mode))
 		}
 	}
 	for _, id := range ids {
@@ -108,7 +109,8 @@ func parseChain(a *answer, here string) (*chain, error) {
 		}
 		c.targets = append(c.targets, t.resolve(here))
 	}
-	c.setBalance(node.LoadBalancer)
+	balance, ignored := resolver.Balance(node.LoadBalancer)
+	c.balance, c.ignored = balance, append(c.ignored, ignored...)
 	return c, nil
 }
 
@@ -137,31 +139,4 @@ func (t *compiledTarget) resolve(here string) target {
 		r.unreachable = fmt.Sprintf("%q is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", t.Service, t.Namespace, t.Partition)
 	}
 	return r
-}
-
-var balances = map[string]catalog.Balance{
-	"": catalog.LeastRequest, "least_request": catalog.LeastRequest, "round_robin": catalog.RoundRobin, "random": catalog.Random,
-	"maglev": catalog.SourceHash, "ring_hash": catalog.SourceHash,
-}
-
-func (c *chain) setBalance(lb *api.LoadBalancer) {
-	if lb == nil {
-		return
-	}
-	ignore := func(format string, args ...any) { c.ignored = append(c.ignored, fmt.Sprintf(format, args...)) }
-	var known bool
-	if c.balance, known = balances[lb.Policy]; !known {
-		ignore("LoadBalancer policy %q is not known: the less busy of two instances is used", lb.Policy)
-	}
-	if lb.LeastRequestConfig != nil && lb.LeastRequestConfig.ChoiceCount != 2 {
-		ignore("LeastRequestConfig.ChoiceCount %d is not honoured: two instances are drawn", lb.LeastRequestConfig.ChoiceCount)
-	}
-	if lb.RingHashConfig != nil {
-		ignore("RingHashConfig is not honoured: no ring is kept")
-	}
-	for _, p := range lb.HashPolicies {
-		if !p.SourceIP {
-			ignore("hash policy %q is ignored: it concerns HTTP, the source address is used", p.Field)
-		}
-	}
 }
