@@ -7,6 +7,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
 )
 
 // Explain says what would become of a connection from source to destination now: which intention decides, and what is
@@ -24,6 +25,9 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	route := now.snap.RouteOf(source, to)
 	target := route.Preferred()
 	why := now.snap.Policy.Explain(now.snap.Identity(source), target.Service)
+	if p := target.Peered; p != nil {
+		why = policy.Explanation{Verdict: policy.Verdict{Allowed: true, Generation: now.snap.Policy.Generation()}, Sentence: fmt.Sprintf("the intentions of peer %q decide, on its side", p.Peer)}
+	}
 	e := admin.Explanation{
 		Source: source, Destination: to.Name(),
 		Allowed: why.Allowed, Why: why.Sentence, Considered: []string{}, Generation: why.Generation,

@@ -127,16 +127,24 @@ func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to 
 	return d
 }
 
-// aim makes target the one whose intention and identity count: those of what was dialled never do.
+// aim makes target the one whose intention and identity count: those of what was dialled never do. Of a peer's service the
+// intentions are not known here: they are the other side's to keep.
 func (d *dialer) aim(target *catalog.Target) error {
 	d.target = target
-	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), target.Service)
+	decided := target.Service
+	if target.Peered != nil {
+		decided = "" // by the peer
+	}
+	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), decided)
 	d.c.describe(func(about *admin.Connection) {
 		about.Destination.Service, about.Destination.Target = d.to.Name(), target.String()
 		if about.Destination.Target == about.Destination.Service {
 			about.Destination.Target = ""
 		}
 	})
+	if target.Peered != nil {
+		return nil
+	}
 	return d.authorize(d.c)
 }
 

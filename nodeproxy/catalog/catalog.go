@@ -85,6 +85,9 @@ type Snapshot struct {
 	// Gateways are the mesh gateways of datacenters to which calls go, and of this one: by datacenter, "" is the snapshot's.
 	Gateways map[string][]*Instance
 
+	// Peers are the other clusters whose services may be called, or may call.
+	Peers []Peer
+
 	// MeshOnly refuses connections of workloads to whatever is not in the mesh (MeshDestinationsOnly), but for Outside.
 	MeshOnly bool
 	Outside  []netip.AddrPort
@@ -131,6 +134,7 @@ type Instance struct {
 	Service    string
 	Node       string
 	Datacenter string // "" is the snapshot's
+	Peer       string // "" is this cluster
 	Local      bool   // on this node
 	Healthy    bool   // by its checks; instances of other nodes are healthy until a dial fails
 
@@ -249,7 +253,7 @@ func checkRoute(of string, route *Route) []error {
 	}
 	for _, t := range route.Targets {
 		for _, inst := range t.Instances {
-			if inst.Service != t.Service || inst.Datacenter != t.Datacenter {
+			if inst.Service != t.Service || inst.Datacenter != t.Datacenter || inst.Peer != t.peer() {
 				errs = append(errs, fmt.Errorf("instance %q of %q is in target %s", inst.ID, inst.Service, t))
 			}
 		}

@@ -11,7 +11,7 @@ import (
 func (s *Snapshot) RouteOf(caller string, to Destination) *Route {
 	route := to.Route()
 	isQuery := to.Upstream != nil && to.Upstream.Query // of which only addresses are known: no gateways, as with Consul's proxies
-	if isQuery || !slices.ContainsFunc(route.Targets, func(t *Target) bool { return t.Datacenter != "" }) {
+	if isQuery || !slices.ContainsFunc(route.Targets, (*Target).isAway) {
 		return route
 	}
 	mode := s.Call(caller, to).Gateway
@@ -25,12 +25,16 @@ func (s *Snapshot) RouteOf(caller string, to Destination) *Route {
 // reach is t as it is reached in a mode. A gateway counts as healthy only while t itself has a healthy instance: what is
 // behind it is not seen otherwise.
 func (s *Snapshot) reach(t *Target, mode GatewayMode) *Target {
-	if t.Datacenter == "" || t.Unreachable != "" {
+	if !t.isAway() || t.Unreachable != "" {
 		return t
 	}
 	reached := new(*t)
 	reached.Gateway = mode
-	if !mode.Through() {
+	switch {
+	case t.Peered != nil && mode != GatewayLocal: // its instances are the peer's gateways
+		reached.Gateway = GatewayRemote
+		return reached
+	case !mode.Through():
 		return reached
 	}
 	of := ""
@@ -41,7 +45,7 @@ func (s *Snapshot) reach(t *Target, mode GatewayMode) *Target {
 	alive := slices.ContainsFunc(t.Instances, func(inst *Instance) bool { return inst.Healthy })
 	for _, gw := range s.Gateways[of] {
 		reached.Instances = append(reached.Instances, &Instance{
-			ID: gw.ID, Service: t.Service, Node: gw.Node, Datacenter: t.Datacenter, Healthy: gw.Healthy && alive, Mesh: gw.Mesh, Gateway: true,
+			ID: gw.ID, Service: t.Service, Node: gw.Node, Datacenter: t.Datacenter, Peer: t.peer(), Healthy: gw.Healthy && alive, Mesh: gw.Mesh, Gateway: true,
 		})
 	}
 	if len(reached.Instances) == 0 {

@@ -31,8 +31,9 @@ const (
 // Target is the instances that may serve a call, under one identity.
 type Target struct {
 	Service    string
-	Subset     string // "" is all of the service
-	Datacenter string // "" is the snapshot's
+	Subset     string  // "" is all of the service
+	Datacenter string  // "" is the snapshot's
+	Peered     *Peered // nil: it is of this cluster
 
 	Instances      []*Instance
 	ConnectTimeout time.Duration // to one instance, 0 means the node's own limit
@@ -45,8 +46,11 @@ type Target struct {
 	Unreachable string
 }
 
-// String names t as an SNI does: subset.service.datacenter, without what is empty.
+// String names t as an SNI does: subset.service.datacenter, without what is empty, or service.external.peer.
 func (t *Target) String() string {
+	if t.Peered != nil {
+		return t.Service + ".external." + t.Peered.Peer
+	}
 	return strings.Join(slices.DeleteFunc([]string{t.Subset, t.Service, t.Datacenter}, func(s string) bool { return s == "" }), ".")
 }
 
@@ -137,6 +141,9 @@ func (s *Snapshot) Call(caller string, to Destination) CallConfig {
 
 // TargetIdentity is the SPIFFE ID that the instances of t must have.
 func (s *Snapshot) TargetIdentity(t *Target) policy.Identity {
+	if t.Peered != nil {
+		return t.Peered.Identity
+	}
 	id := s.Identity(t.Service)
 	id.Datacenter = cmp.Or(t.Datacenter, id.Datacenter)
 	return id
@@ -175,7 +182,7 @@ func (s *Snapshot) AllTargets() iter.Seq[*Target] {
 					if !yield(s.reach(t, mode)) {
 						return
 					}
-					if t.Datacenter == "" {
+					if !t.isAway() {
 						break
 					}
 				}
@@ -194,7 +201,7 @@ func (svc *Service) Route() *Route {
 
 // IsWhole says whether t is svc itself, with each of its instances.
 func (svc *Service) IsWhole(t *Target) bool {
-	return t.Service == svc.Name && t.Subset == "" && t.Datacenter == "" && t.Unreachable == "" &&
+	return t.Service == svc.Name && t.Subset == "" && !t.isAway() && t.Unreachable == "" &&
 		slices.EqualFunc(t.Instances, svc.Instances, func(a, b *Instance) bool {
 			return a.ID == b.ID && a.Node == b.Node && a.Healthy == b.Healthy
 		})

@@ -31,6 +31,7 @@ type builder struct {
 	services  map[string]*catalog.Service
 	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
 	contested []netip.AddrPort
+	peers     []catalog.Peer
 	agentless map[*catalog.Instance]bool // unhealthy because of their agents
 }
 
@@ -43,6 +44,7 @@ func (r *run) builder(d *data, needed []string, given map[string]uint16) *builde
 
 func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
 	b.agentless = make(map[*catalog.Instance]bool)
+	b.addPeers()
 	b.addLocal()
 	for _, name := range slices.Sorted(maps.Keys(b.data.services)) {
 		for _, e := range b.data.services[name].instances {
@@ -74,7 +76,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		Generation: generation, Taken: now, Node: b.cfg.Node,
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
-		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(), Gateways: b.gateways(),
+		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(), Gateways: b.gateways(), Peers: b.peers,
 		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
 		Problems: b.sortedProblems(),
 		Agents:   b.data.agents(), ACLs: b.data.agent.acls,
@@ -362,6 +364,11 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 			}
 			seen[key] = true
 			b.reportIntention(rule)
+			if rule.SourcePeer != "" {
+				if rule.SourceDomain = b.domainOf(rule.SourcePeer); rule.SourceDomain == "" {
+					b.problem(rule.Destination, "unsupported", "intention %s => %s: the trust domain of peer %q is not known, so it matches nobody", rule.Source, rule.Destination, rule.SourcePeer)
+				}
+			}
 			from.intentions = append(from.intentions, rule.Intention)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 type endpoints struct {
 	service     string
 	datacenter  string // "" is this one
+	peer        string // "" is this cluster
 	filter      string // of a resolver's subset
 	onlyPassing bool   // a warning counts as unhealthy
 	gateways    bool   // the instances of service, which are mesh gateways, and not those behind its proxies
@@ -27,6 +28,9 @@ func (e endpoints) fault() string {
 	text := serviceFault(e.service)
 	if e.datacenter != "" {
 		text += " in datacenter " + e.datacenter
+	}
+	if e.peer != "" {
+		text += " of peer " + e.peer
 	}
 	if e.filter != "" {
 		text += " where " + e.filter
@@ -134,7 +138,7 @@ func (t *compiledTarget) resolve(here string) target {
 	}
 	switch {
 	case t.Peer != "":
-		r.unreachable = fmt.Sprintf("%q is a service of peer %q, and peers are not supported", t.Service, t.Peer)
+		r.endpoints, r.gateway = endpoints{service: t.Service, peer: t.Peer}, catalog.GatewayMode(t.MeshGateway.Mode)
 	case !isDefault(t.Namespace) || !isDefault(t.Partition):
 		r.unreachable = fmt.Sprintf("%q is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", t.Service, t.Namespace, t.Partition)
 	}

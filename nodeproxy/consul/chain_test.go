@@ -73,10 +73,10 @@ func TestWhatIsNoChainIsAnError(t *testing.T) {
 	}
 }
 
-func TestEnterpriseTargetsAndPeersAreUnreachable(t *testing.T) {
+func TestEnterpriseTargetsAreUnreachable(t *testing.T) {
 	for old, replaced := range map[string]string{
 		`"Namespace": "default", "Partition": "default", "Datacenter": "dc1", "MeshGateway": {}`: `"Namespace": "prod", "Partition": "default", "Datacenter": "dc1", "MeshGateway": {}`,
-		`"Service": "spare"`: `"Service": "spare", "Peer": "abroad"`,
+		`"Service": "spare", "Namespace": "default", "Partition": "default"`:                     `"Service": "spare", "Namespace": "default", "Partition": "west"`,
 	} {
 		c, err := parseChain(&answer{body: []byte(strings.Replace(chainText, old, replaced, 1))}, "dc1")
 		if err != nil {

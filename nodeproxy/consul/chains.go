@@ -99,9 +99,14 @@ func (d *data) targetQuestions() map[endpoints]bool {
 			if !t.isPlain() && t.unreachable == "" {
 				all[t.endpoints] = true
 			}
-			for _, e := range d.gatewaysTo(t.datacenter) {
+			for _, e := range d.gatewaysTo(t.endpoints) {
 				all[e] = true
 			}
+		}
+	}
+	for _, up := range d.declared() {
+		if up.DestinationPeer != "" {
+			all[endpoints{service: up.DestinationName, peer: up.DestinationPeer}] = true
 		}
 	}
 	return all
@@ -200,7 +205,7 @@ func (r *run) refreshChains(ctx context.Context) bool {
 	keys = slices.DeleteFunc(keys, func(k chainKey) bool { return time.Since(last(k)) < look/2 })
 	asked := time.Now()
 	chains, err := r.readChains(ctx, keys)
-	err = errors.Join(err, r.readGateways(ctx))
+	err = errors.Join(err, r.readGateways(ctx), r.readPeers(ctx))
 	changed := false
 	r.world.update(func(d *data) bool {
 		changed = d.setChains(chains)
@@ -297,7 +302,7 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 	d := r.world.current()
 	all := make(map[endpoints]bool)
 	add := func(e endpoints) {
-		if _, exists := slices.BinarySearch(d.names, e.service); len(all) < maxCalled && (exists || e.datacenter != "") {
+		if _, exists := slices.BinarySearch(d.names, e.service); len(all) < maxCalled && (exists || e.datacenter != "" || e.peer != "") {
 			all[e] = true
 		}
 	}
@@ -307,7 +312,7 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 				if t.unreachable == "" {
 					add(t.endpoints)
 				}
-				for _, e := range d.gatewaysTo(t.datacenter) {
+				for _, e := range d.gatewaysTo(t.endpoints) {
 					add(e)
 				}
 			}
@@ -315,6 +320,10 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 	}
 	for _, up := range d.declared() {
 		if up.DestinationType == api.UpstreamDestTypePreparedQuery {
+			continue
+		}
+		if up.DestinationPeer != "" {
+			add(endpoints{service: up.DestinationName, peer: up.DestinationPeer})
 			continue
 		}
 		k := up.chain(&d)

@@ -20,13 +20,14 @@ const (
 	areMeshGateways = `ServiceKind == "mesh-gateway"`
 )
 
-// gatewaysTo are the questions for the mesh gateways on the way to another datacenter: its own, and this one's.
-func (d *data) gatewaysTo(datacenter string) []endpoints {
-	if datacenter == "" {
+// gatewaysTo are the questions for the mesh gateways on the way to another datacenter or cluster: this one's, and its own,
+// which those of a peer are without asking.
+func (d *data) gatewaysTo(e endpoints) []endpoints {
+	if e.datacenter == "" && e.peer == "" {
 		return nil
 	}
 	var all []endpoints
-	for _, of := range []string{"", datacenter} {
+	for _, of := range slices.Compact([]string{"", e.datacenter}) {
 		for _, name := range d.gateways[of] {
 			all = append(all, endpoints{service: name, datacenter: of, gateways: true})
 		}
@@ -75,7 +76,7 @@ func (d *data) gatewayDatacenters() []string {
 	found := make(map[string]bool)
 	for _, c := range d.chains {
 		for _, t := range c.targets {
-			if t.datacenter != "" && (through || t.gateway.Through()) {
+			if (t.datacenter != "" || t.peer != "") && (through || t.gateway.Through()) {
 				found[""], found[t.datacenter] = true, true
 			}
 		}

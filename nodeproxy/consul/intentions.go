@@ -205,8 +205,6 @@ func (in *intention) rule(destination string) rule {
 		r.why = "its Permissions cannot be checked at L4, so the pair is denied"
 	case r.JWT:
 		r.why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
-	case in.SourcePeer != "":
-		r.why = "no peers are known here, so it matches nobody"
 	case r.sameness:
 		r.why = "sameness groups are not supported, so it matches nobody"
 	case strings.Contains(r.SourceNamespace, policy.Wildcard), strings.Contains(r.SourcePartition, policy.Wildcard):

@@ -51,6 +51,7 @@ type endpoint struct {
 	agentless         bool      // critical, but only because its agent is not reachable
 	unheard           bool      // its checks have not run since its agent started
 	silent            time.Time // since when it is unheard
+	peered            peerMeta
 	virtual           netip.Addr
 	tagged            place // "virtual": a Kubernetes ClusterIP, say
 	tags              []string
@@ -89,6 +90,9 @@ func (e endpoints) question() question {
 	if e.filter != "" {
 		params.Set("filter", e.filter)
 	}
+	if e.peer != "" {
+		params.Set("peer", e.peer)
+	}
 	if e.gateways {
 		params.Set("filter", isMeshGateway)
 		return question{path: "/v1/health/service/" + escape(e.service), params: params}
@@ -102,7 +106,8 @@ func parseEndpoints(a *answer, of endpoints) ([]endpoint, error) {
 	if err := decode(a, &list); err != nil {
 		return nil, err
 	}
-	return parseServiceEntries(list, of), nil
+	found := parseServiceEntries(list, of)
+	return found, addPeerMeta(a, of, found)
 }
 
 func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
@@ -119,7 +124,7 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 			tags:    s.Tags, meta: s.Meta,
 		}
 		e.unheard, e.agentless = blame(entry.Checks)
-		if of.datacenter != "" {
+		if of.datacenter != "" || of.peer != "" {
 			e.goAbroad(entry)
 		}
 		switch {
@@ -130,7 +135,7 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 		case s.Connect != nil && s.Connect.Native && s.Service == name:
 			e.native = true
 		case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && s.Proxy.DestinationServiceName == name:
-			e.id = cmp.Or(s.Proxy.DestinationServiceID, s.ID)
+			e.id, e.gateway = cmp.Or(s.Proxy.DestinationServiceID, s.ID), of.peer != "" // whose addresses are its gateways'
 		default:
 			continue // gateways and what is yet to be invented
 		}

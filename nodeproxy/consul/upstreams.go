@@ -69,7 +69,7 @@ func (d *data) resolved() map[string]bool {
 	names := make(map[string]bool)
 	for _, c := range d.chains {
 		for _, t := range c.targets {
-			if t.unreachable == "" {
+			if t.unreachable == "" && t.peer == "" {
 				names[t.service] = true
 			}
 		}
@@ -131,7 +131,7 @@ func (b *builder) registrations(inst *catalog.Instance) []*api.AgentService {
 func (b *builder) bind(inst *catalog.Instance, made *catalog.Upstream, up upstream, taken map[bound]upstream) bool {
 	at := bound{inst.Address.Addr(), made.At}
 	if first, twice := taken[at]; twice {
-		if first.DestinationName != up.DestinationName || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
+		if first.DestinationName != up.DestinationName || first.DestinationPeer != up.DestinationPeer || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
 			b.problem(inst.Service, "refused", "upstream %q of %q is at %s, where upstream %q of %q is already: give it another port",
 				up.DestinationName, up.owner, made.At, first.DestinationName, first.owner)
 		}
@@ -156,8 +156,6 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 		return refuse("it needs a destination and a port, as in \"db:9191\"")
 	case err != nil || ip.Zone() != "" || ip.IsMulticast() || b.isVirtual(ip.Unmap()):
 		return refuse("local_bind_address %q is not an address of one host", address)
-	case up.DestinationPeer != "":
-		return refuse("it is a service of peer %q, and peers are not supported", up.DestinationPeer)
 	case !isDefault(up.DestinationNamespace) || !isDefault(up.DestinationPartition):
 		return refuse("it is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", up.DestinationNamespace, up.DestinationPartition)
 	}
@@ -180,6 +178,9 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 
 // upstreamRoute is where the calls of an upstream go that is a service.
 func (b *builder) upstreamRoute(service string, up *upstream) *catalog.Route {
+	if up.DestinationPeer != "" {
+		return b.route(&chain{targets: []target{{endpoints: endpoints{service: up.DestinationName, peer: up.DestinationPeer}}}})
+	}
 	k := up.chain(b.data)
 	if k.datacenter == "" {
 		if svc := b.services[k.service]; svc != nil {

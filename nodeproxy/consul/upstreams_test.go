@@ -31,7 +31,7 @@ func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 		{DestinationName: "api", LocalBindAddress: "0.0.0.0", LocalBindPort: 9194},
 		{DestinationName: "api", LocalBindAddress: "240.0.0.1", LocalBindPort: 1},
 		{DestinationName: "api", LocalBindSocketPath: "/run/api.sock"},
-		{DestinationName: "api", DestinationPeer: "abroad", LocalBindPort: 2},
+		{DestinationName: "api", DestinationPeer: "abroad", DestinationNamespace: "prod", LocalBindPort: 2},
 		{DestinationName: "api", DestinationNamespace: "prod", LocalBindPort: 3},
 		{DestinationName: "api", DestinationType: "gateway", LocalBindPort: 4},
 	}
@@ -52,7 +52,7 @@ func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 	all := problems(s)
 	for _, want := range []string{
 		`upstream "api" of "web-1" is at 127.0.0.1:9191, where upstream "web" of "web-1-sidecar-proxy" is already`,
-		`local_bind_socket_path is not supported`, `peer "abroad"`, `namespace "prod"`, `"gateway" is neither`, `"240.0.0.1" is not an address`,
+		`local_bind_socket_path is not supported`, `namespace "prod"`, `"gateway" is neither`, `"240.0.0.1" is not an address`,
 		`"nobody" of "web-1" is no service`, `upstream "bad" of "web-1" is refused: it needs`, `Config envoy_x of upstream "web"`,
 	} {
 		if !strings.Contains(all, want) {
