@@ -127,13 +127,18 @@ func (r *run) matchTopic(names []string) topic {
 			if err := decode(a, &found); err != nil {
 				return err
 			}
+			stranger := false
 			r.world.update(func(d *data) bool {
 				d.defaultACL = a.defaultPolicy
 				for _, name := range names {
 					d.intentions[name] = rulesOf(name, found[name])
+					stranger = stranger || slices.ContainsFunc(d.intentions[name], func(in rule) bool { return in.SourcePeer != "" && !d.knowsPeer(in.SourcePeer) })
 				}
 				return true
 			})
+			if stranger {
+				wake(r.lookNow)
+			}
 			return nil
 		}}
 }

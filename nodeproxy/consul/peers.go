@@ -69,6 +69,10 @@ func (d *data) namesPeers() bool {
 	return slices.ContainsFunc(d.declared(), func(up upstream) bool { return up.DestinationPeer != "" })
 }
 
+func (d *data) knowsPeer(name string) bool {
+	return slices.ContainsFunc(d.peers, func(p peering) bool { return p.name == name })
+}
+
 // readPeers reads who the peers are, where that matters.
 func (r *run) readPeers(ctx context.Context) error {
 	if d := r.world.current(); !d.namesPeers() {
