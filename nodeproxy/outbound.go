@@ -135,7 +135,7 @@ type dialer struct {
 
 func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to catalog.Destination) *dialer {
 	caller := origin.Workload.Service
-	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: to.Route(), config: now.snap.Call(caller, to)}
+	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: now.snap.RouteOf(caller, to), config: now.snap.Call(caller, to)}
 	d.call = call{balance: d.route.Balance, source: origin.Client.Addr(), ejection: d.config.Ejection}
 	if d.call.ejection != nil {
 		d.call.caller = caller
@@ -143,16 +143,24 @@ func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to 
 	return d
 }
 
-// aim makes target the one whose intention and identity count: those of what was dialled never do.
+// aim makes target the one whose intention and identity count: those of what was dialled never do. Of a peer's service the
+// intentions are not known here: they are the other side's to keep.
 func (d *dialer) aim(target *catalog.Target) error {
 	d.target = target
-	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), target.Service)
+	decided := target.Service
+	if target.Peered != nil {
+		decided = "" // by the peer
+	}
+	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), decided)
 	d.c.describe(func(about *admin.Connection) {
 		about.Destination.Service, about.Destination.Target = d.to.Name(), target.String()
 		if about.Destination.Target == about.Destination.Service {
 			about.Destination.Target = ""
 		}
 	})
+	if target.Peered != nil {
+		return nil
+	}
 	return d.authorize(d.c)
 }
 
@@ -226,6 +234,10 @@ func whyUnusable(route *catalog.Route) []string {
 		case t.Unreachable != "":
 			why = append(why, t.Unreachable)
 		case !t.Usable():
+			if t.Gateway.Through() {
+				why = append(why, fmt.Sprintf("%s has no healthy instance, or none of the %d mesh gateways on the way (mode %q) is healthy", t, len(t.Instances), t.Gateway))
+				continue
+			}
 			why = append(why, fmt.Sprintf("none of the %d instances of %s is healthy and speaks mTLS", len(t.Instances), t))
 		}
 	}
@@ -283,7 +295,10 @@ func (d *dialer) dialMesh(m meshDial) (leg, error) {
 // leadsTo notes whom d's connection goes to.
 func (d *dialer) leadsTo(inst *catalog.Instance) {
 	d.c.describe(func(about *admin.Connection) {
-		about.Destination.Instance, about.Destination.Peer = inst.ID, inst.Mesh.String()
+		about.Destination.Instance, about.Destination.Gateway, about.Destination.Peer = inst.ID, "", inst.Mesh.String()
+		if inst.Gateway { // which instance is behind it is not known
+			about.Destination.Instance, about.Destination.Gateway = "", inst.ID
+		}
 		about.Destination.Identity = d.state.snap.TargetIdentity(d.target).String()
 	})
 }

@@ -140,7 +140,7 @@ func (p *Proxy) Status() admin.Status {
 			line.Ports = append(line.Ports, at.String())
 		}
 		if svc.Chain != nil {
-			line.Balance, line.Targets = string(svc.Chain.Balance), p.targets(now.snap, svc.Chain)
+			line.Balance, line.Targets = string(svc.Chain.Balance), p.targets(now.snap, now.snap.RouteOf("", catalog.Destination{Service: svc}))
 		}
 		s.Services = append(s.Services, line)
 	}
@@ -230,7 +230,7 @@ func (p *Proxy) certificates(now *state) []admin.Certificate {
 func (p *Proxy) instances(of []*catalog.Instance) []admin.Instance {
 	list := []admin.Instance{}
 	for _, inst := range of {
-		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: textOf(inst.Address), Mesh: textOf(inst.Mesh), Healthy: inst.Healthy, Ejected: p.balancer.why(inst)}
+		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: textOf(inst.Address), Mesh: textOf(inst.Mesh), Healthy: inst.Healthy, Gateway: inst.Gateway, Ejected: p.balancer.why(inst)}
 		list = append(list, s)
 	}
 	return list
@@ -241,7 +241,7 @@ func (p *Proxy) targets(snap *catalog.Snapshot, route *catalog.Route) []admin.Ta
 	inUse := route.Preferred()
 	for _, t := range route.Targets {
 		list = append(list, admin.Target{
-			Name: t.String(), Identity: snap.TargetIdentity(t).String(), InUse: t == inUse && t.Usable(), Instances: p.instances(t.Instances), Why: t.Unreachable,
+			Name: t.String(), Identity: snap.TargetIdentity(t).String(), InUse: t == inUse && t.Usable(), Instances: p.instances(t.Instances), Why: t.Unreachable, Gateway: string(t.Gateway),
 		})
 	}
 	return list

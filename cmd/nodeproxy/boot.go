@@ -165,7 +165,9 @@ func (c closed) Need(services []string) {
 func (closed) ServeOutbound(_ *workload.Namespace, ln *net.TCPListener) { refuse(ln) }
 
 // ServeUpstream implements workload.Handler.
-func (closed) ServeUpstream(ln *net.UnixListener, _ func(*net.UnixConn) (*workload.Origin, error)) { refuse(ln) }
+func (closed) ServeUpstream(ln *net.UnixListener, _ func(*net.UnixConn) (*workload.Origin, error)) {
+	refuse(ln)
+}
 
 // ServeInbound implements workload.Handler.
 func (closed) ServeInbound(_ *workload.Namespace, ln *net.TCPListener) { refuse(ln) }

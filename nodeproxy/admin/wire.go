@@ -82,6 +82,7 @@ type Endpoint struct {
 	Service  string `json:"service,omitempty"`
 	Instance string `json:"instance,omitempty"`
 	Target   string `json:"target,omitempty"`   // what the service was resolved to, as subset.service.datacenter, where that differs
+	Gateway  string `json:"gateway,omitempty"`  // the gateway's instance through which the bytes go, in the place of one of the service
 	Identity string `json:"identity,omitempty"` // SPIFFE ID as authenticated
 	Address  string `json:"address,omitempty"`  // ip:port; of a destination, what the application dialled
 	Peer     string `json:"peer,omitempty"`     // ip:port actually dialled, when it differs
@@ -208,6 +209,8 @@ type Target struct {
 	InUse     bool       `json:"in_use"`
 	Instances []Instance `json:"instances"`
 	Why       string     `json:"unreachable,omitempty"` // why no instance can be dialled
+	// Gateway is "local" or "remote" where the way goes through mesh gateways, which are Instances then.
+	Gateway string `json:"mesh_gateway,omitempty"`
 }
 
 // Instance is one place where a service runs.
@@ -218,6 +221,7 @@ type Instance struct {
 	Address string `json:"address,omitempty"`      // of the application; it may have none
 	Mesh    string `json:"mesh_address,omitempty"` // where it can be dialled
 	Healthy bool   `json:"healthy"`
+	Gateway bool   `json:"gateway,omitempty"` // it stands for instances that are behind it
 	Ejected string `json:"ejected,omitempty"` // why it is not dialled now, after failed dials
 }
 
@@ -320,6 +324,7 @@ type Explanation struct {
 	Considered  []string   `json:"considered"`          // every intention that matches, in order of precedence
 	Generation  uint64     `json:"generation"`
 	Path        Path       `json:"path"`
+	Gateway     string     `json:"gateway,omitempty"`    // a gateway's instance through which they may go
 	NotDirect   string     `json:"not_direct,omitempty"` // why it is not PathDirect, where the destination has an instance on this node
 	Virtual     []string   `json:"virtual_ips"`
 	Instances   []Instance `json:"instances"`

@@ -123,7 +123,7 @@ func Service(snap *catalog.Snapshot, name string) []Result {
 		results = append(results, warning(label, "%s is ignored: it is HTTP-level, and this proxy carries bytes", what))
 	}
 	results = append(results, instances(label, svc)...)
-	results = append(results, chain(label, svc)...)
+	results = append(results, chain(label, svc, snap.RouteOf("", catalog.Destination{Service: svc}))...)
 	if len(svc.Virtual) == 0 {
 		results = append(results, warning(label, "it has no virtual IP: callers reach it by the addresses of its instances only"))
 	}
@@ -150,14 +150,14 @@ func instances(label string, svc *catalog.Service) []Result {
 	return results
 }
 
-// chain reports where calls to svc go.
-func chain(label string, svc *catalog.Service) []Result {
+// chain reports where calls to svc go by route: those of callers that configure nothing of their own.
+func chain(label string, svc *catalog.Service, route *catalog.Route) []Result {
 	if svc.Chain == nil {
 		return nil
 	}
 	var results []Result
-	inUse := svc.Chain.Preferred()
-	for _, t := range svc.Chain.Targets {
+	inUse := route.Preferred()
+	for _, t := range route.Targets {
 		switch {
 		case t.Unreachable != "":
 			results = append(results, warning(label, "target %s is never used: %s", t, t.Unreachable))

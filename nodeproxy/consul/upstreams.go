@@ -2,7 +2,6 @@ package consul
 
 import (
 	"cmp"
-	"fmt"
 	"maps"
 	"net/netip"
 	"path"
@@ -77,7 +76,7 @@ func (d *data) resolved() map[string]bool {
 	names := make(map[string]bool)
 	for _, c := range d.chains {
 		for _, t := range c.targets {
-			if t.unreachable == "" {
+			if t.unreachable == "" && t.peer == "" {
 				names[t.service] = true
 			}
 		}
@@ -144,7 +143,7 @@ func (b *builder) bind(inst *catalog.Instance, made *catalog.Upstream, up upstre
 		at = bound{instance: inst.ID, socket: made.Socket}
 	}
 	if first, twice := taken[at]; twice {
-		if first.DestinationName != up.DestinationName || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
+		if first.DestinationName != up.DestinationName || first.DestinationPeer != up.DestinationPeer || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
 			b.problem(inst.Service, "refused", "upstream %q of %q is at %s, where upstream %q of %q is already: give it another place",
 				up.DestinationName, up.owner, cmp.Or(made.Socket, made.At.String()), first.DestinationName, first.owner)
 		}
@@ -182,12 +181,11 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 		return refuse("it needs a destination and a port, as in \"db:9191\"")
 	case err != nil || ip.Zone() != "" || ip.IsMulticast() || b.isVirtual(ip.Unmap()):
 		return refuse("local_bind_address %q is not an address of one host", address)
-	case up.DestinationPeer != "":
-		return refuse("it is a service of peer %q, and peers are not supported", up.DestinationPeer)
 	case !isDefault(up.DestinationNamespace) || !isDefault(up.DestinationPartition):
 		return refuse("it is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", up.DestinationNamespace, up.DestinationPartition)
 	}
 	made := &catalog.Upstream{Name: up.DestinationName, Config: b.upstreamConfig(service, up)}
+	made.Config.Gateway = cmp.Or(catalog.GatewayMode(up.MeshGateway.Mode), made.Config.Gateway)
 	if ip = ip.Unmap(); ip.IsUnspecified() { // every address of the host: the one that applications dial is loopback's
 		ip = map[bool]netip.Addr{true: netip.AddrFrom4([4]byte{127, 0, 0, 1}), false: netip.IPv6Loopback()}[ip.Is4()]
 	}
@@ -210,6 +208,9 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 
 // upstreamRoute is where the calls of an upstream go that is a service.
 func (b *builder) upstreamRoute(service string, up *upstream) *catalog.Route {
+	if up.DestinationPeer != "" {
+		return b.route(&chain{targets: []target{{endpoints: endpoints{service: up.DestinationName, peer: up.DestinationPeer}}}})
+	}
 	k := up.chain(b.data)
 	if k.datacenter == "" {
 		if svc := b.services[k.service]; svc != nil {
@@ -221,9 +222,6 @@ func (b *builder) upstreamRoute(service string, up *upstream) *catalog.Route {
 	fail := func(why string) *catalog.Route {
 		b.problem(service, "unsupported", "upstream %q of %q can not be reached: %s", up.DestinationName, up.owner, why)
 		return &catalog.Route{Targets: []*catalog.Target{{Service: k.service, Datacenter: k.datacenter, Unreachable: why}}}
-	}
-	if mode := up.MeshGateway.Mode; mode != api.MeshGatewayModeDefault && mode != api.MeshGatewayModeNone {
-		return fail(fmt.Sprintf("mesh gateways (mode %q) are not supported: set its mode to \"none\" where the datacenters reach each other", mode))
 	}
 	c := b.data.chains[k]
 	if c == nil {
@@ -256,10 +254,10 @@ const (
 
 // callConfig reads what can be honoured of how a service calls another. ignore is told of the rest.
 func callConfig(u *api.UpstreamConfig, ignore func(field string, isHTTP bool)) catalog.CallConfig {
-	c := catalog.CallConfig{ConnectTimeout: time.Duration(max(u.ConnectTimeoutMs, 0)) * time.Millisecond}
+	c := catalog.CallConfig{ConnectTimeout: time.Duration(max(u.ConnectTimeoutMs, 0)) * time.Millisecond, Gateway: catalog.GatewayMode(u.MeshGateway.Mode)}
 	for field, set := range map[string]bool{
 		"EnvoyListenerJSON": u.EnvoyListenerJSON != "", "EnvoyClusterJSON": u.EnvoyClusterJSON != "",
-		"MeshGateway": u.MeshGateway.Mode != "" && u.MeshGateway.Mode != api.MeshGatewayModeNone, "BalanceOutboundConnections": u.BalanceOutboundConnections != "",
+		"BalanceOutboundConnections": u.BalanceOutboundConnections != "",
 	} {
 		if set {
 			ignore(field, false)
@@ -306,8 +304,12 @@ func ejection(h *api.PassiveHealthCheck, ignore func(field string, isHTTP bool))
 func (b *builder) calls() map[string]*catalog.Calls {
 	all := make(map[string]*catalog.Calls)
 	for _, name := range b.needed {
+		c := &catalog.Calls{Overrides: make(map[string]catalog.CallConfig)}
 		d := b.defaults[name]
 		if d == nil || d.UpstreamConfig == nil {
+			if c.Defaults.Gateway = b.gatewayMode(name, c.Defaults); c.Defaults.Gateway != catalog.GatewayUnset {
+				all[name] = c
+			}
 			continue
 		}
 		read := func(u *api.UpstreamConfig) catalog.CallConfig {
@@ -319,10 +321,10 @@ func (b *builder) calls() map[string]*catalog.Calls {
 				b.problem(name, "unsupported", "UpstreamConfig %s %s of %s is not honoured", u.Name, field, what(d))
 			})
 		}
-		c := &catalog.Calls{Overrides: make(map[string]catalog.CallConfig)}
 		if u := d.UpstreamConfig.Defaults; u != nil {
 			c.Defaults = read(u)
 		}
+		c.Defaults.Gateway = b.gatewayMode(name, c.Defaults)
 		for _, u := range d.UpstreamConfig.Overrides {
 			if u.Peer == "" && isDefault(u.Namespace) && isDefault(u.Partition) {
 				c.Overrides[u.Name] = read(u)

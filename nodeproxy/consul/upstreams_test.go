@@ -35,7 +35,7 @@ func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 		{DestinationName: "api", LocalBindSocketPath: "run/api.sock"},
 		{DestinationName: "api", LocalBindSocketPath: "/run/other.sock", LocalBindPort: 5},
 		{DestinationName: "api", LocalBindSocketPath: "/run/third.sock", LocalBindSocketMode: "rw"},
-		{DestinationName: "api", DestinationPeer: "abroad", LocalBindPort: 2},
+		{DestinationName: "api", DestinationPeer: "abroad", DestinationNamespace: "prod", LocalBindPort: 2},
 		{DestinationName: "api", DestinationNamespace: "prod", LocalBindPort: 3},
 		{DestinationName: "api", DestinationType: "gateway", LocalBindPort: 4},
 	}
@@ -66,7 +66,7 @@ func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 	all := problems(s)
 	for _, want := range []string{
 		`upstream "api" of "web-1" is at 127.0.0.1:9191, where upstream "web" of "web-1-sidecar-proxy" is already`,
-		`upstream "nobody" of "web-1-sidecar-proxy" is at /run/api.sock, where`, `local_bind_socket_path "run/api.sock" is not`, `does not go with local_bind_port`, `local_bind_socket_mode "rw"`, `peer "abroad"`, `namespace "prod"`, `"gateway" is neither`, `"240.0.0.1" is not an address`,
+		`upstream "nobody" of "web-1-sidecar-proxy" is at /run/api.sock, where`, `local_bind_socket_path "run/api.sock" is not`, `does not go with local_bind_port`, `local_bind_socket_mode "rw"`, `namespace "prod"`, `"gateway" is neither`, `"240.0.0.1" is not an address`,
 		`"nobody" of "web-1" is no service`, `upstream "bad" of "web-1" is refused: it needs`, `Config envoy_x of upstream "web"`,
 	} {
 		if !strings.Contains(all, want) {

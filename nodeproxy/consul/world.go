@@ -33,8 +33,10 @@ type data struct {
 	targets    map[endpoints]*service // what chains need beyond that; their read is zero before the first answer
 	chains     map[chainKey]*chain
 	queries    map[queryKey]*executed
-	checks     map[string]probes // of local, by ID; nil before the first answer
-	nodes      []netip.Addr      // the addresses of all agents, nil before the first answer
+	peers      []peering
+	gateways   map[string][]string // the services that are mesh gateways, by datacenter; "" is this one
+	checks     map[string]probes   // of local, by ID; nil before the first answer
+	nodes      []netip.Addr        // the addresses of all agents, nil before the first answer
 	entries    *entries
 	proxies    map[string][]Ports // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]rule  // by destination; a name that is not there was not asked for yet

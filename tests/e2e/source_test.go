@@ -44,6 +44,7 @@ var eitherSource = []string{
 	"TestADaemonThatStopsLetsLiveConnectionsEndAndRefusesNewOnes",
 	"TestWithOnFailureOpenADeadDaemonLetsInstanceAddressesPassAndNoVirtualIP",
 	"TestARestartedDaemonKeepsVirtualIPsAndMeshPorts",
+	"TestCallsFollowServiceResolvers",
 }
 
 // fileOnly are the others, by reason.
