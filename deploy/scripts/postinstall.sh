@@ -1,10 +1,6 @@
 #!/bin/sh
-# Enables and starts nothing. A daemon that runs is replaced, unless the upgrade was given up: it is this version's.
-# dpkg says "configure" or "abort-...", rpm how many versions there are.
+# Enables and starts nothing. A daemon that runs is replaced.
 set -e
-case "$1" in
-abort-*) exit 0 ;;
-esac
 [ -d /run/systemd/system ] || exit 0
 systemctl daemon-reload
 # Ready again may take as long as the control plane does.

@@ -96,6 +96,7 @@ var fileOnly = map[string][]string{
 		"TestACommandEndsWithItsStatus",
 		"TestTheTraceSaysWhoCalledWhomHowAndWhy",
 		"TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn",
+		"TestWorkloadsAreUnprotectedWhileAnAddressToRedirectFindsNoRoom",
 		"TestTenThousandConnectionsLeaveNothingBehind",
 		"TestTheTraceShowsWhatItsFiltersLetThrough",
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
