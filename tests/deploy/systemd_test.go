@@ -306,9 +306,14 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 			}
 			return nil
 		})
-		h.getsNothing("web.service", api)
 		h.getsNothing("proxied.service", api)
 		h.getsNothing("", address+":8080")
+		h.eventually("what was granted rests with the heartbeat", func() error {
+			if out := h.dial("web.service", api); strings.Contains(out, "accept=") {
+				return errors.New(out)
+			}
+			return nil
+		})
 		h.sh("rm /run/hold")
 		h.awaitStatus("3 workloads, all protected")
 		h.reaches("web.service", api)
