@@ -16,7 +16,7 @@ import (
 
 const (
 	superviseEvery = time.Second
-	readyEvery     = 50 * time.Millisecond // until it is ready
+	readyEvery     = 50 * time.Millisecond                              // until it is ready
 	staleBeat      = time.Duration(redirect.StaleSeconds) * time.Second // what the kernel takes for a dead daemon
 	staleLook      = 30 * time.Second
 	// readyAnyway is how long one workload that cannot be protected may keep the node from being ready.
