@@ -286,20 +286,28 @@ func TestANodeWithoutAnAgent(t *testing.T) {
 	})
 }
 
-func TestANodeWithoutAnAgentAsksByTLSWithACertificate(t *testing.T) {
+func TestAgentAndServersAreAskedByTLSWithACertificate(t *testing.T) {
 	server, client := certificates(t, firstNode)
-	m := newAgentless(t, Config{TLS: server}, fmt.Sprintf("addresses = [%q]\n  ca_file = %q\n  cert_file = %q\n  key_file = %q", "https://"+firstNode+":8501", client.Root, client.Certificate, client.Key))
+	files := fmt.Sprintf("ca_file = %q\n  cert_file = %q\n  key_file = %q\n", client.Root, client.Certificate, client.Key)
+	m := newAgentless(t, Config{TLS: server}, fmt.Sprintf("addresses = [%q]\n  ", "https://"+firstNode+":8501")+files)
+	web := m.place(0, "web")
+	token, err := m.agents[0].NewToken(m.ctx(), "node-1", rules(t, "node-1", "web"))
+	m.must(err)
+	m.must(os.WriteFile(m.tokenFile(0), []byte(token), 0o600))
+	m.Daemons[0].Source = fmt.Sprintf("source \"consul\" {\n  address = %q\n  token_file = %q\n  %s}\n", "https://"+firstNode+":8501", m.tokenFile(0), files)
 	api, err := m.Nodes[1].Workload("api")
 	m.must(err)
 	m.Daemons[1].Enroll(api, "api")
 	m.define(api)
 	m.listen(api)
-	m.must(m.Daemons[1].Start(m.ctx()))
-	_, err = m.Daemons[1].AwaitProtected(m.ctx())
-	m.must(err)
+	for _, d := range m.Daemons {
+		m.must(d.Start(m.ctx()))
+		_, err := d.AwaitProtected(m.ctx())
+		m.must(err)
+	}
 	m.inCatalog("node-proxy", "api-1", "api-1-sidecar-proxy")
-	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"api": "allow"}))
-	m.eventually("api reaches itself", api, m.vip(1, "api"), reached)
+	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
+	m.eventually("web reaches api", web, m.vip(0, "api"), reached)
 
 	m.must(m.Daemons[1].Stop(m.ctx()))
 	m.Daemons[1].Source = strings.ReplaceAll(m.Daemons[1].Source, client.Root, m.tokenFile(1)) // whoever else answers there is nobody
