@@ -96,15 +96,13 @@ func (v *view) socketUpstreams(id uint32) []*catalog.Upstream {
 	return all
 }
 
-// startTime is how long a process may take to enter its own mount namespace: whoever starts a container does that in the
-// container's cgroup, and nothing is to be made in the node's file system meanwhile.
+// startTime is how long a process may take to enter its own mount namespace and root: whoever starts a container does that in
+// the container's cgroup, and nothing is to be made in the node's file system meanwhile.
 const startTime = time.Second
 
 // mountSpaces are the mount namespaces of e's processes, with a process in each.
 func mountSpaces(e *entry) map[uint64]string {
 	found := make(map[uint64]string)
-	var own unix.Stat_t
-	_ = unix.Stat("/proc/self/ns/mnt", &own)
 	_ = filepath.WalkDir(e.Cgroup, func(dir string, d os.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
 			return skipGone(err)
@@ -118,7 +116,7 @@ func mountSpaces(e *entry) map[uint64]string {
 		}
 		for pid := range strings.FieldsSeq(string(procs)) {
 			var st unix.Stat_t
-			if err := unix.Stat("/proc/"+pid+"/ns/mnt", &st); err == nil && found[st.Ino] == "" && len(found) < maxNamespaces && (st.Ino != own.Ino || age(pid) > startTime) {
+			if err := unix.Stat("/proc/"+pid+"/ns/mnt", &st); err == nil && found[st.Ino] == "" && len(found) < maxNamespaces && age(pid) > startTime {
 				found[st.Ino] = pid
 			}
 		}
