@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nodeproxy.io/redirect"
 	"nodeproxy.io/tests/netlab"
 )
 
@@ -134,6 +135,52 @@ func confinedSockets(t *testing.T, own, locked, pid string) {
 	}
 	if got, err := fileUserOf("thread-self"); err != nil || got.uid != 0 || got.gid != 0 {
 		t.Errorf("the daemon goes on as %+v: %v", got, err)
+	}
+}
+
+// TestAProcessThatJustStartedHasNoSockets is for one in another mount namespace than the daemon's, which a container's first
+// process is too while it still has the node's file system.
+func TestAProcessThatJustStartedHasNoSockets(t *testing.T) {
+	netlab.Require(t)
+	lab, err := netlab.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := lab.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	cgroup := filepath.Join(lab.Cgroup().Path(), "starting")
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.Mkdir(cgroup, 0o755))
+	t.Cleanup(func() { _ = os.Remove(cgroup) })
+	dir, err := os.Open(cgroup)
+	must(err)
+	defer dir.Close()
+	id, err := redirect.CgroupID(cgroup)
+	must(err)
+	e := &entry{Workload: Workload{Cgroup: cgroup}, subtree: map[uint64]bool{id: true}}
+	app := exec.Command("sleep", "infinity")
+	app.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	must(app.Start())
+	t.Cleanup(func() { _, _ = app.Process.Kill(), app.Wait() })
+	pid := strconv.Itoa(app.Process.Pid)
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+		found := mountSpaces(e)
+		switch old := age(pid); {
+		case len(found) > 0 && old <= startTime:
+			t.Fatalf("%v are found when the process is %s old", found, old)
+		case len(found) == 1:
+			return
+		case time.Now().After(deadline):
+			t.Fatalf("%v are found when the process is %s old", found, old)
+		}
 	}
 }
 
