@@ -195,3 +195,19 @@ func TestOneInstanceMayAlwaysBeEjected(t *testing.T) {
 		t.Error("both are ejected at 10 %")
 	}
 }
+
+func TestAGatewayFailsForOneServiceAlone(t *testing.T) {
+	b := newBalancer(false)
+	at := func(service string) []*catalog.Target {
+		inst := instances("gateway")[0]
+		inst.Service, inst.Gateway = service, true
+		return []*catalog.Target{{Service: service, Instances: []*catalog.Instance{inst}}}
+	}
+	api, db := at("api"), at("db")
+	if b.failed(api[0].Instances[0], api[0].Instances, call{}, errors.New("the gateway knows no such SNI")) == 0 {
+		t.Error("it is not ejected for the service that it fails for")
+	}
+	if why := b.why(db[0].Instances[0]); why != "" {
+		t.Errorf("it is ejected for another service too: %s", why)
+	}
+}

@@ -24,11 +24,15 @@ const (
 // maxConfiguredEjection bounds what a caller's own configuration makes of an instance that keeps failing, as in Envoy.
 const maxConfiguredEjection = 5 * time.Minute
 
-// place names an instance across snapshots.
-type place struct{ datacenter, peer, node, id string }
+// place names an instance across snapshots. A gateway is one for each service that it stands for: it may fail for one of them.
+type place struct{ datacenter, peer, node, id, service string }
 
 func placeOf(inst *catalog.Instance) place {
-	return place{inst.Datacenter, inst.Peer, inst.Node, inst.ID}
+	p := place{datacenter: inst.Datacenter, peer: inst.Peer, node: inst.Node, id: inst.ID}
+	if inst.Gateway {
+		p.service = inst.Service
+	}
+	return p
 }
 
 // ledger is where the failures of an instance are counted: those of all callers that configure nothing in one, those of

@@ -66,10 +66,12 @@ func nftRedirect() (string, error) {
 	}
 	byKey := make(map[key]*nftables.Chain)
 	var look []key // chains that what is sent from here passes, or that are a known proxy's
+	passes := make(map[key]bool)
 	for _, c := range chains {
 		k := key{c.Table.Family, c.Table.Name, c.Name}
 		byKey[k] = c
 		if isForeignChain(c.Name) || c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookOutput && c.Type == nftables.ChainTypeNAT {
+			passes[k] = true
 			look = append(look, k)
 		}
 	}
@@ -93,7 +95,8 @@ func nftRedirect() (string, error) {
 						return name + ", target REDIRECT", nil
 					}
 				case *expr.Verdict:
-					if next := (key{k.family, k.table, e.Chain}); byKey[next] != nil && !slices.Contains(look, next) {
+					if next := (key{k.family, k.table, e.Chain}); byKey[next] != nil && !passes[next] {
+						passes[next] = true
 						look = append(look, next)
 					}
 				}
@@ -209,19 +212,25 @@ func (t legacyTable) find(entries []byte, output, policy uint32) string {
 		}
 		at += next
 	}
-	passes := make(map[string]bool) // chains that what is sent from here may pass
-	for grown := true; grown; {
-		grown = false
-		for _, r := range rules {
-			if r.chain == "" && (r.at < int(output) || r.at >= int(policy)) || r.chain != "" && !passes[r.chain] {
+	// Each rule is looked at once at most: a table may be a workload's, and large.
+	owner, rulesOf := make(map[int]string), make(map[string][]legacyRule)
+	for _, r := range rules {
+		owner[r.at] = r.chain
+		rulesOf[r.chain] = append(rulesOf[r.chain], r)
+	}
+	look := []string{""} // chains that what is sent from here may pass
+	passes := map[string]bool{"": true}
+	for i := 0; i < len(look); i++ {
+		for _, r := range rulesOf[look[i]] {
+			if r.chain == "" && (r.at < int(output) || r.at >= int(policy)) {
 				continue
 			}
 			if r.target == "REDIRECT" {
 				return fmt.Sprintf("%s table nat, chain %s, target REDIRECT", t.what, cmp.Or(r.chain, "OUTPUT"))
 			}
-			i := slices.IndexFunc(rules, func(o legacyRule) bool { return o.at == int(r.verdict) })
-			if i >= 0 && rules[i].chain != "" && !passes[rules[i].chain] {
-				passes[rules[i].chain], grown = true, true
+			if next := owner[int(r.verdict)]; !passes[next] {
+				passes[next] = true
+				look = append(look, next)
 			}
 		}
 	}

@@ -214,7 +214,8 @@ func (r *run) refreshChains(ctx context.Context) bool {
 	if changed {
 		r.chainsChanged()
 	}
-	return r.world.note("discovery chains", asked, err) && r.executeQueries(ctx)
+	all := r.world.note("discovery chains", asked, err)
+	return r.executeQueries(ctx) && all
 }
 
 // chainsChanged tells those who ask about what chains and upstreams name.

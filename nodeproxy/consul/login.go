@@ -75,8 +75,8 @@ func (l *login) in(ctx context.Context, c *client) error {
 		return err
 	}
 	l.token, l.issued, l.renew = got.SecretID, time.Now(), time.Time{}
-	if got.ExpirationTime != nil {
-		l.renew = l.issued.Add(time.Duration(renewLogin * float64(got.ExpirationTime.Sub(l.issued))))
+	if got.ExpirationTime != nil { // both times are by the servers' clock, which need not be ours
+		l.renew = l.issued.Add(time.Duration(renewLogin * float64(got.ExpirationTime.Sub(got.CreateTime))))
 	}
 	return nil
 }

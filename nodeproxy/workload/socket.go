@@ -36,6 +36,7 @@ type upstreamSocket struct {
 	dir  *os.File // the directory that it is in
 	base string
 	node unix.Stat_t
+	user fileUser // who has made it
 }
 
 // sockets are the upstreams' unix sockets. Only reconcile uses them, and the end of Run.
@@ -96,15 +97,13 @@ func (v *view) socketUpstreams(id uint32) []*catalog.Upstream {
 	return all
 }
 
-// startTime is how long a process may take to enter its own mount namespace: whoever starts a container does that in the
-// container's cgroup, and nothing is to be made in the node's file system meanwhile.
+// startTime is how long a process may take to enter its own mount namespace and root: whoever starts a container does that in
+// the container's cgroup, and nothing is to be made in the node's file system meanwhile.
 const startTime = time.Second
 
 // mountSpaces are the mount namespaces of e's processes, with a process in each.
 func mountSpaces(e *entry) map[uint64]string {
 	found := make(map[uint64]string)
-	var own unix.Stat_t
-	_ = unix.Stat("/proc/self/ns/mnt", &own)
 	_ = filepath.WalkDir(e.Cgroup, func(dir string, d os.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
 			return skipGone(err)
@@ -118,7 +117,7 @@ func mountSpaces(e *entry) map[uint64]string {
 		}
 		for pid := range strings.FieldsSeq(string(procs)) {
 			var st unix.Stat_t
-			if err := unix.Stat("/proc/"+pid+"/ns/mnt", &st); err == nil && found[st.Ino] == "" && len(found) < maxNamespaces && (st.Ino != own.Ino || age(pid) > startTime) {
+			if err := unix.Stat("/proc/"+pid+"/ns/mnt", &st); err == nil && found[st.Ino] == "" && len(found) < maxNamespaces && age(pid) > startTime {
 				found[st.Ino] = pid
 			}
 		}
@@ -158,11 +157,12 @@ func (m *Manager) openSocket(key socketKey, pid string) error {
 			s.close(m)
 		}
 	}
-	s, err := bindSocket(key, pid)
-	if errors.Is(err, errOurs) {
-		return nil // two mount namespaces share the directory
-	}
+	user, err := fileUserOf(pid)
 	if err != nil {
+		return err
+	}
+	s := &upstreamSocket{key: key, base: path.Base(key.path), user: user}
+	if err := user.do(func() error { return s.open(pid, m.sockets.at) }); err != nil || s.ln == nil {
 		return err
 	}
 	m.sockets.open[key] = s
@@ -170,79 +170,88 @@ func (m *Manager) openSocket(key socketKey, pid string) error {
 	return nil
 }
 
-var errOurs = errors.New("this daemon listens there already")
-
-// bindSocket makes the socket below the root of process pid: symbolic links do not lead out of it. It belongs to the user
-// of the process, and nobody can connect before that.
-func bindSocket(key socketKey, pid string) (_ *upstreamSocket, err error) {
-	dirFD, err := openInRoot(pid, path.Dir(key.path))
-	if err != nil {
-		return nil, fmt.Errorf("open its directory: %w: the workload has to have it", err)
+// at is the socket of ours that a file is, nil for none.
+func (o *sockets) at(file *unix.Stat_t) *upstreamSocket {
+	for _, s := range o.open {
+		if s.node.Ino == file.Ino && s.node.Dev == file.Dev {
+			return s
+		}
 	}
-	s := &upstreamSocket{key: key, dir: os.NewFile(uintptr(dirFD), path.Dir(key.path)), base: path.Base(key.path)}
+	return nil
+}
+
+// open makes the socket below the root of process pid: symbolic links do not lead out of it. The caller does it as the user of
+// the process: its links lead to nothing that it could not make itself. Nobody can connect before it listens. There is no
+// listener, and no error, where two mount namespaces share the directory.
+func (s *upstreamSocket) open(pid string, ours func(*unix.Stat_t) *upstreamSocket) (err error) {
+	dirFD, err := openInRoot(pid, path.Dir(s.key.path))
+	if err != nil {
+		return fmt.Errorf("open its directory: %w: user %d of the workload has to have it", err, s.user.uid)
+	}
+	s.dir = os.NewFile(uintptr(dirFD), path.Dir(s.key.path))
 	defer func() {
-		if err != nil {
+		if s.ln == nil {
 			s.dir.Close()
 		}
 	}()
 	at := "/proc/self/fd/" + strconv.Itoa(dirFD) + "/" + s.base
-	if err := s.makeRoom(at); err != nil {
-		return nil, err
+	err = unix.Fstatat(dirFD, s.base, &s.node, unix.AT_SYMLINK_NOFOLLOW)
+	if other := ours(&s.node); err == nil && other != nil {
+		if other.key.cgroup == s.key.cgroup && other.key.path == s.key.path {
+			return nil
+		}
+		return fmt.Errorf("it is the same file as upstream socket %s of %s: change one of them", other.key.path, other.key.cgroup)
 	}
-	uid, gid, err := userOf(pid)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = s.makeRoom(at)
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	file := os.NewFile(uintptr(fd), key.path)
+	file := os.NewFile(uintptr(fd), s.key.path)
 	defer file.Close()
 	if err := errors.Join(unix.Fchmod(fd, 0), unix.Bind(fd, &unix.SockaddrUnix{Name: at})); err != nil { // bind takes over the socket's mode
-		return nil, fmt.Errorf("bind it: %w", err)
+		return fmt.Errorf("make it: %w: user %d of the workload has to be able to", err, s.user.uid)
 	}
-	if err := errors.Join(unix.Listen(fd, unix.SOMAXCONN), s.give(uid, gid)); err != nil {
-		return nil, errors.Join(err, unix.Unlinkat(dirFD, s.base, 0))
+	if err := errors.Join(unix.Listen(fd, unix.SOMAXCONN), s.permit()); err != nil {
+		return errors.Join(err, unix.Unlinkat(dirFD, s.base, 0))
 	}
 	ln, err := net.FileListener(file)
 	if err != nil {
-		return nil, errors.Join(err, unix.Unlinkat(dirFD, s.base, 0))
+		return errors.Join(err, unix.Unlinkat(dirFD, s.base, 0))
 	}
 	s.ln = ln.(*net.UnixListener)
 	s.ln.SetUnlinkOnClose(false) // its name is that of a directory of ours
-	return s, nil
+	return nil
 }
 
 // makeRoom removes a socket on which nobody listens, as a daemon that was killed leaves it. Whatever else is there stays.
 func (s *upstreamSocket) makeRoom(at string) error {
-	var st unix.Stat_t
-	err := unix.Fstatat(int(s.dir.Fd()), s.base, &st, unix.AT_SYMLINK_NOFOLLOW)
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		return nil
-	case err != nil:
-		return err
-	case st.Mode&unix.S_IFMT != unix.S_IFSOCK:
+	if s.node.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		return errors.New("there is something that is no socket: remove it, or change local_bind_socket_path")
 	}
-	conn, err := net.DialTimeout("unix", at, time.Second)
-	if err == nil {
-		defer conn.Close()
-		if pid, err := peerPID(conn.(*net.UnixConn)); err == nil && pid == os.Getpid() {
-			return errOurs
-		}
-		return errors.New("another process listens there, a sidecar perhaps: stop it, and the socket is made")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return err
 	}
-	if !errors.Is(err, unix.ECONNREFUSED) {
+	defer unix.Close(fd)
+	switch err := unix.Connect(fd, &unix.SockaddrUnix{Name: at}); {
+	case err == nil, errors.Is(err, unix.EAGAIN):
+		return errors.New("another process listens there, a sidecar perhaps: stop it, and the socket is made")
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("there is a socket that user %d of the workload may not use, of a sidecar perhaps: stop that, and remove the socket", s.user.uid)
+	case !errors.Is(err, unix.ECONNREFUSED):
 		return fmt.Errorf("see whether somebody listens there: %w", err)
 	}
 	return unix.Unlinkat(int(s.dir.Fd()), s.base, 0)
 }
 
-// give makes the file that bind made the workload's. The file is opened first: by its name alone, another one could be given
-// away that was put in its place.
-func (s *upstreamSocket) give(uid, gid uint32) error {
+// permit lets in whom the mode does, and notes which file that bind made.
+func (s *upstreamSocket) permit() error {
 	fd, err := unix.Openat(int(s.dir.Fd()), s.base, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -251,11 +260,8 @@ func (s *upstreamSocket) give(uid, gid uint32) error {
 	if err := unix.Fstat(fd, &s.node); err != nil {
 		return err
 	}
-	if s.node.Mode&unix.S_IFMT != unix.S_IFSOCK || s.node.Mode&0o777 != 0 || s.node.Nlink != 1 || s.node.Uid != uint32(os.Geteuid()) {
+	if s.node.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		return errors.New("somebody has put something else in its place")
-	}
-	if err := unix.Fchownat(fd, "", int(uid), int(gid), unix.AT_EMPTY_PATH); err != nil {
-		return err
 	}
 	return unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), s.key.mode)
 }
@@ -271,20 +277,11 @@ func (s *upstreamSocket) there() bool {
 func (s *upstreamSocket) close(m *Manager) {
 	err := ignoreClosed(s.ln.Close())
 	if s.there() {
-		err = errors.Join(err, unix.Unlinkat(int(s.dir.Fd()), s.base, 0))
+		err = errors.Join(err, s.user.do(func() error { return unix.Unlinkat(int(s.dir.Fd()), s.base, 0) }))
 	}
 	if err = errors.Join(err, s.dir.Close()); err != nil {
 		m.log.Error("the socket of an upstream may be left behind", "path", s.key.path, "cgroup", s.key.cgroup, "error", err)
 	}
-}
-
-// userOf is the user and group that process pid accesses files as.
-func userOf(pid string) (uid, gid uint32, err error) {
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/"+pid, &st); err != nil {
-		return 0, 0, fmt.Errorf("see whose process %s is: %w", pid, err)
-	}
-	return st.Uid, st.Gid, nil
 }
 
 // socketOrigin says whose connection came in at s. Only a process of the workload has one: of others the file's mode may let
@@ -367,5 +364,5 @@ func peerProcess(conn *net.UnixConn) (pid int, stillThere func() bool, done func
 	if err != nil {
 		return 0, nil, nil, err
 	}
-	return pid, func() bool { return unix.PidfdSendSignal(fd, 0, nil, 0) == nil }, func() { unix.Close(fd) }, nil
+	return pid, func() bool { return !errors.Is(unix.PidfdSendSignal(fd, 0, nil, 0), unix.ESRCH) }, func() { unix.Close(fd) }, nil
 }

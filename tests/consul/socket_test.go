@@ -24,13 +24,12 @@ func TestAnUpstreamsSocketIsTheWorkloadsOwn(t *testing.T) {
 	m.must(err)
 	batch := m.hosted(0, "batch")
 	m.idle(batch)
-	mounted := filepath.Join(m.Nodes[0].Dir, "run") // the workload sees a file system of its own there
+	const mounted = "/mnt" // the workload sees a file system of its own there
 	dir := filepath.Join(mounted, "upstreams")
-	m.must(os.MkdirAll(dir, 0o755))
 	toAPI, toSpare, taken := filepath.Join(dir, "api.sock"), filepath.Join(dir, "spare.sock"), filepath.Join(dir, "taken.sock")
 
 	app, err := web.Start(netlab.Command{Path: "/usr/bin/unshare", Args: []string{"--mount", "sh", "-c", fmt.Sprintf(
-		"mount -t tmpfs none %s && mkdir -m 755 %s && exec setpriv --reuid %d --regid %[3]d --clear-groups %s serve :%d", mounted, dir, user, programs.app, port)}})
+		"mount -t tmpfs none %s && mkdir -m 755 %s && chown %d %[2]s && exec setpriv --reuid %[3]d --regid %[3]d --clear-groups %[4]s serve :%[5]d", mounted, dir, user, programs.app, port)}})
 	m.must(err)
 	m.must(app.WaitOutput(m.ctx(), "ready"))
 	inside := []string{"--mount", "--target", strconv.Itoa(app.PID()), programs.app}
@@ -44,6 +43,7 @@ func TestAnUpstreamsSocketIsTheWorkloadsOwn(t *testing.T) {
 	holder, err := web.Start(netlab.Command{Path: "/usr/bin/nsenter", Args: append(inside[:len(inside):len(inside)], "serve", "-unix", taken)})
 	m.must(err)
 	m.must(holder.WaitOutput(m.ctx(), "ready"))
+	m.must(os.Chown("/proc/"+strconv.Itoa(app.PID())+"/root"+taken, user, user))
 	seen := func(path string) (fs.FileInfo, error) {
 		return os.Stat("/proc/" + strconv.Itoa(app.PID()) + "/root" + path)
 	}
