@@ -327,13 +327,22 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 			errs = append(errs, err)
 		}
 	}
+	change := func(service, id, path string, body any) {
+		operators, err := r.isOperators(ctx, service, id)
+		if operators {
+			changed = true // since it was looked
+		} else if err == nil {
+			put(service, path, body)
+		}
+		errs = append(errs, err)
+	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
 		if local[id] != nil && !isOurs(local[id]) {
 			continue // the operator's, maybe since w was made
 		}
 		want := w.sidecars[id]
 		if reg := want.registration(); !same(local[id], reg) {
-			put(want.app.Service, replace, reg)
+			change(want.app.Service, id, replace, reg)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(local)) {
@@ -342,13 +351,27 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 			continue
 		}
 		if r.forsaken(w, s, settled) {
-			put(s.Proxy.DestinationServiceName, "/v1/agent/service/deregister/"+escape(id), nil)
+			change(s.Proxy.DestinationServiceName, id, "/v1/agent/service/deregister/"+escape(id), nil)
 		}
 	}
 	if changed {
 		wake(r.lookNow)
 	}
 	return errors.Join(errs...)
+}
+
+// isOperators asks the agent whether a service is registered by now, and not by us: its next look may be seconds away. What is
+// registered between the answer and a change of ours is lost: agents compare nothing.
+func (r *run) isOperators(ctx context.Context, service, id string) (bool, error) {
+	got, err := r.client.request(ctx, question{path: "/v1/agent/service/" + escape(id), service: service})
+	if hasStatus(err, http.StatusNotFound) {
+		return false, nil
+	}
+	var s api.AgentService
+	if err == nil {
+		err = decode(got, &s)
+	}
+	return err == nil && !isOurs(&s), err
 }
 
 // forsaken says whether a sidecar of ours that is not wanted is to go.
