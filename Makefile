@@ -29,7 +29,9 @@ FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
 ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES)
+# The peers that nodeproxy is measured beside, with Consul's built-in proxy and Envoy.
+BENCH_PACKAGES := haproxy nginx-light libnginx-mod-stream stunnel4
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -67,10 +69,12 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── compile the tests'
 	@$(MAKE) build $(GOTESTSUM) consul vault
 	@go test -race -run '^$$' ./... | $(FAILURES)
+	@go -C tests/bench test -race -run '^$$' . | $(FAILURES)
 	@go -C deploy/dist vet ./...
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
 	@echo '── tests'
+	@cd tests/bench && $(GOTESTSUM) --format pkgname -- -race -count 1 -timeout 15m .
 	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m ./...
 	@echo '── end to end once more, with Consul as the source'
 	@$(GOTESTSUM) --format pkgname -- -race -count 1 -timeout 15m ./tests/e2e -source consul
@@ -87,11 +91,12 @@ test-vm: ## run the kernel tests and the demonstration under stock Debian kernel
 	@go test -v -count 1 -timeout 30m ./tests/vm
 
 .PHONY: bench
-bench: ## run the benchmarks, as ratios to plain TCP where they cross the kernel (root)
+bench: ## run the benchmarks, beside plain TCP and other mTLS proxies where they cross the kernel (root; about half an hour)
 	@.ci/prerequisites bench
+	@.ci/packages $(BENCH_PACKAGES)
+	@$(MAKE) build consul
 	@go test -run '^$$' -bench . -benchmem -p 1 -timeout 30m ./...
-	@$(MAKE) build
-	@go run ./tests/bench -out docs/benchmarks
+	@go -C tests/bench run . -nodeproxy $(CURDIR)/build/nodeproxy -out $(CURDIR)/docs/benchmarks
 
 FUZZTIME ?= 10s
 
@@ -116,6 +121,7 @@ check-generate: ## compare what is committed with what bpf/ compiles to
 .PHONY: lint
 lint: $(LINT) ## run golangci-lint, built once into the user's cache
 	@$(LINT) run ./...
+	@cd tests/bench && $(LINT) run --config $(CURDIR)/.golangci.yml ./...
 
 $(LINT): ; @$(call tool,github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 $(GOTESTSUM): ; @$(call tool,gotest.tools/gotestsum)

@@ -35,10 +35,10 @@ func TestSmoke(t *testing.T) {
 		t.Skip("slow: end to end")
 	}
 	binary, out := filepath.Join(t.TempDir(), "nodeproxy"), t.TempDir()
-	if text, err := exec.Command("go", "build", "-o", binary, "nodeproxy.io/cmd/nodeproxy").CombinedOutput(); err != nil {
+	if text, err := exec.Command("go", "-C", "../..", "build", "-o", binary, "./cmd/nodeproxy").CombinedOutput(); err != nil {
 		t.Fatalf("build nodeproxy: %v\n%s", err, text)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	var shown strings.Builder
 	if err := run(ctx, []string{"-smoke", "-nodeproxy", binary, "-out", out}, &shown); err != nil {
@@ -52,8 +52,16 @@ func TestSmoke(t *testing.T) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		t.Fatal(err)
 	}
-	if want := len(kinds()) * 2 * 4; len(r.Samples) != want {
-		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over four paths", len(r.Samples), want)
+	if want := len(kinds()) * 2 * (5 + len(peers())); len(r.Samples) != want {
+		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over five paths and those of the peers", len(r.Samples), want)
+	}
+	if want := 2 * (len(goals()) + 2); len(r.Goals) != want {
+		t.Errorf("%d goals, want %d", len(r.Goals), want)
+	}
+	for _, f := range figures() {
+		if text, err := os.ReadFile(filepath.Join(out, f.file)); err != nil || !strings.Contains(string(text), "</svg>") {
+			t.Errorf("%s is no whole plot: %v", f.file, err)
+		}
 	}
 	for _, c := range r.Ratios {
 		if !(c.Ratio.Median > 0) || math.IsInf(c.Ratio.Median, 0) {
@@ -123,6 +131,31 @@ func TestRatiosAreTakenWithinARound(t *testing.T) {
 		}
 		if got := all[i].Ratio; got != (spread{want, want, want}) {
 			t.Errorf("%q has ratio %+v, want %v in each round", metric, got, want)
+		}
+	}
+}
+
+// Of the peers the best one in each round counts, which may be another in each.
+func TestPathsAreComparedWithTheBestPeerOfEachRound(t *testing.T) {
+	paths := []*path{{name: tunnels, baseline: plainFar}, {name: "a", baseline: plainFar, peer: true}, {name: "b", baseline: plainFar, peer: true}}
+	var samples []sample
+	for round, values := range []map[string]int{{tunnels: 100, "a": 50, "b": 20}, {tunnels: 100, "a": 10, "b": 40}, {tunnels: 100, "a": 50, "b": 20}} {
+		for name, n := range values {
+			samples = append(samples, sample{Round: round, Path: name, Kind: connect, Connections: 1, CPU: 1, Outcome: outcome{Operations: n, Seconds: 1, Latency: latencies{P50: 1 / float64(n)}}})
+		}
+	}
+	r := &report{Matches: matches(paths, []int{1}, samples)}
+	for metric, want := range map[string]spread{
+		"connect, request, close": {2, 2, 2.5}, "connect and request p50": {0.5, 0.4, 0.5}, "processor time per connection": {0.5, 0.4, 0.5},
+	} {
+		got := r.match(metric, tunnels, 1)
+		for i, v := range []float64{got.Ratio.Median - want.Median, got.Ratio.Min - want.Min, got.Ratio.Max - want.Max} {
+			if math.Abs(v) > 1e-9 {
+				t.Errorf("%s is %+v (value %d), want %+v", metric, got.Ratio, i, want)
+			}
+		}
+		if got.Best != "a" {
+			t.Errorf("%s: the best is %s", metric, got.Best)
 		}
 	}
 }

@@ -16,7 +16,7 @@ import (
 
 const (
 	servicePort  = 8080
-	setupTimeout = 30 * time.Second
+	setupTimeout = time.Minute
 	openFiles    = 1 << 16 // enough for 10,000 connections, of which a daemon holds both ends
 )
 
@@ -24,16 +24,30 @@ const (
 type path struct {
 	name     string
 	baseline string // the path of plain TCP between the same places; "" for that itself
+	peer     bool   // somebody else's proxies
+	lab      *lab
 	client   *netlab.Workload
 	to       netip.AddrPort
 	ends     [2]int // how many ends of a connection each node's daemon tells of
 	via      admin.Path
+	proxies  proxies // on the client's side, on the server's
 }
 
-// The names of the paths of plain TCP.
+// rank puts the peers behind nodeproxy.
+func (p *path) rank() int {
+	if p.peer {
+		return 1
+	}
+	return 0
+}
+
+// The names of the paths.
 const (
 	plainNear = "plain TCP, same node"
 	plainFar  = "plain TCP, node to node"
+	direct    = "nodeproxy, same node"
+	tunnels   = "nodeproxy, tunnels"
+	mtls      = "nodeproxy, plain Connect"
 )
 
 // lab is two nodes with a client on the first, a server on either, and all of it twice: enrolled, and plain in namespaces
@@ -43,12 +57,11 @@ type lab struct {
 	self  string // this executable
 	paths []*path
 	far   *path // from node to node through nodeproxy
-
-	between admin.Path // the nodes
 }
 
-// newLab is running when it is returned. On error nothing of it remains.
-func newLab(ctx context.Context, binary string, tunnels bool) (*lab, error) {
+// newLab is running when it is returned. between is how its nodes speak with each other. One with tunnels has the paths of plain
+// TCP and those of the peers too. On error nothing of it remains.
+func newLab(ctx context.Context, binary string, between admin.Path) (*lab, error) {
 	raiseOpenFiles()
 	self, err := os.Executable()
 	if err != nil {
@@ -58,40 +71,27 @@ func newLab(ctx context.Context, binary string, tunnels bool) (*lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &lab{Mesh: mesh, self: self, between: admin.PathTunnel}
-	if !tunnels {
-		l.between = admin.PathMTLS
-		for _, d := range l.Daemons {
-			d.Plain = true
-		}
+	l := &lab{Mesh: mesh, self: self}
+	for _, d := range l.Daemons {
+		d.Plain = between != admin.PathTunnel
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, fmt.Errorf("not done within %s", setupTimeout))
 	defer cancel()
-	if err := l.build(ctx); err != nil {
+	if err := l.build(ctx, between); err != nil {
 		return nil, errors.Join(fmt.Errorf("build the lab: %w", err), l.Close())
 	}
 	return l, nil
 }
 
-func (l *lab) build(ctx context.Context) error {
+func (l *lab) build(ctx context.Context, between admin.Path) error {
 	web, err := l.enrolled(ctx, 0, "web")
 	if err != nil {
 		return err
 	}
-	stranger, err := l.plain(ctx, 0, "plain-web")
-	if err != nil {
-		return err
-	}
-	targets := make(map[string]netip.AddrPort)
 	for node, name := range []string{"near", "far"} {
 		if _, err := l.enrolled(ctx, node, name); err != nil {
 			return err
 		}
-		server, err := l.plain(ctx, node, "plain-"+name)
-		if err != nil {
-			return err
-		}
-		targets["plain-"+name] = netip.AddrPortFrom(server.IPv4, servicePort)
 		if err := l.Intentions(name, meshlab.Allow("web")); err != nil {
 			return err
 		}
@@ -99,21 +99,46 @@ func (l *lab) build(ctx context.Context) error {
 	if err := l.start(ctx); err != nil {
 		return err
 	}
-	for _, name := range []string{"near", "far"} {
-		virtual, err := l.Daemons[0].Virtual(ctx, name)
-		if err != nil {
+	daemons, err := proxiesOf(l.Daemons[0].Process, l.Daemons[1].Process)
+	if err != nil {
+		return err
+	}
+	to := func(service string) (netip.AddrPort, error) {
+		virtual, err := l.Daemons[0].Virtual(ctx, service)
+		return netip.AddrPortFrom(virtual, servicePort), err
+	}
+	l.far = &path{name: mtls, baseline: plainFar, lab: l, client: web, ends: [2]int{1, 1}, via: between, proxies: daemons}
+	if l.far.to, err = to("far"); err != nil || between != admin.PathTunnel {
+		l.paths = []*path{l.far}
+		return err
+	}
+	l.far.name = tunnels
+	near := &path{name: direct, baseline: plainNear, lab: l, client: web, ends: [2]int{1, 0}, via: admin.PathDirect, proxies: daemons}
+	if near.to, err = to("near"); err != nil {
+		return err
+	}
+	return l.others(ctx, near)
+}
+
+// others adds what nodeproxy is compared with.
+func (l *lab) others(ctx context.Context, near *path) error {
+	client, err := l.plain(ctx, 0, "plain-web")
+	if err != nil {
+		return err
+	}
+	var servers [2]*netlab.Workload
+	for node, name := range []string{"plain-near", "plain-far"} {
+		if servers[node], err = l.plain(ctx, node, name); err != nil {
 			return err
 		}
-		targets[name] = netip.AddrPortFrom(virtual, servicePort)
 	}
-	l.far = &path{name: "nodeproxy, node to node", baseline: plainFar, client: web, to: targets["far"], ends: [2]int{1, 1}, via: l.between}
-	l.paths = []*path{
-		{name: plainNear, client: stranger, to: targets["plain-near"]},
-		{name: "nodeproxy, same node", baseline: plainNear, client: web, to: targets["near"], ends: [2]int{1, 0}, via: admin.PathDirect},
-		{name: plainFar, client: stranger, to: targets["plain-far"]},
-		l.far,
+	plain := func(name string, server *netlab.Workload) *path {
+		return &path{name: name, lab: l, client: client, to: netip.AddrPortFrom(server.IPv4, servicePort)}
 	}
-	return nil
+	l.paths = []*path{plain(plainNear, servers[0]), near, plain(plainFar, servers[1]), l.far}
+	peers, err := l.startPeers(ctx, client, servers[1])
+	l.paths = append(l.paths, peers...)
+	return err
 }
 
 // enrolled makes a workload of the mesh with a server in it. The client has one too: a workload is protected from the
@@ -212,9 +237,17 @@ func raiseOpenFiles() {
 	}
 }
 
+// otherFiles are those of a proxy that are no connections.
+const otherFiles = 1024
+
 // fits says whether a daemon may have so many connections, at two open files each.
-func fits(connections int) bool {
-	const others = 1024
+func fits(connections int) bool { return 2*connections+otherFiles <= openFilesLimit() }
+
+// openFilesLimit is how many files each process of the lab may open.
+func openFilesLimit() int {
 	var limit syscall.Rlimit
-	return syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil && uint64(2*connections+others) <= limit.Cur
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return otherFiles
+	}
+	return int(min(limit.Cur, openFiles))
 }

@@ -263,14 +263,14 @@ func (w *worker) upload(deadline time.Time) error {
 		return err
 	}
 	buf := make([]byte, bulkSize)
-	for more := true; more; more = time.Now().Before(deadline) {
+	for buf[0] != lastBlock {
+		if !time.Now().Before(deadline) {
+			buf[0] = lastBlock
+		}
 		if _, err := w.conn.Write(buf); err != nil {
 			return err
 		}
 		w.bulk += bulkSize
-	}
-	if err := w.conn.closeWrite(); err != nil {
-		return err
 	}
 	var count [countSize]byte
 	if _, err := io.ReadFull(w.conn, count[:]); err != nil {

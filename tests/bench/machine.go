@@ -37,7 +37,7 @@ func (b *bench) machine(ctx context.Context) (machine, error) {
 		return m, fmt.Errorf("ask for the kernel's version: %w", err)
 	}
 	m.Kernel = unix.ByteSliceToString(name.Release[:])
-	status, err := b.Daemons[0].Admin().Status(ctx)
+	status, err := b.labs[0].Daemons[0].Admin().Status(ctx)
 	if err != nil {
 		return m, err
 	}

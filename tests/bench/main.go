@@ -1,13 +1,15 @@
-// Command bench measures nodeproxy end to end against plain TCP, on two nodes made of network namespaces on this machine.
+// Command bench measures nodeproxy end to end beside plain TCP and pairs of other mTLS proxies, on two nodes made of network
+// namespaces on this machine.
 //
 // Shared machines change speed, so nothing is compared across time: every round measures each path once, one right after
 // the other, and the report gives the medians of the ratios within a round. The load is a closed loop of blocking system
 // calls, so that it costs as little as a client can.
 //
-//	go run ./tests/bench -nodeproxy build/nodeproxy            the table, after some five minutes
-//	go run ./tests/bench -nodeproxy build/nodeproxy -smoke     one tiny round: does all of it still work?
+//	go -C tests/bench run . -nodeproxy ../../build/nodeproxy            the tables, after some twenty minutes
+//	go -C tests/bench run . -nodeproxy ../../build/nodeproxy -smoke     one tiny round: does all of it still work?
 //
-// Before it measures, it proves by the daemons' own trace that each path carries its bytes the way it claims.
+// Before it measures, it proves by the daemons' own trace that each path carries its bytes the way it claims, and that the peers do
+// mTLS of the same kind.
 package main
 
 import (
@@ -82,17 +84,15 @@ type settings struct {
 	opens       int   // bounds the connections of one measurement, for the sake of the ephemeral ports
 	idle        []int // how many idle connections the memory is measured with
 	settle      time.Duration
-	tunnels     bool
 }
 
 func parse(args []string) (settings, error) {
 	s := settings{connections: []int{1, 4, 32}, opens: 5000, idle: []int{0, 1000, 10000}, settle: 10 * time.Second}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.StringVar(&s.binary, "nodeproxy", "build/nodeproxy", "the executable to measure")
-	flags.StringVar(&s.out, "out", "", "directory for end-to-end.json and end-to-end.md; empty: none are written")
+	flags.StringVar(&s.out, "out", "", "directory for end-to-end.json, end-to-end.md and its plots; empty: none are written")
 	flags.IntVar(&s.rounds, "rounds", 5, "how often every path is measured")
 	flags.DurationVar(&s.duration, "duration", time.Second, "how long one measurement takes")
-	flags.BoolVar(&s.tunnels, "tunnels", true, "between the nodes; false: plain Connect")
 	smoke := flags.Bool("smoke", false, "one tiny round, to see that everything works")
 	if err := flags.Parse(args); err != nil {
 		return s, flag.ErrHelp // the flag set has said why

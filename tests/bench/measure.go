@@ -1,11 +1,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
 )
 
 // sample is one measurement.
@@ -18,33 +22,35 @@ type sample struct {
 	CPU         float64 `json:"proxies_cpu_seconds"` // of all proxies on the path while the clock ran
 }
 
-// memory is what the proxies hold with idle connections from node to node.
+// memory is what the proxies of a path hold with idle connections from node to node.
 type memory struct {
+	Path        string   `json:"path"`
 	Connections int      `json:"connections"`
-	Resident    []uint64 `json:"resident_bytes"` // of the client's node, of the server's node; nil: left out, too few open files
+	Resident    []uint64 `json:"resident_bytes"` // on the client's side, on the server's; nil: left out, too few open files
 }
 
 // bench is one run.
 type bench struct {
-	*lab
+	labs  []*lab
+	paths []*path // of all labs
 	settings
 	*progress
-	proxies proxies
 }
 
-// measure builds the lab, proves its paths, measures, and leaves nothing behind.
+// measure builds the labs, proves their paths, measures, and leaves nothing behind.
 func measure(ctx context.Context, s settings, p *progress) (r *report, err error) {
-	p.say("build two nodes")
-	l, err := newLab(ctx, s.binary, s.tunnels)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, l.Close()) }()
+	b := &bench{settings: s, progress: p}
 	defer p.end()
-	b := &bench{lab: l, settings: s, progress: p}
-	if b.proxies, err = proxiesOf(l.Daemons[0].Process, l.Daemons[1].Process); err != nil {
-		return nil, err
+	for _, between := range []admin.Path{admin.PathTunnel, admin.PathMTLS} {
+		p.say("build two nodes, with paths by %s between them", between)
+		l, err := newLab(ctx, s.binary, between)
+		if err != nil {
+			return nil, errors.Join(err, b.close())
+		}
+		b.labs, b.paths = append(b.labs, l), append(b.paths, l.paths...)
 	}
+	defer func() { err = errors.Join(err, b.close()) }()
+	slices.SortStableFunc(b.paths, func(x, y *path) int { return cmp.Compare(x.rank(), y.rank()) })
 	where, err := b.machine(ctx)
 	if err != nil {
 		return nil, err
@@ -53,20 +59,30 @@ func measure(ctx context.Context, s settings, p *progress) (r *report, err error
 	if err != nil {
 		return nil, err
 	}
-	if err := b.prove(ctx); err != nil {
-		return nil, err
+	for _, l := range b.labs {
+		if err := b.prove(ctx, l); err != nil {
+			return nil, err
+		}
 	}
 	samples, others, err := b.rounds(ctx)
 	if err != nil {
 		return nil, err
 	}
 	where.Others = others
-	return newReport(&s, where, l.paths, idle, samples), nil
+	return newReport(&s, where, b.paths, idle, samples), nil
+}
+
+func (b *bench) close() error {
+	var errs []error
+	for _, l := range b.labs {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // rounds measures all rounds. others is the share of the machine's processors that was not the lab's meanwhile.
 func (b *bench) rounds(ctx context.Context) (all []sample, others float64, err error) {
-	before, err := b.elsewhere()
+	before, err := elsewhere(b.labs)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -79,7 +95,7 @@ func (b *bench) rounds(ctx context.Context) (all []sample, others float64, err e
 		}
 		all = append(all, samples...)
 	}
-	after, err := b.elsewhere()
+	after, err := elsewhere(b.labs)
 	return all, (after - before).Seconds() / time.Since(began).Seconds() / float64(runtime.NumCPU()), err
 }
 
@@ -107,30 +123,30 @@ func (b *bench) sample(ctx context.Context, p *path, o order) (sample, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout(o), errors.New("the load did not end"))
 	defer cancel()
 	s := sample{Path: p.name, Kind: o.Kind, Connections: o.Connections}
-	before, err := b.opened(ctx)
+	before, err := p.lab.opened(ctx)
 	if err != nil {
 		return s, err
 	}
-	c, err := b.startClient(ctx, p, o)
+	c, err := p.lab.startClient(ctx, p, o)
 	if err != nil {
 		return s, err
 	}
-	if err := b.timed(ctx, c, &s); err != nil {
+	if err := timed(ctx, c, p.proxies, &s); err != nil {
 		return s, err
 	}
 	if err := c.end(ctx); err != nil {
 		return s, err
 	}
-	return s, b.counted(ctx, p, before, s.Outcome.Opened)
+	return s, counted(ctx, p, before, s.Outcome.Opened)
 }
 
 // counted waits until the daemons have told of n connections over p since before: of direct ones they hear a moment later.
-func (b *bench) counted(ctx context.Context, p *path, before [2]int, n int) error {
+func counted(ctx context.Context, p *path, before [2]int, n int) error {
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()
 	var after [2]int
 	for {
-		now, err := b.opened(ctx)
+		now, err := p.lab.opened(ctx)
 		if ctx.Err() != nil {
 			break
 		}
@@ -151,53 +167,58 @@ func (b *bench) counted(ctx context.Context, p *path, before [2]int, n int) erro
 	return nil
 }
 
-func (b *bench) timed(ctx context.Context, c *client, s *sample) error {
-	before, err := b.proxies.cpu()
+func timed(ctx context.Context, c *client, used proxies, s *sample) error {
+	before, err := used.cpu()
 	if err != nil {
 		return err
 	}
 	if s.Outcome, err = c.work(ctx); err != nil {
 		return err
 	}
-	after, err := b.proxies.cpu()
+	after, err := used.cpu()
 	s.CPU = (after - before).Seconds()
 	return err
 }
 
-// memory measures the daemons with idle connections, before anything else has made them grow.
+// memory measures the proxies with idle connections, before anything else has made them grow.
 func (b *bench) memory(ctx context.Context) ([]memory, error) {
 	var all []memory
-	for _, n := range b.idle {
-		if !fits(n) {
-			all = append(all, memory{Connections: n})
+	for _, p := range b.paths {
+		if p.baseline != plainFar {
 			continue
 		}
-		b.step("memory with %d idle connections", n)
-		m, err := b.held(ctx, n)
-		if err != nil {
-			return nil, fmt.Errorf("measure %d idle connections: %w", n, err)
+		for _, n := range b.idle {
+			m := memory{Path: p.name, Connections: n}
+			if fits(n) {
+				b.step("memory with %d idle connections, %s", n, p.name)
+				var err error
+				if m.Resident, err = b.held(ctx, p, n); err != nil {
+					return nil, fmt.Errorf("measure %d idle connections over %s: %w", n, p.name, err)
+				}
+			}
+			all = append(all, m)
 		}
-		all = append(all, m)
 	}
 	return all, nil
 }
 
-func (b *bench) held(ctx context.Context, n int) (memory, error) {
+// held is the memory of the proxies on p while there are n idle connections.
+func (b *bench) held(ctx context.Context, p *path, n int) ([]uint64, error) {
 	o := order{Kind: idle, Connections: n}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout(o)+b.settle, errors.New("the connections did not open"))
 	defer cancel()
-	m := memory{Connections: n}
-	c, err := b.startClient(ctx, b.far, o)
+	c, err := p.lab.startClient(ctx, p, o)
 	if err != nil {
-		return m, err
+		return nil, err
 	}
 	select { // what the handshakes left behind is given back over time
 	case <-time.After(b.settle):
 	case <-ctx.Done():
-		return m, context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	}
-	if m.Resident, err = b.proxies.resident(); err != nil {
-		return m, err
+	resident, err := p.proxies.resident()
+	if err != nil {
+		return nil, err
 	}
-	return m, c.end(ctx)
+	return resident, c.end(ctx)
 }

@@ -12,23 +12,23 @@ import (
 
 // prove shows by the trace of the daemons that each path carries every byte of every kind of load the way it claims: in
 // plain TCP past the daemons, directly within the node, or over mTLS, out through the client's node and in through the server's.
-func (b *bench) prove(ctx context.Context) error {
+func (b *bench) prove(ctx context.Context, l *lab) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if _, err := b.opened(ctx); err != nil { // whatever came before must not be in the traces
+	if _, err := l.opened(ctx); err != nil { // whatever came before must not be in the traces
 		return err
 	}
-	w := b.watch(ctx)
-	err := b.proveAll(ctx, w)
+	w := l.watch(ctx)
+	err := b.proveAll(ctx, l, w)
 	cancel()
 	return errors.Join(err, w.wait())
 }
 
-func (b *bench) proveAll(ctx context.Context, w *watcher) error {
-	if err := b.proveTraces(ctx, w); err != nil {
+func (b *bench) proveAll(ctx context.Context, l *lab, w *watcher) error {
+	if err := l.proveTraces(ctx, w); err != nil {
 		return fmt.Errorf("read the traces: %w", err)
 	}
-	for _, p := range b.paths {
+	for _, p := range l.paths {
 		for _, kind := range kinds() {
 			b.step("prove %s over %s", kind, p.name)
 			s, err := b.sample(ctx, p, order{Kind: kind, Connections: 1, Duration: 10 * time.Millisecond, Opens: 1})
@@ -44,11 +44,11 @@ func (b *bench) proveAll(ctx context.Context, w *watcher) error {
 }
 
 // proveTraces holds one connection until both daemons have told of it: from then on their traces miss nothing.
-func (b *bench) proveTraces(ctx context.Context, w *watcher) error {
+func (l *lab) proveTraces(ctx context.Context, w *watcher) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, errors.New("the connection did not end"))
 	defer cancel()
-	p := b.far
-	c, err := b.startClient(ctx, p, order{Kind: idle, Connections: 1})
+	p := l.far
+	c, err := l.startClient(ctx, p, order{Kind: idle, Connections: 1})
 	if err != nil {
 		return err
 	}
@@ -73,9 +73,9 @@ type seen struct {
 }
 
 // watch reads the traces until ctx ends.
-func (b *bench) watch(ctx context.Context) *watcher {
-	w := &watcher{events: make(chan seen), ended: make(chan error, len(b.Daemons))}
-	for node, d := range b.Daemons {
+func (l *lab) watch(ctx context.Context) *watcher {
+	w := &watcher{events: make(chan seen), ended: make(chan error, len(l.Daemons))}
+	for node, d := range l.Daemons {
 		go func() {
 			w.ended <- d.Admin().Trace(ctx, admin.Filter{}, func(c admin.Connection) error {
 				select {

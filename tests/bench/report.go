@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"unicode/utf8"
 )
@@ -17,18 +16,26 @@ type report struct {
 	Rounds   int          `json:"rounds"`
 	Duration string       `json:"duration"` // of one measurement
 	Took     string       `json:"took"`
+	Goals    []result     `json:"goals"`
 	Ratios   []comparison `json:"ratios"`
+	Matches  []match      `json:"matches"`
 	Costs    []cost       `json:"costs"`
 	Memory   []memory     `json:"memory"`
 	Samples  []sample     `json:"samples"`
+
+	paths       []*path
+	connections []int
 }
 
 // newReport derives what is reported from what was measured.
 func newReport(s *settings, m machine, paths []*path, idle []memory, samples []sample) *report {
-	return &report{
+	r := &report{
 		Command: "make bench", Machine: m, Rounds: s.rounds, Duration: s.duration.String(),
-		Ratios: compare(paths, s.connections, samples), Costs: costs(paths, s.connections, samples), Memory: idle, Samples: samples,
+		Ratios: compare(paths, s.connections, samples), Matches: matches(paths, s.connections, samples),
+		Costs: costs(paths, s.connections, samples), Memory: idle, Samples: samples, paths: paths, connections: s.connections,
 	}
+	r.Goals = r.results()
+	return r
 }
 
 // write writes the report as JSON and as Markdown.
@@ -45,85 +52,147 @@ func (r *report) write(dir string) error {
 			return fmt.Errorf("write the report: %w", err)
 		}
 	}
-	return nil
+	return r.plot(dir)
 }
 
 // markdown is the whole report.
 func (r *report) markdown() string {
+	var plots strings.Builder
+	for _, f := range figures() {
+		fmt.Fprintf(&plots, "![%s](%s)\n", f.title, f.file)
+	}
 	return fmt.Sprintf(`# End to end
 
-Written by `+"`%s`"+`; do not edit. It measures nodeproxy beside plain TCP between namespaces of the same shape, client, proxies
-and servers on one machine. %d rounds of %s per measurement; the paths that are compared are measured one right after the
-other, and a ratio is the median of the ratios within a round, with the smallest and the largest. Of rates more is better,
-of times less. A request and its answer are %d bytes each, a bulk write is %d KiB.
+Written by `+"`%s`"+`; do not edit. Client, proxies and servers run on one machine, in network namespaces of the same shape. %d rounds of
+%s per measurement, in each of which every path is measured once, one right after the other; a ratio is the median of the
+ratios within a round, in brackets the smallest and the largest. Of rates more is better, of times less. A request and its answer are %d
+bytes each, a bulk write is %d KiB. The peers are pairs of mTLS proxies with their own defaults but for TLS 1.3, AES-128-GCM, EC P-256 and client
+certificates; what they resume of TLS sessions by default they may resume here, nodeproxy resumes none.
 
-%s%s`, r.Command, r.Rounds, r.Duration, messageSize, bulkSize>>10, r.Machine.markdown(), r.tables())
+%s
+%s%s`, r.Command, r.Rounds, r.Duration, messageSize, bulkSize>>10, r.Machine.markdown(), plots.String(), r.tables())
 }
 
 // tables is what people want to see, on a terminal and in Markdown alike.
 func (r *report) tables() string {
 	var b strings.Builder
-	var path string
-	var t *table
-	for _, c := range r.Ratios {
-		if c.Path != path {
-			path = c.Path
-			b.WriteString(t.String())
-			fmt.Fprintf(&b, "\n## %s\n\n", sentence(path))
-			t = newTable("", "connections", "plain TCP", "nodeproxy", "ratio", "spread")
+	b.WriteString("\n## Goals\n\n")
+	b.WriteString(r.goalTable())
+	b.WriteString("\n## Beside the best peer, node to node\n\nThe best in each round; named is the one with the best median.\n\n")
+	b.WriteString(r.matchTable())
+	for _, places := range []struct{ title, plain string }{{"Same node", plainNear}, {"Node to node", plainFar}} {
+		fmt.Fprintf(&b, "\n## %s\n", places.title)
+		for _, m := range compared() {
+			fmt.Fprintf(&b, "\n%s, and its ratio to plain TCP:\n\n%s", sentence(m.Name), r.ratioTable(&m, places.plain))
 		}
-		t.row(c.Metric, fmt.Sprint(c.Connections), quantity(c.format, c.Baseline, c.Unit), quantity(c.format, c.Value, c.Unit),
-			significant(c.Ratio.Median), significant(c.Ratio.Min)+" – "+significant(c.Ratio.Max))
 	}
-	b.WriteString(t.String())
-	b.WriteString("\n## Processor time of the daemons\n\nOf all daemons on the path together.\n\n")
-	b.WriteString(r.costTable())
-	b.WriteString("\n## Memory of idle connections, node to node\n\n")
+	b.WriteString("\n## Processor time of the proxies\n\nOf both on the path together.\n")
+	for _, m := range charged() {
+		fmt.Fprintf(&b, "\n%s:\n\n%s", sentence(m.Name), r.costTable(&m))
+	}
+	b.WriteString("\n## Memory of idle connections, node to node\n\nResident, of each side's processes; what several share counts for each.\n\n")
 	b.WriteString(r.memoryTable())
 	return b.String()
 }
 
-// costTable has a row for each metric and number of connections, and a column for each path.
-func (r *report) costTable() string {
-	head, rows := []string{"", "connections"}, [][]string{}
-	for _, c := range r.Costs {
-		name, n := c.Metric, fmt.Sprint(c.Connections)
-		i := slices.IndexFunc(rows, func(row []string) bool { return row[0] == name && row[1] == n })
-		if i < 0 {
-			i = len(rows)
-			rows = append(rows, []string{name, n})
-		}
-		if !slices.Contains(head, c.Path) {
-			head = append(head, c.Path)
-		}
-		rows[i] = append(rows[i], fmt.Sprintf("%s ("+c.format+" – "+c.format+")", quantity(c.format, c.CPU.Median, c.Unit), c.CPU.Min, c.CPU.Max))
+// grid is a table with a row for each path and a column for each number of connections.
+func (r *report) grid(rows func(*path) bool, cell func(p *path, connections int) string) string {
+	head := []string{"connections"}
+	for _, n := range r.connections {
+		head = append(head, fmt.Sprint(n))
 	}
-	return (&table{append([][]string{head}, rows...)}).String()
+	t := newTable(head...)
+	for _, p := range r.paths {
+		if !rows(p) {
+			continue
+		}
+		row := []string{p.name}
+		for _, n := range r.connections {
+			row = append(row, cell(p, n))
+		}
+		t.row(row...)
+	}
+	return t.String()
+}
+
+func (r *report) ratioTable(m *metric, plain string) string {
+	return r.grid(func(p *path) bool { return p.name == plain || p.baseline == plain }, func(p *path, n int) string {
+		value := quantity(m.format, spreadOf(m.values(r.Samples, p.name, n)).Median, m.unit)
+		if p.baseline == "" {
+			return value
+		}
+		return value + "  " + r.ratio(m.Name, p.name, n).String()
+	})
+}
+
+func (r *report) ratio(metric, path string, connections int) spread {
+	for _, c := range r.Ratios {
+		if c.Metric == metric && c.Path == path && c.Connections == connections {
+			return c.Ratio
+		}
+	}
+	return spread{}
+}
+
+func (r *report) match(metric, path string, connections int) match {
+	for _, m := range r.Matches {
+		if m.Metric == metric && m.Path == path && m.Connections == connections {
+			return m
+		}
+	}
+	return match{}
+}
+
+func (r *report) matchTable() string {
+	t := newTable("", "connections", "best peer", tunnels, mtls)
+	for _, m := range r.Matches {
+		if m.Path == tunnels {
+			t.row(m.Metric, fmt.Sprint(m.Connections), m.Best, m.Ratio.String(), r.match(m.Metric, mtls, m.Connections).Ratio.String())
+		}
+	}
+	return t.String()
+}
+
+func (r *report) costTable(m *metric) string {
+	return r.grid(func(p *path) bool { return p.baseline != "" }, func(p *path, n int) string {
+		s := spreadOf(m.values(r.Samples, p.name, n))
+		return quantity(m.format, s.Median, m.unit)
+	})
 }
 
 func (r *report) memoryTable() string {
-	t := newTable("idle connections", "the client's node", "per connection", "the server's node", "per connection")
-	var none []uint64
+	t := newTable("", "idle connections", "the client's side", "per connection", "the server's side", "per connection")
+	none := make(map[string][]uint64)
 	leftOut := ""
 	for _, m := range r.Memory {
 		if m.Resident == nil {
-			leftOut += fmt.Sprintf("\n%d idle connections are left out: a process may not have enough open files for them (ulimit -n).\n", m.Connections)
+			leftOut += fmt.Sprintf("\n%s with %d idle connections is left out: a process may not have enough open files for them (ulimit -n).\n", m.Path, m.Connections)
 			continue
 		}
 		if m.Connections == 0 {
-			none = m.Resident
+			none[m.Path] = m.Resident
 		}
-		cells := []string{fmt.Sprint(m.Connections)}
+		cells := []string{m.Path, fmt.Sprint(m.Connections)}
 		for i, resident := range m.Resident {
 			each := ""
-			if m.Connections > 0 && none != nil {
-				each = fmt.Sprintf("%.1f KiB", (float64(resident)-float64(none[i]))/1024/float64(m.Connections))
+			if m.Connections > 0 && none[m.Path] != nil {
+				each = fmt.Sprintf("%.1f KiB", perConnection(m, none[m.Path], i))
 			}
 			cells = append(cells, fmt.Sprintf("%.1f MiB", float64(resident)/(1<<20)), each)
 		}
 		t.row(cells...)
 	}
 	return t.String() + leftOut
+}
+
+// perConnection is what each connection of m takes on a side, in KiB.
+func perConnection(m memory, none []uint64, side int) float64 {
+	return (float64(m.Resident[side]) - float64(none[side])) / 1024 / float64(m.Connections)
+}
+
+// String shows a ratio.
+func (s spread) String() string {
+	return fmt.Sprintf("%s (%s – %s)", significant(s.Median), significant(s.Min), significant(s.Max))
 }
 
 func quantity(format string, value float64, unit string) string {

@@ -15,7 +15,7 @@ import (
 // A connection carries messages of messageSize bytes, of which the first says what the client wants:
 const (
 	echo byte = 'e' // the message is sent back
-	sink byte = 's' // what follows is counted up to the client's half-close, and answered with the count, in 8 bytes
+	sink byte = 's' // blocks follow, of which the first byte of the last is lastBlock; they are counted and answered with the count, in 8 bytes
 	pour byte = 'p' // bytes are sent for the nanoseconds in message[1:9], then their count, in 8 bytes, and the end
 	park byte = 'k' // the message is sent back, and the connection then costs the server no thread
 )
@@ -23,8 +23,11 @@ const (
 const (
 	messageSize = 128
 	countSize   = 8
-	bulkSize    = 64 << 10 // of one system call
+	bulkSize    = 64 << 10 // of one system call, and of a block
 )
+
+// lastBlock says that no block follows: not all proxies pass a half-close on.
+const lastBlock = 1
 
 type message [messageSize]byte
 
@@ -90,17 +93,17 @@ func answer(conn socket, parked int) {
 func countInto(conn socket) {
 	buf := make([]byte, bulkSize)
 	var total uint64
-	for {
+	for last := false; !last || total%bulkSize != 0; {
 		n, err := conn.Read(buf)
-		total += uint64(n)
-		if errors.Is(err, io.EOF) {
-			_, _ = conn.Write(binary.BigEndian.AppendUint64(nil, total)) // without it the client fails
-			return
-		}
 		if err != nil {
 			return
 		}
+		if first := (bulkSize - total%bulkSize) % bulkSize; first < uint64(n) { // where a block begins: there is one at most
+			last = buf[first] == lastBlock
+		}
+		total += uint64(n)
 	}
+	_, _ = conn.Write(binary.BigEndian.AppendUint64(nil, total)) // without it the client fails
 }
 
 func pourInto(conn socket, d time.Duration) {

@@ -105,6 +105,4 @@ func (s socket) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (s socket) closeWrite() error { return unix.Shutdown(int(s), unix.SHUT_WR) }
-
 func (s socket) close() { _ = unix.Close(int(s)) } // its bytes were acknowledged by an answer

@@ -28,6 +28,7 @@ type metric struct {
 	kind   string
 	unit   string
 	format string
+	less   bool // is better
 	of     func(*sample) float64
 }
 
@@ -39,15 +40,15 @@ func compared() []metric {
 	p99 := func(s *sample) float64 { return s.Outcome.Latency.P99 }
 	p999 := func(s *sample) float64 { return s.Outcome.Latency.P999 }
 	return []metric{
-		{"bulk to the server", upload, "GB/s", "%.2f", bulk},
-		{"bulk from the server", download, "GB/s", "%.2f", bulk},
-		{"round trips", roundTrip, "/s", "%.0f", rate},
-		{"round trip p50", roundTrip, "µs", "%.0f", p50},
-		{"round trip p99", roundTrip, "µs", "%.0f", p99},
-		{"round trip p99.9", roundTrip, "µs", "%.0f", p999},
-		{"connect, request, close", connect, "/s", "%.0f", rate},
-		{"connect and request p50", connect, "µs", "%.0f", p50},
-		{"connect and request p99", connect, "µs", "%.0f", p99},
+		{"bulk to the server", upload, "GB/s", "%.2f", false, bulk},
+		{"bulk from the server", download, "GB/s", "%.2f", false, bulk},
+		{"round trips", roundTrip, "/s", "%.0f", false, rate},
+		{"round trip p50", roundTrip, "µs", "%.0f", true, p50},
+		{"round trip p99", roundTrip, "µs", "%.0f", true, p99},
+		{"round trip p99.9", roundTrip, "µs", "%.0f", true, p999},
+		{"connect, request, close", connect, "/s", "%.0f", false, rate},
+		{"connect and request p50", connect, "µs", "%.0f", true, p50},
+		{"connect and request p99", connect, "µs", "%.0f", true, p99},
 	}
 }
 
@@ -58,10 +59,10 @@ func charged() []metric {
 		return func(s *sample) float64 { return s.CPU / float64(s.Outcome.Operations) * scale }
 	}
 	return []metric{
-		{"per GB to the server", upload, "s", "%.2f", perGB},
-		{"per GB from the server", download, "s", "%.2f", perGB},
-		{"per round trip", roundTrip, "µs", "%.0f", perOperation(1e6)},
-		{"per connection", connect, "ms", "%.2f", perOperation(1e3)},
+		{"processor time per GB to the server", upload, "s", "%.2f", true, perGB},
+		{"processor time per GB from the server", download, "s", "%.2f", true, perGB},
+		{"processor time per round trip", roundTrip, "µs", "%.0f", true, perOperation(1e6)},
+		{"processor time per connection", connect, "ms", "%.2f", true, perOperation(1e3)},
 	}
 }
 
@@ -99,6 +100,63 @@ func compare(paths []*path, connections []int, samples []sample) []comparison {
 		}
 	}
 	return all
+}
+
+// match is one metric of a path of nodeproxy's beside the peer that was best at it in each round.
+type match struct {
+	Metric      string `json:"metric"`
+	Connections int    `json:"connections"`
+	Path        string `json:"path"`
+	Best        string `json:"best"` // the peer whose median is
+	Ratio       spread `json:"ratio"`
+}
+
+// matches compares the paths from node to node with the best peer, round by round.
+func matches(paths []*path, connections []int, samples []sample) []match {
+	var all []match
+	for _, m := range append(compared(), charged()...) {
+		for _, n := range connections {
+			best, name := m.best(paths, n, samples)
+			if best == nil {
+				continue
+			}
+			for _, p := range paths {
+				if p.peer || p.baseline != plainFar {
+					continue
+				}
+				ratios := m.values(samples, p.name, n)
+				for round := range ratios {
+					ratios[round] /= best[round]
+				}
+				all = append(all, match{m.Name, n, p.name, name, spreadOf(ratios)})
+			}
+		}
+	}
+	return all
+}
+
+// best is the best value of any peer in each round, and the peer whose median is.
+func (m *metric) best(paths []*path, connections int, samples []sample) (best []float64, name string) {
+	better := func(a, b float64) bool { return a > b != m.less }
+	var median float64
+	for _, p := range paths {
+		if !p.peer {
+			continue
+		}
+		values := m.values(samples, p.name, connections)
+		if s := spreadOf(values); name == "" || better(s.Median, median) {
+			name, median = p.name, s.Median
+		}
+		if best == nil {
+			best = slices.Clone(values)
+		}
+		for round, v := range values {
+			if better(v, best[round]) {
+				best[round] = v
+			}
+		}
+	}
+	return best, name
 }
 
 // values are the metric's values, one for each round, in order.

@@ -100,9 +100,9 @@ func field(file, prefix string) (string, error) {
 // ticks is how finely /proc/stat counts, on every architecture (proc_stat(5), USER_HZ).
 const ticks = 100
 
-// elsewhere is the processor time of the whole machine outside the lab so far: of other processes (interrupts left out)
+// elsewhere is the processor time of the whole machine outside the labs so far: of other processes (interrupts left out)
 // and of other machines on the same host ("steal").
-func (l *lab) elsewhere() (time.Duration, error) {
+func elsewhere(labs []*lab) (time.Duration, error) {
 	line, err := field("/proc/stat", "cpu ")
 	if err != nil {
 		return 0, err
@@ -111,6 +111,10 @@ func (l *lab) elsewhere() (time.Duration, error) {
 	if _, err := fmt.Sscan(line, &user, &nice, &system, &idle, &iowait, &irq, &softirq, &steal); err != nil {
 		return 0, fmt.Errorf("read /proc/stat: %w", err)
 	}
-	ours, err := proxies{l.Cgroup().Path()}.cpu()
-	return time.Duration(user+nice+system+steal)*time.Second/ticks - ours, err
+	var ours proxies
+	for _, l := range labs {
+		ours = append(ours, l.Cgroup().Path())
+	}
+	used, err := ours.cpu()
+	return time.Duration(user+nice+system+steal)*time.Second/ticks - used, err
 }
