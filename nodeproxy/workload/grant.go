@@ -50,6 +50,8 @@ func (m *Manager) refuses(c Claim) string {
 	switch {
 	case c.Invalid != "":
 		return c.Invalid
+	case c.Denied != "":
+		return c.Denied
 	case !within(c.Cgroup, m.mount):
 		return fmt.Sprintf("it is not on cgroup2, which is mounted at %s", m.mount)
 	case c.Cgroup == m.mount:
