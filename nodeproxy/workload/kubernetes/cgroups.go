@@ -11,9 +11,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// lookAgain is how often a kubelet's directory is looked for where there is one already.
-const lookAgain = 10 * time.Second
-
 // deepest is how far below the root of cgroup2 a kubelet's cgroups are looked for: one that runs in a container has them there.
 const deepest = 5
 
@@ -31,11 +28,7 @@ func (g *cgroups) of(p *corev1.Pod) []string {
 	if path := g.existing(p); path != "" {
 		return []string{path}
 	}
-	again := lookEvery
-	if len(g.roots) > 0 {
-		again = lookAgain
-	}
-	if time.Since(g.looked) > again {
+	if time.Since(g.looked) > lookEvery {
 		g.look()
 		if path := g.existing(p); path != "" {
 			return []string{path}

@@ -56,7 +56,7 @@ type Config struct {
 // Cluster is what this node sees of its Kubernetes cluster. It implements workload.Provider; all else waits for its Run.
 type Cluster struct {
 	cfg                                Config
-	resources                          []*resource
+	kinds                              []*kind
 	pods, namespaces, services, slices cache.Store
 	cgroups                            cgroups // Run's own
 	workloads                          []pod   // that are claimed, or refused; Run's own
@@ -68,8 +68,8 @@ type Cluster struct {
 	changed   []chan struct{}  // get a value, without blocking, when anything has changed
 }
 
-// resource is one kind of object that is followed.
-type resource struct {
+// kind is one of object that is followed.
+type kind struct {
 	name       string
 	controller cache.Controller
 }
@@ -138,7 +138,7 @@ func (c *Cluster) follow(client cache.Getter, name string, of runtime.Object, wh
 			AddFunc: func(any) { c.tell() }, UpdateFunc: func(any, any) { c.tell() }, DeleteFunc: func(any) { c.tell() },
 		},
 	})
-	c.resources = append(c.resources, &resource{name, controller})
+	c.kinds = append(c.kinds, &kind{name, controller})
 	return store
 }
 
@@ -213,8 +213,8 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	changed := c.subscribe()
-	for _, r := range c.resources {
-		running.Go(func() { r.controller.RunWithContext(ctx) })
+	for _, k := range c.kinds {
+		running.Go(func() { k.controller.RunWithContext(ctx) })
 	}
 	tick := time.NewTicker(changesLast) // until all is read
 	defer tick.Stop()
@@ -247,7 +247,7 @@ func (c *Cluster) hasSynced() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.synced {
-		c.synced = !slices.ContainsFunc(c.resources, func(r *resource) bool { return !r.controller.HasSynced() })
+		c.synced = !slices.ContainsFunc(c.kinds, func(k *kind) bool { return !k.controller.HasSynced() })
 	}
 	return c.synced
 }
