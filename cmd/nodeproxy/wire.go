@@ -70,12 +70,16 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if d.manager, err = newManager(cfg, log, d.manual, d.pods); err != nil {
 		return nil, err
 	}
+	caller, _ := source.(catalog.Caller)
+	if d.pods != nil {
+		source = d.pods.Destinations(source)
+	}
 	if source, ok := source.(keep.Restorable); ok {
 		d.kept = keep.New(source, d.manager.Store(), log)
 	}
 	var observer nodeproxy.Observer = d.recorder
-	if source, ok := source.(catalog.Caller); ok {
-		observer = callers{d.recorder, source}
+	if caller != nil {
+		observer = callers{d.recorder, caller}
 	}
 	if fit := check.FittingConnections(cfg.Limits.Connections); fit < cfg.Limits.Connections {
 		log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE", "from", cfg.Limits.Connections, "to", fit)

@@ -167,6 +167,7 @@ func TestPods(t *testing.T) {
 		{"a pod that is gone with a process that is not", testLingering},
 		{"ports and probes", testPorts},
 		{"registered as instances", testDefinitions},
+		{"ClusterIPs", testClusterIPs},
 		{"the API server stops and starts", testOutage},
 	} {
 		t.Run(part.name, func(t *testing.T) { part.run(t, c) })
@@ -273,6 +274,11 @@ func testCgroups(t *testing.T, c *cluster) {
 		t.Errorf("cgroup = %s, want %s", claim.Cgroup, want)
 	}
 	c.remove(p)
+	for dir := want; dir != c.mount; dir = filepath.Dir(dir) {
+		if err := os.Remove(dir); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 func testLingering(t *testing.T, c *cluster) {
