@@ -37,8 +37,8 @@ func (p pod) finished() bool {
 }
 
 func (p *pod) place(paths []string) {
-	if len(paths) == 0 && !p.granted() {
-		paths = []string{""} // listed all the same
+	if !p.granted() { // it is listed once, wherever it is
+		paths = append(paths, "")[:1]
 	}
 	for _, path := range paths {
 		c := p.claim
