@@ -187,6 +187,7 @@ func newCluster(cfg *config.Config, log *slog.Logger) (*kubernetes.Cluster, erro
 	}
 	return kubernetes.New(kubernetes.Config{
 		Node: cfg.Pods.Node, Kubeconfig: cfg.Pods.Kubeconfig, Namespaces: cfg.Pods.Namespaces, Mount: mount, Log: log,
+		StateFile: filepath.Join(cfg.State.Dir, "pods.json"),
 	})
 }
 

@@ -49,6 +49,7 @@ type probers struct {
 type listeningProber struct {
 	name    string // as in "the Consul agent"
 	address string
+	outside bool                   // it is in no pod
 	cgroup  atomic.Pointer[string] // nil where it is not on this node, or was not running yet
 	lost    error                  // why its cgroup is not known, nil when it is or is nowhere here
 }
@@ -58,7 +59,7 @@ func (p Probers) listening() (all []*listeningProber) {
 		all = append(all, &listeningProber{name: "the Consul agent", address: p.Agent})
 	}
 	if p.Kubelet != "" {
-		all = append(all, &listeningProber{name: "the kubelet", address: p.Kubelet})
+		all = append(all, &listeningProber{name: "the kubelet", address: p.Kubelet, outside: true})
 	}
 	return all
 }
@@ -95,7 +96,7 @@ func (m *Manager) findProbers() {
 		dir, err := m.listenerCgroup(p)
 		known := p.cgroup.Load()
 		if err == nil && dir != "" && (known == nil || *known != dir) {
-			if err = m.notEnrolled(p, dir); err == nil {
+			if err = m.mayProbe(p, dir); err == nil {
 				p.cgroup.Store(&dir)
 			}
 		}
@@ -103,8 +104,12 @@ func (m *Manager) findProbers() {
 	}
 }
 
-// notEnrolled makes sure that dir is in no cgroup that is enrolled, by this daemon or by an earlier one.
-func (m *Manager) notEnrolled(p *listeningProber, dir string) error {
+// mayProbe makes sure that dir is in no cgroup that is enrolled, by this daemon or by an earlier one, and not a pod's that has
+// taken the kubelet's port.
+func (m *Manager) mayProbe(p *listeningProber, dir string) error {
+	if p.outside && strings.Contains(dir, "kubepods") {
+		return fmt.Errorf("what listens at %s is a pod, in %s: see why %s does not", p.address, dir, p.name)
+	}
 	for _, e := range m.redirect.Enrolled() {
 		if path, err := redirect.CgroupPath(e.Cgroup); err == nil && within(dir, path) {
 			return fmt.Errorf("what listens at %s is in %s, which is a workload: un-enroll that, or start %s in another cgroup", p.address, path, p.name)

@@ -39,6 +39,7 @@ import (
 const (
 	lookEvery   = time.Second           // while something is awaited that nobody tells of
 	changesLast = 20 * time.Millisecond // what changes together is looked at together
+	hung        = 5 * time.Second       // an API server that has not told of everything by then is taken for one that does not answer
 )
 
 // KubeletPort is where a kubelet listens, unless it is told otherwise.
@@ -50,6 +51,7 @@ type Config struct {
 	Kubeconfig string              // "": what Kubernetes gives to a pod
 	Namespaces map[string][]string // the services that pods of each may be
 	Mount      string              // of cgroup2
+	StateFile  string              // keeps what is claimed, for a daemon that starts while the API server is away
 	Log        *slog.Logger
 }
 
@@ -62,6 +64,7 @@ type Cluster struct {
 	workloads                          []pod   // that are claimed, or refused; Run's own
 
 	mu        sync.Mutex
+	began     time.Time
 	synced    bool
 	faults    map[string]error // by resource
 	misplaced error            // pods without a cgroup
@@ -71,6 +74,7 @@ type Cluster struct {
 // kind is one of object that is followed.
 type kind struct {
 	name       string
+	lister     cache.ListerWithContext
 	controller cache.Controller
 }
 
@@ -138,7 +142,7 @@ func (c *Cluster) follow(client cache.Getter, name string, of runtime.Object, wh
 			AddFunc: func(any) { c.tell() }, UpdateFunc: func(any, any) { c.tell() }, DeleteFunc: func(any) { c.tell() },
 		},
 	})
-	c.kinds = append(c.kinds, &kind{name, controller})
+	c.kinds = append(c.kinds, &kind{name, all, controller})
 	return store
 }
 
@@ -178,12 +182,25 @@ func (c *Cluster) Problem() error {
 	return cmp.Or(c.unheard(), c.misplaced)
 }
 
+// Check asks the API server once for all that is needed.
+func (c *Cluster) Check(ctx context.Context) error {
+	for _, k := range c.kinds {
+		if _, err := k.lister.ListWithContext(ctx, metav1.ListOptions{Limit: 1}); err != nil {
+			return fmt.Errorf("list %s of the Kubernetes API server: %w: see that the server runs, and that nodeproxy may list and watch pods, namespaces, services and endpointslices", k.name, err)
+		}
+	}
+	return nil
+}
+
 // unheard is why what is known may be old.
 func (c *Cluster) unheard() error {
 	for _, name := range slices.Sorted(maps.Keys(c.faults)) {
 		if err := c.faults[name]; err != nil {
 			return fmt.Errorf("follow %s of the Kubernetes API server: %w: enrolled pods stay enrolled, new ones are not seen; see that the server runs and that nodeproxy may list and watch them: it is tried again by itself", name, err)
 		}
+	}
+	if !c.synced && !c.began.IsZero() && time.Since(c.began) > hung {
+		return errors.New("the Kubernetes API server has not told of all pods yet: see that it runs and is reached from this node; it is waited for")
 	}
 	return nil
 }
@@ -213,20 +230,30 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	changed := c.subscribe()
+	c.mu.Lock()
+	c.began = time.Now()
+	c.mu.Unlock()
 	for _, k := range c.kinds {
 		running.Go(func() { k.controller.RunWithContext(ctx) })
 	}
 	tick := time.NewTicker(changesLast) // until all is read
 	defer tick.Stop()
 	var told []workload.Claim
-	first := true
+	first, remembered := true, false
 	for {
-		if c.hasSynced() {
+		switch {
+		case c.hasSynced():
 			if now := c.look(); first || !reflect.DeepEqual(now, told) {
 				told, first = now, false
 				claim(now)
+				c.remember()
 			}
 			tick.Reset(lookEvery)
+		case c.Problem() != nil && !remembered:
+			remembered = true
+			if c.recall(); len(c.workloads) > 0 {
+				claim(c.claims())
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -283,10 +310,6 @@ func (c *Cluster) look() []workload.Claim {
 		}
 	}
 	slices.SortFunc(all, func(a, b pod) int { return cmp.Compare(a.String(), b.String()) })
-	var claims []workload.Claim
-	for _, p := range all {
-		claims = append(claims, p.claims...)
-	}
 	c.workloads = all
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -294,7 +317,14 @@ func (c *Cluster) look() []workload.Claim {
 	if len(unplaced) > 0 {
 		c.misplaced = fmt.Errorf("there is no cgroup for %s, and %d pods in all: no directory kubepods or kubepods.slice is below %s; see that the kubelet runs with cgroupsPerQOS, and that nodeproxy sees the node's cgroups", unplaced[0], len(unplaced), c.cfg.Mount)
 	}
-	return claims
+	return c.claims()
+}
+
+func (c *Cluster) claims() (all []workload.Claim) {
+	for _, p := range c.workloads {
+		all = append(all, p.claims...)
+	}
+	return all
 }
 
 // list returns what a store has.

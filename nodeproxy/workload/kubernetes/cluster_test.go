@@ -7,11 +7,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -55,7 +57,7 @@ func startCluster(t *testing.T) *cluster {
 	c := &cluster{t: t, apiServer: startAPIServer(t), mount: lab.Cgroup().Path()}
 	c.mkdir("kubelet/kubepods")
 	c.Cluster, err = New(Config{
-		Node: node, Kubeconfig: c.kubeconfig, Mount: c.mount, Log: slog.New(slog.DiscardHandler),
+		Node: node, Kubeconfig: c.kubeconfig, Mount: c.mount, Log: slog.New(slog.DiscardHandler), StateFile: c.stateFile(),
 		Namespaces: map[string][]string{"shop": {"web", "cart"}, "meshed": {"web"}},
 	})
 	if err != nil {
@@ -398,7 +400,8 @@ func testDefinitions(t *testing.T, c *cluster) {
 }
 
 func testOutage(t *testing.T, c *cluster) {
-	p := c.pod("shop", "survivor", "web", labelled("mesh=enabled"))
+	p := c.pod("shop", "survivor", "web", labelled("mesh=enabled", "mode=permissive"))
+	c.process(t, c.mkdir("kubelet/kubepods/besteffort/pod"+string(p.UID)+"/container"))
 	c.granted(t, p, "web")
 	if err := c.Problem(); err != nil {
 		t.Fatalf("there is a problem before there should be: %v", err)
@@ -409,9 +412,54 @@ func testOutage(t *testing.T, c *cluster) {
 		t.Errorf("the problem does not say what to do: %v", err)
 	}
 	c.granted(t, p, "web")
+	c.recalled(t, p)
 	c.startServer()
+	if err := c.Check(t.Context()); err != nil {
+		t.Error(err)
+	}
 	late := c.pod("shop", "latecomer", "cart", labelled("mesh=enabled"))
 	c.granted(t, late, "cart")
 	c.granted(t, p, "web")
 	within(t, patience, "the problem is over", func() bool { return c.Problem() == nil })
+}
+
+func (c *cluster) stateFile() string { return filepath.Join(c.dir, "pods.json") }
+
+// recalled asserts what daemons say that start now, while the API server is away: the pod is what it was, if it may be that.
+func (c *cluster) recalled(t *testing.T, p *corev1.Pod) {
+	t.Helper()
+	for allowed, want := range map[string]bool{"web": true, "cart": false} {
+		next, err := New(Config{Node: node, Kubeconfig: c.kubeconfig, Mount: c.mount, Log: slog.New(slog.DiscardHandler), StateFile: c.stateFile(),
+			Namespaces: map[string][]string{"shop": {allowed}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := next.Check(t.Context()); err == nil || !strings.Contains(err.Error(), "may list and watch") {
+			t.Errorf("a check says %v", err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		told := make(chan []workload.Claim, 1)
+		var running sync.WaitGroup
+		running.Go(func() {
+			if err := next.Run(ctx, func(claims []workload.Claim) { told <- claims }); err != nil {
+				t.Error(err)
+			}
+		})
+		within(t, patience, "the problem is reported", func() bool { return next.Problem() != nil })
+		if want {
+			select {
+			case claims := <-told:
+				if len(claims) != 1 || !reflect.DeepEqual(claims, c.of(p)) {
+					t.Errorf("it claims %+v, want what was claimed before", claims)
+				}
+			case <-time.After(patience):
+				t.Error("it claims nothing")
+			}
+		}
+		cancel()
+		running.Wait()
+		if len(told) > 0 {
+			t.Errorf("with %q allowed %+v is claimed", allowed, <-told)
+		}
+	}
 }
