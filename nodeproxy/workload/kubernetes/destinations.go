@@ -22,6 +22,8 @@ const (
 	// EndpointSlice of a new pod may be there before its instance is.
 	unknownFor = 10 * time.Second
 
+	share = 20 // how many times longer than a look the time until the next is, at least: a cluster may have many Services
+
 	maxListed = 50 // ClusterIPs that status explains
 )
 
@@ -94,6 +96,7 @@ func (d *destinations) follow(ctx context.Context) {
 		case <-d.changed:
 		case <-tick.C:
 		}
+		began := time.Now()
 		d.mu.Lock()
 		if d.source != nil && d.look(time.Now()) {
 			d.extra++
@@ -103,7 +106,7 @@ func (d *destinations) follow(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(changesLast):
+		case <-time.After(max(changesLast, share*time.Since(began))):
 		}
 	}
 }

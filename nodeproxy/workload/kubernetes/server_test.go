@@ -55,15 +55,13 @@ func startAPIServer(t *testing.T) *apiServer {
 		"--etcd-servers", etcd, "--bind-address", "127.0.0.1", "--secure-port", port, "--cert-dir", filepath.Join(s.dir, "certificates"),
 		"--service-cluster-ip-range", "10.96.0.0/16", "--endpoint-reconciler-type", "none",
 		"--service-account-key-file", key, "--service-account-signing-key-file", key, "--service-account-issuer", "https://kubernetes.test",
-		"--token-auth-file", s.write("tokens", "secret,admin,1,system:masters\n"), "--authorization-mode", "RBAC",
+		"--token-auth-file", s.write("tokens", "secret,admin,1,system:masters\nnodeproxy,nodeproxy,2\n"), "--authorization-mode", "RBAC",
 		"--disable-admission-plugins", "ServiceAccount", // which waits for a controller that makes the accounts
 	}
-	s.kubeconfig = s.write("kubeconfig", fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "test",
-"clusters": [{"name": "test", "cluster": {"server": "https://%s", "insecure-skip-tls-verify": true}}],
-"users": [{"name": "test", "user": {"token": "secret"}}],
-"contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}]}`, s.address))
+	admin := s.access("admin", "secret")
+	s.kubeconfig = s.access("nodeproxy", "nodeproxy")
 	s.startServer()
-	access, err := clientcmd.BuildConfigFromFlags("", s.kubeconfig)
+	access, err := clientcmd.BuildConfigFromFlags("", admin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +72,32 @@ func startAPIServer(t *testing.T) *apiServer {
 	if s.discovery, err = newClient(access, "/apis", discoveryv1.SchemeGroupVersion); err != nil {
 		t.Fatal(err)
 	}
+	s.grant()
 	return s
+}
+
+// access writes how whoever has a token reaches the server.
+func (s *apiServer) access(name, token string) string {
+	s.t.Helper()
+	return s.write(name, fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "test",
+"clusters": [{"name": "test", "cluster": {"server": "https://%s", "insecure-skip-tls-verify": true}}],
+"users": [{"name": "test", "user": {"token": %q}}],
+"contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}]}`, s.address, token))
+}
+
+// grant lets nodeproxy do what docs/labels.md says that it does, and nothing else.
+func (s *apiServer) grant() {
+	s.t.Helper()
+	for kind, text := range map[string]string{
+		"clusterroles": `{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "nodeproxy"}, "rules": [
+{"apiGroups": [""], "resources": ["pods", "namespaces", "services"], "verbs": ["list", "watch"]},
+{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}]}`,
+		"clusterrolebindings": `{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "nodeproxy"},
+"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "nodeproxy"},
+"subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "nodeproxy"}]}`,
+	} {
+		s.do(s.core.Post().AbsPath("/apis/rbac.authorization.k8s.io/v1", kind).SetHeader("Content-Type", "application/json").Body([]byte(text)), nil)
+	}
 }
 
 func freeAddress(t *testing.T) string {
