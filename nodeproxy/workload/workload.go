@@ -46,6 +46,7 @@ type Claim struct {
 	Cgroup   string     // absolute path of a directory on cgroup2
 	Service  string     // whose identity its connections have; may be "" where Mesh is Disabled
 	Also     []string   `json:",omitempty"` // further services that others reach in it, on ports of their own
+	Name     string     `json:",omitempty"` // what people know it by, where that is not the cgroup: "pod shop/web-1"
 	Provider string     // "config", "enroll", "systemd", "xattr", "kubernetes"; shown in status
 	Mode     *Mode      // nil: the node's inbound.mode
 	Access   Access     `json:",omitempty"` // to Consul's agents
@@ -100,6 +101,7 @@ type Reporter interface {
 type Workload struct {
 	ID       uint32 // the kernel's name for it; never used again while our pins exist
 	Cgroup   string
+	Name     string   // what people know it by; "" where that is the cgroup
 	Service  string   // whose identity its connections have
 	Also     []string // further services that others reach in it
 	Provider string

@@ -139,7 +139,10 @@ func (c *cluster) granted(t *testing.T, p *corev1.Pod, service string) workload.
 func (c *cluster) denied(t *testing.T, p *corev1.Pod, why ...string) {
 	t.Helper()
 	claim := c.expect(t, p, "a refusal is claimed", func(all []workload.Claim) bool { return len(all) == 1 && all[0].Denied+all[0].Invalid != "" })
-	for _, want := range append(why, p.Name) {
+	if want := "pod " + p.Namespace + "/" + p.Name; claim.Name != want {
+		t.Errorf("it is called %q, want %q", claim.Name, want)
+	}
+	for _, want := range why {
 		if !strings.Contains(claim.Denied+claim.Invalid, want) {
 			t.Errorf("the reason is %q, want one with %q", claim.Denied+claim.Invalid, want)
 		}

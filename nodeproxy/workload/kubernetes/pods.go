@@ -84,12 +84,8 @@ func (c *Cluster) judge(of *corev1.Pod) (pod, bool) {
 	}
 	service, named := labels["service"]
 	p.claim = labels.Claim(c.Name(), "")
-	p.claim.Service, p.claim.Also = of.Spec.ServiceAccountName, nil
-	if p.claim.Invalid != "" {
-		p.claim.Invalid = fmt.Sprintf("%s: %s", p, p.claim.Invalid)
-	}
-	if why := c.refuses(of, service, named); why != "" {
-		p.claim.Denied = fmt.Sprintf("%s %s", p, why)
+	p.claim.Name, p.claim.Service, p.claim.Also = p.String(), of.Spec.ServiceAccountName, nil
+	if p.claim.Denied = c.refuses(of, service, named); p.claim.Denied != "" {
 		p.claim.Invalid = ""
 	}
 	for _, container := range running(of) {
@@ -113,15 +109,15 @@ func sorted(ports []uint16) []uint16 {
 func (c *Cluster) refuses(p *corev1.Pod, service string, named bool) string {
 	account := p.Spec.ServiceAccountName
 	if proxy := injected(p); proxy != "" {
-		return fmt.Sprintf("has a sidecar of its own (%s), and is left to that: have it injected no more, and restart the pod", proxy)
+		return fmt.Sprintf("it has a sidecar of its own (%s), and is left to that: have it injected no more, and restart the pod", proxy)
 	}
 	switch {
 	case account == "":
-		return "has no service account, whose name it could be: static pods cannot be workloads"
+		return "it has no service account, whose name it could be: static pods cannot be workloads"
 	case named && service != account:
-		return fmt.Sprintf("asks to be service %q and runs as service account %q: a pod may be only what its service account is called; remove the label service, or change the account", service, account)
+		return fmt.Sprintf("it asks to be service %q and runs as service account %q: a pod may be only what its service account is called; remove the label service, or change the account", service, account)
 	case !slices.Contains(c.cfg.Namespaces[p.Namespace], account):
-		return fmt.Sprintf("runs as service account %q, which is no service of namespace %q: if it is to be one, add it to workloads.kubernetes.namespace %q { services = […] } in nodeproxy's configuration", account, p.Namespace, p.Namespace)
+		return fmt.Sprintf("it runs as service account %q, which is no service of namespace %q: if it is to be one, add it to workloads.kubernetes.namespace %q { services = […] } in nodeproxy's configuration", account, p.Namespace, p.Namespace)
 	}
 	return ""
 }
