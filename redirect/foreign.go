@@ -28,25 +28,27 @@ func isForeignChain(name string) bool {
 // proxy: one in a chain of a known proxy, or one that redirects to a local port what is sent from here. "" is none. It only
 // reads, and loads no module.
 func (ns *Namespace) ForeignRedirect() (rule string, err error) {
-	if rule, err = ns.nftRedirect(); rule == "" && err == nil {
-		err = ns.Do(func() error {
-			for _, t := range legacyTables {
-				if rule, err = t.redirect(); rule != "" || err != nil {
-					return err
-				}
+	err = ns.Do(func() error {
+		if rule, err = nftRedirect(); rule != "" || err != nil {
+			return err
+		}
+		for _, t := range legacyTables {
+			if rule, err = t.redirect(); rule != "" || err != nil {
+				return err
 			}
-			return nil
-		})
-	}
+		}
+		return nil
+	})
 	if err != nil {
 		err = fmt.Errorf("look for redirect rules in network namespace %d: %w", ns.Inode, err)
 	}
 	return rule, err
 }
 
-// nftRedirect looks at nftables, which is also where iptables keeps its rules today.
-func (ns *Namespace) nftRedirect() (string, error) {
-	conn, err := nftables.New(nftables.WithNetNSFd(int(ns.file.Fd())))
+// nftRedirect looks at nftables, which is also where iptables keeps its rules today. It must run inside the namespace: where
+// the kernel has no netfilter, the library panics if it is to enter one itself.
+func nftRedirect() (string, error) {
+	conn, err := nftables.New()
 	if err != nil {
 		return "", err
 	}

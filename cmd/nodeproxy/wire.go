@@ -153,7 +153,7 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, p
 
 func configuredClaims(cfg *config.Config) (all workload.Configured) {
 	for _, c := range cfg.Cgroups {
-		all = append(all, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: all.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
+		all = append(all, workload.Claim{Cgroup: c.Path, Service: c.Service, Also: c.Also, Provider: all.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
 	}
 	return all
 }

@@ -1,9 +1,7 @@
 #!/bin/sh
 # The mesh directory stays: it may be other nodes' too.
 set -e
-if [ -d /run/systemd/system ]; then
-	systemctl daemon-reload
-fi
-if [ "$1" = purge ]; then
-	rm -rf /var/lib/nodeproxy
-fi
+case "$1" in
+purge) rm -rf /var/lib/nodeproxy ;;
+remove | 0) [ ! -d /run/systemd/system ] || systemctl daemon-reload ;;
+esac

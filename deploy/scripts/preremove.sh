@@ -7,6 +7,7 @@ remove | 0) ;;
 esac
 if [ -d /run/systemd/system ]; then
 	systemctl disable --now nodeproxy.service nodeproxy-boot.service
+	systemctl stop nodeproxy.slice
 fi
 # What Consul's agent does not take back turns critical by itself: it may be gone. What is in the kernel must not stay.
 nodeproxy cleanup || [ ! -e /sys/fs/bpf/nodeproxy ]

@@ -73,6 +73,7 @@ type Manager struct {
 	claims map[string][]Claim
 	ended  map[string]error // providers that gave up
 	snap   *catalog.Snapshot
+	passed error // why addresses of snap are not redirected
 
 	// What reconcile, the only user, knows.
 	serve      func(*redirect.Namespace, *Namespace)
@@ -86,6 +87,7 @@ type Manager struct {
 	serving    sync.WaitGroup    // of name queries, one for each namespace
 	unheard    map[string]bool   // providers that had said nothing when this reconciliation began
 	unguarded  error             // why inbound rules are missing
+	unreached  error             // why upstreams, or what must not be called, are missing
 	missed     bool              // a namespace could not be opened in this reconciliation
 	drifted    drifts
 	former     former
@@ -334,6 +336,9 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	m.snap = snap
 	m.mu.Unlock()
 	err := m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges)
+	m.mu.Lock()
+	m.passed = err
+	m.mu.Unlock()
 	if m.cfg.DNS != nil && err == nil {
 		m.cfg.DNS.Apply(snap)
 	}

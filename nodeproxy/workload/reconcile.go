@@ -91,8 +91,8 @@ func (m *Manager) protect(next *view, h Handler) {
 		m.log.Error("inbound rules are incomplete", "error", m.unguarded)
 		ready = m.refuseUnguarded(ready)
 	}
-	if err := m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); err != nil {
-		m.log.Error("what single workloads reach and do not reach is incomplete", "error", err)
+	if m.unreached = m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); m.unreached != nil {
+		m.log.Error("what single workloads reach and do not reach is incomplete", "error", m.unreached)
 	}
 	m.admitProbers(next, ready)
 	for _, e := range ready {
@@ -418,8 +418,8 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
-		if s.State == "protected" && m.isUnguarded(e) {
-			s.State, s.Detail = "unprotected", "ports of it may be open to strangers: "+m.unguarded.Error()
+		if err := m.shortfall(e); err != nil && s.State == "protected" {
+			s.State, s.Detail = "unprotected", err.Error()
 		}
 		s.DNS = m.dnsState(e)
 		states = append(states, s)
@@ -431,6 +431,19 @@ func (m *Manager) states() []WorkloadState {
 	}
 	slices.SortFunc(states, func(a, b WorkloadState) int { return strings.Compare(a.Workload.Cgroup, b.Workload.Cgroup) })
 	return states
+}
+
+// shortfall says for which protection of e the kernel has no room.
+func (m *Manager) shortfall(e *entry) error {
+	if m.isUnguarded(e) {
+		return fmt.Errorf("ports of it may be open to strangers: %w", m.unguarded)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := errors.Join(m.passed, m.unreached); err != nil {
+		return fmt.Errorf("it may reach instances outside the mesh: %w", err)
+	}
+	return nil
 }
 
 func (e *entry) state(open int) (state, detail string) {

@@ -2,6 +2,7 @@ package consul
 
 import (
 	"fmt"
+	"net/http"
 	"net/netip"
 	"strings"
 	"sync"
@@ -121,6 +122,18 @@ func TestAVirtualIPThatMovesIsNeverTheWrongServices(t *testing.T) {
 	}
 	begun.Wait()
 	m.must(m.agents[1].Deregister(m.ctx(), "first-1"))
+	m.await("first and its sidecar are gone, with which its virtual IP is free", func() error {
+		var all map[string][]string
+		if err := m.agents[0].Do(m.ctx(), http.MethodGet, "/v1/catalog/services", nil, &all); err != nil {
+			return err
+		}
+		for name := range all {
+			if strings.HasPrefix(name, "first") {
+				return fmt.Errorf("%s is there", name)
+			}
+		}
+		return nil
+	})
 	m.must(m.agents[1].Register(m.ctx(), Service("second", "second-1", w.IPv4.String(), second)))
 	ip, err := m.Daemons[0].Virtual(m.ctx(), "second")
 	m.must(err)

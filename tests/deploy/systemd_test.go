@@ -230,7 +230,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 		}
 	}
 	run("installed, it does nothing", func(h *host) {
-		h.sh("dpkg -i " + deb(built.first, firstVersion))
+		h.sh("dpkg --force-unsafe-io -i " + deb(built.first, firstVersion))
 		if got := h.sh("systemctl is-enabled nodeproxy nodeproxy-boot || true"); got != "disabled\ndisabled" {
 			h.t.Errorf("enabled: %s", got)
 		}
@@ -271,7 +271,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 		h.must(err)
 		defer live.Kill()
 		h.must(live.WaitOutput(h.ctx(), "\n"))
-		h.sh("dpkg -i " + deb(built.second, secondVersion))
+		h.sh("dpkg --force-unsafe-io -i " + deb(built.second, secondVersion))
 		if got := h.status().Version; got != secondVersion {
 			h.t.Errorf("version %s runs", got)
 		}
@@ -288,7 +288,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 	})
 	run("a downgrade to another map ABI is refused", func(h *host) {
 		h.sh("mkdir /sys/fs/bpf/nodeproxy/node-1/v99")
-		out, err := h.Run(h.ctx(), "", "dpkg", "-i", deb(built.first, firstVersion))
+		out, err := h.Run(h.ctx(), "", "dpkg", "--force-unsafe-io", "-i", deb(built.first, firstVersion))
 		if err == nil || !strings.Contains(out, "node-1/v99 is of map ABI v99, and this version has v") {
 			h.t.Errorf("%v: %s", err, out)
 		}
@@ -306,9 +306,14 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 			}
 			return nil
 		})
-		h.getsNothing("web.service", api)
 		h.getsNothing("proxied.service", api)
 		h.getsNothing("", address+":8080")
+		h.eventually("what was granted rests with the heartbeat", func() error {
+			if out := h.dial("web.service", api); strings.Contains(out, "accept=") {
+				return errors.New(out)
+			}
+			return nil
+		})
 		h.sh("rm /run/hold")
 		h.awaitStatus("3 workloads, all protected")
 		h.reaches("web.service", api)
@@ -345,7 +350,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 		})
 		h.reaches("", address+":8080")
 		h.reaches("web.service", address+":8080")
-		if got := h.sh("ls -d /sys/fs/bpf/* /sys/fs/cgroup/nodeproxy* /run/nodeproxy /usr/bin/nodeproxy /etc/systemd/system/*/nodeproxy* 2>/dev/null || true"); got != "" {
+		if got := h.sh("ls -d /sys/fs/bpf/nodeproxy* /sys/fs/cgroup/nodeproxy* /run/nodeproxy /usr/bin/nodeproxy /etc/systemd/system/*/nodeproxy* 2>/dev/null || true"); got != "" {
 			h.t.Errorf("there remain %s", got)
 		}
 		h.sh("test -e /etc/nodeproxy/nodeproxy.hcl")
@@ -362,7 +367,7 @@ func TestAtBootWorkloadsAreClosedUntilTheDaemonRuns(t *testing.T) {
 	h.unit("lab.target.d/boot.conf", "[Unit]", "Wants=nodeproxy.service sysinit.target web.service api.service")
 	h.unit("network-pre.target.d/note.conf", "[Unit]", "Description=the network")
 	h.must(h.Boot(h.ctx(), network+`
-dpkg -i `+deb(built.first, firstVersion)+`
+dpkg --force-unsafe-io -i `+deb(built.first, firstVersion)+`
 mkdir -p /etc/nodeproxy/mesh.d/nodes/node-1
 cat >/etc/nodeproxy/nodeproxy.hcl <<'END'
 `+configuration+`END

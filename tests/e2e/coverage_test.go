@@ -110,16 +110,9 @@ func TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn(t *testing.T
 	m.start()
 	m.baselines[0] = nil
 	live := m.stream(web, m.vip("api"))
-	pins, err := filepath.Glob(filepath.Join(m.Daemons[0].Pins, m.Nodes[0].Name, "v*", "maps", "rules"))
-	m.must(err)
-	rules, err := ebpf.LoadPinnedMap(pins[0], nil)
-	m.must(err)
-	defer rules.Close()
-	keys, values := make([][32]byte, rules.MaxEntries()), make([][12]byte, rules.MaxEntries())
-	for i := range keys {
-		binary.NativeEndian.PutUint64(keys[i][:], uint64(i)+1<<40) // namespaces that there are not
-	}
-	fill := func() { _, _ = rules.BatchUpdate(keys, values, nil) } // an audit takes them out
+	fill, empty := crowd[[32]byte, [12]byte](m, 0, "rules", func(k *[32]byte, i uint64) {
+		binary.NativeEndian.PutUint64(k[:], 1<<40+i) // namespaces that there are not
+	})
 	fill()
 	m.must(m.Daemons[0].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: cart.Cgroup.Path(), Service: "cart"}))
 	state := func(want, detail string, meanwhile func()) {
@@ -144,8 +137,56 @@ func TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn(t *testing.T
 	state("unprotected", "not enrolled, because its ports cannot be guarded: write to rules", fill)
 	m.reaches(web, m.vip("api"))
 	m.goesOn("a connection of web's", live)
-	state("protected", "", func() { _, _ = rules.BatchDelete(keys, nil) })
+	state("protected", "", empty)
 	m.getsNothing(m.stranger(0), "-timeout", "3s", at(cart.IPv4, port))
 	m.goesOn("a connection of web's", live)
 	live.Kill()
+}
+
+func TestWorkloadsAreUnprotectedWhileAnAddressToRedirectFindsNoRoom(t *testing.T) {
+	m, web, _ := pair(t)
+	m.baselines = [2]*footprint{}
+	cart, err := m.Nodes[1].Workload("cart")
+	m.must(err)
+	m.serve(cart, ":8080")
+	m.allow("cart", "web")
+	fill, empty := crowd[[24]byte, [4]byte](m, 0, "destinations", func(k *[24]byte, i uint64) {
+		binary.NativeEndian.PutUint64(k[:], i) // addresses that nobody has
+	})
+	state := func(want string, meanwhile func()) *admin.Workload {
+		t.Helper()
+		status, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+			if s.Workloads[0].State == want {
+				return nil
+			}
+			meanwhile()
+			return fmt.Errorf("the workloads are %+v", s.Workloads)
+		})
+		m.must(err)
+		return &status.Workloads[0]
+	}
+	fill()
+	m.define(1, "cart", port, cart.IPv4)
+	m.must(m.Daemons[1].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: cart.Cgroup.Path(), Service: "cart"}))
+	if detail := state("unprotected", fill).Detail; !strings.Contains(detail, "it may reach instances outside the mesh: write to destinations (") {
+		t.Errorf("the reason: %s", detail)
+	}
+	m.reaches(web, m.vip("api"))
+	state("protected", empty)
+	m.comesToReach(web, at(cart.IPv4, port))
+}
+
+// crowd returns what fills up a map of a node's with entries that are not nodeproxy's, until an audit takes them out, and what
+// removes them.
+func crowd[K, V any](m *mesh, node int, name string, key func(k *K, i uint64)) (fill, empty func()) {
+	pins, err := filepath.Glob(filepath.Join(m.Daemons[node].Pins, m.Nodes[node].Name, "v*", "maps", name))
+	m.must(err)
+	crowded, err := ebpf.LoadPinnedMap(pins[0], nil)
+	m.must(err)
+	m.t.Cleanup(func() { _ = crowded.Close() })
+	keys, values := make([]K, crowded.MaxEntries()), make([]V, crowded.MaxEntries())
+	for i := range keys {
+		key(&keys[i], uint64(i)+1)
+	}
+	return func() { _, _ = crowded.BatchUpdate(keys, values, nil) }, func() { _, _ = crowded.BatchDelete(keys, nil) }
 }

@@ -57,6 +57,7 @@ var fileOnly = map[string][]string{
 	},
 	"is about processes, cgroups and network namespaces, which no source has a part in": {
 		"TestACgroupThatIsNotEnrolledRunsNoProgramOfOurs",
+		"TestANamespaceThatAnotherProxyRedirectsIsLeftToIt",
 		"TestAStrictPortInTheHostsNamespaceStaysClosedWhileItsApplicationRestarts",
 		"TestAStrictPortInAPrivateNamespaceStaysClosedWhileItsApplicationRestarts",
 		"TestAStrictPortStaysClosedWhenTheRegisteredAddressLeavesTheInterface",
@@ -96,6 +97,7 @@ var fileOnly = map[string][]string{
 		"TestACommandEndsWithItsStatus",
 		"TestTheTraceSaysWhoCalledWhomHowAndWhy",
 		"TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn",
+		"TestWorkloadsAreUnprotectedWhileAnAddressToRedirectFindsNoRoom",
 		"TestTenThousandConnectionsLeaveNothingBehind",
 		"TestTheTraceShowsWhatItsFiltersLetThrough",
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
