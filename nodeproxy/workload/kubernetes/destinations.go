@@ -236,7 +236,12 @@ func (m *mapping) add(svc *corev1.Service, meant bool) {
 			}
 			at := netip.AddrPortFrom(ip, uint16(port.Port))
 			name, why, involved := m.stands(at, m.behind[backend{svc.Namespace, svc.Name, port.Name, ip.Is6()}])
-			switch {
+			to, taken := m.snap.Resolve(at)
+			switch taken = taken && m.snap.ClusterIPs[at] == ""; {
+			case taken && (name == "" || name == to.Name()): // as the source says itself
+			case taken:
+				m.problems = append(m.problems, catalog.Problem{Kind: "cluster-ip", Text: fmt.Sprintf(
+					"ClusterIP %s of Service %s/%s stands for %q, and is an address of %q, to which it leads", at, svc.Namespace, svc.Name, name, to.Name())})
 			case name != "":
 				m.next[at] = name
 			case involved || meant:
@@ -249,9 +254,6 @@ func (m *mapping) add(svc *corev1.Service, meant bool) {
 
 // stands says for which service an address stands, or why for none, and whether any of the mesh is behind it.
 func (m *mapping) stands(at netip.AddrPort, behind []endpoint) (name, why string, involved bool) {
-	if to, ok := m.snap.Resolve(at); ok && m.snap.ClusterIPs[at] == "" {
-		return "", fmt.Sprintf("it is an address of %q already", to.Name()), true
-	}
 	last := m.last[at]
 	if ready := slices.DeleteFunc(slices.Clone(behind), func(e endpoint) bool { return !e.ready }); len(ready) > 0 {
 		behind = ready

@@ -197,6 +197,28 @@ func TestAClusterIPOutlastsWhatIsOnlyNew(t *testing.T) {
 	}
 }
 
+func TestAClusterIPThatTheSourceKnowsIsTheSources(t *testing.T) {
+	at := netip.MustParseAddrPort("10.96.1.1:80")
+	snap := mesh(t, 1, "web at 10.1.0.1:8080", "cart at 10.1.0.3:8080")
+	snap.Services["web"].Ports = []netip.AddrPort{at} // tagged "virtual"
+	snap, err := catalog.New(*snap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	svc := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web"},
+		Spec:       corev1.ServiceSpec{ClusterIPs: []string{"10.96.1.1"}, Ports: []corev1.ServicePort{{Port: 80}}},
+	}
+	for behind, problems := range map[string]int{"10.1.0.1:8080": 0, "10.1.0.3:8080": 1, "10.1.0.4:8080": 0} {
+		m := mapping{snap: snap, next: make(map[netip.AddrPort]string), unknown: make(map[netip.AddrPort]time.Time),
+			behind: map[backend][]endpoint{{"shop", "web", "", false}: {{netip.MustParseAddrPort(behind), true}}}}
+		m.add(svc, true)
+		if len(m.next) != 0 || len(m.problems) != problems {
+			t.Errorf("with %s behind it: %v, problems %+v, want %d", behind, m.next, m.problems, problems)
+		}
+	}
+}
+
 // TestClusterIPsAreRestored with the rest of a snapshot, and hold until the API server tells.
 func TestClusterIPsAreRestored(t *testing.T) {
 	at := netip.MustParseAddrPort("10.96.1.1:80")

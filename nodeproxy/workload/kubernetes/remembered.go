@@ -23,6 +23,11 @@ type remembered struct {
 	Claims          []workload.Claim
 }
 
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 // remember writes down who is claimed.
 func (c *Cluster) remember() {
 	if c.cfg.StateFile == "" {
@@ -54,7 +59,8 @@ func replace(path string, content any) error {
 	return err
 }
 
-// recall claims what an earlier daemon did, of pods that still run and may still be what they were.
+// recall claims what an earlier daemon did, of pods whose cgroup is there and that may still be what they were. There need not be a
+// process in it: the kubelet restarts containers without the API server.
 func (c *Cluster) recall() {
 	text, err := os.ReadFile(c.cfg.StateFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -73,7 +79,7 @@ func (c *Cluster) recall() {
 		allowed := !slices.ContainsFunc(r.Claims, func(claim workload.Claim) bool {
 			return !slices.Contains(c.cfg.Namespaces[r.Namespace], claim.Service) || len(claim.Also) > 0
 		})
-		if allowed && c.cgroups.populated(p.paths()) {
+		if allowed && slices.ContainsFunc(p.paths(), exists) {
 			c.workloads = append(c.workloads, p)
 		}
 	}
