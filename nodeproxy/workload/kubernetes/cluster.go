@@ -19,18 +19,12 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 
 	"nodeproxy.io/nodeproxy/workload"
@@ -58,8 +52,8 @@ type Config struct {
 // Cluster is what this node sees of its Kubernetes cluster. It implements workload.Provider; all else waits for its Run.
 type Cluster struct {
 	cfg                                Config
-	kinds                              []*kind
-	pods, namespaces, services, slices cache.Store
+	kinds                              []*objects
+	pods, namespaces, services, slices *objects
 	cgroups                            cgroups // Run's own
 	workloads                          []pod   // that are claimed, or refused; Run's own
 
@@ -69,13 +63,6 @@ type Cluster struct {
 	faults    map[string]error // by resource
 	misplaced error            // pods without a cgroup
 	changed   []chan struct{}  // get a value, without blocking, when anything has changed
-}
-
-// kind is one of object that is followed.
-type kind struct {
-	name       string
-	lister     cache.ListerWithContext
-	controller cache.Controller
 }
 
 // New is of the cluster to which the kubeconfig leads. It connects to nothing yet.
@@ -101,57 +88,6 @@ func New(cfg Config) (*Cluster, error) {
 	c.services = c.follow(core, "services", new(corev1.Service), fields.Everything())
 	c.slices = c.follow(discovery, "endpointslices", new(discoveryv1.EndpointSlice), fields.Everything())
 	return c, nil
-}
-
-// newClient knows the few types that are needed, where the usual client has all there are.
-func newClient(access *rest.Config, path string, version schema.GroupVersion) (*rest.RESTClient, error) {
-	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme)); err != nil {
-		return nil, err
-	}
-	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-	access = rest.CopyConfig(access)
-	access.APIPath, access.GroupVersion, access.UserAgent = path, &version, "nodeproxy"
-	access.ContentType, access.AcceptContentTypes = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON
-	access.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	client, err := rest.RESTClientFor(access)
-	if err != nil {
-		return nil, fmt.Errorf("find the Kubernetes API server: %w", err)
-	}
-	return client, nil
-}
-
-// follow keeps a store of the objects of one kind, once the Cluster runs.
-func (c *Cluster) follow(client cache.Getter, name string, of runtime.Object, which fields.Selector) cache.Store {
-	all := cache.NewListWatchFromClient(client, name, metav1.NamespaceAll, which)
-	store, controller := cache.NewInformerWithOptions(cache.InformerOptions{
-		Logger: new(logr.Discard()), // what is wrong is said by Problem
-		ListerWatcher: &cache.ListWatch{
-			ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
-				list, err := all.ListWithContext(ctx, options)
-				return list, c.note(ctx, name, err)
-			},
-			WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
-				events, err := all.WatchWithContext(ctx, options)
-				return events, c.note(ctx, name, err)
-			},
-		},
-		ObjectType: of,
-		Transform:  withoutHistory,
-		Handler: cache.ResourceEventHandlerFuncs{
-			AddFunc: func(any) { c.tell() }, UpdateFunc: func(any, any) { c.tell() }, DeleteFunc: func(any) { c.tell() },
-		},
-	})
-	c.kinds = append(c.kinds, &kind{name, all, controller})
-	return store
-}
-
-// withoutHistory makes objects smaller.
-func withoutHistory(object any) (any, error) {
-	if meta, ok := object.(metav1.Object); ok {
-		meta.SetManagedFields(nil)
-	}
-	return object, nil
 }
 
 // note remembers whether the API server answered, and returns err.
@@ -184,9 +120,9 @@ func (c *Cluster) Problem() error {
 
 // Check asks the API server once for all that is needed.
 func (c *Cluster) Check(ctx context.Context) error {
-	for _, k := range c.kinds {
-		if _, err := k.lister.ListWithContext(ctx, metav1.ListOptions{Limit: 1}); err != nil {
-			return fmt.Errorf("list %s of the Kubernetes API server: %w: see that the server runs, and that nodeproxy may list and watch pods, namespaces, services and endpointslices", k.name, err)
+	for _, o := range c.kinds {
+		if _, err := o.lister.ListWithContext(ctx, metav1.ListOptions{Limit: 1}); err != nil {
+			return fmt.Errorf("list %s of the Kubernetes API server: %w: see that the server runs, and that nodeproxy may list and watch pods, namespaces, services and endpointslices", o.name, err)
 		}
 	}
 	return nil
@@ -233,8 +169,8 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 	c.mu.Lock()
 	c.began = time.Now()
 	c.mu.Unlock()
-	for _, k := range c.kinds {
-		running.Go(func() { k.controller.RunWithContext(ctx) })
+	for _, o := range c.kinds {
+		running.Go(func() { o.reflector.RunWithContext(ctx) })
 	}
 	tick := time.NewTicker(changesLast) // until all is read
 	defer tick.Stop()
@@ -274,7 +210,7 @@ func (c *Cluster) hasSynced() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.synced {
-		c.synced = !slices.ContainsFunc(c.kinds, func(k *kind) bool { return !k.controller.HasSynced() })
+		c.synced = !slices.ContainsFunc(c.kinds, func(o *objects) bool { return !o.read.Load() })
 	}
 	return c.synced
 }
@@ -323,17 +259,6 @@ func (c *Cluster) look() []workload.Claim {
 func (c *Cluster) claims() (all []workload.Claim) {
 	for _, p := range c.workloads {
 		all = append(all, p.claims...)
-	}
-	return all
-}
-
-// list returns what a store has.
-func list[T any](store cache.Store) []*T {
-	var all []*T
-	for _, object := range store.List() {
-		if t, ok := object.(*T); ok {
-			all = append(all, t)
-		}
 	}
 	return all
 }
