@@ -19,8 +19,8 @@ import (
 	"github.com/hashicorp/consul/proto-public/pbconnectca"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/experimental/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
@@ -91,7 +91,8 @@ func (c *client) signWith(ctx context.Context, token string, server *agent, requ
 	return "", fmt.Errorf("have %s sign it: %s", at, text)
 }
 
-// dialGRPC prepares a connection to the gRPC port of the server whose HTTP API is at base: with TLS if that has it.
+// dialGRPC prepares a connection to the gRPC port of the server whose HTTP API is at base: with TLS if that has it. Consul 1.19 selects
+// no protocol (ALPN), which gRPC would insist on.
 func (c *client) dialGRPC(base string, server *agent) (*grpc.ClientConn, string, error) {
 	u, err := url.Parse(base)
 	if err != nil {
@@ -99,7 +100,7 @@ func (c *client) dialGRPC(base string, server *agent) (*grpc.ClientConn, string,
 	}
 	port, creds := server.grpc, insecure.NewCredentials()
 	if c.tls != nil {
-		port, creds = server.grpcTLS, credentials.NewTLS(c.http.Load().prompt.TLSClientConfig.Clone())
+		port, creds = server.grpcTLS, credentials.NewTLSWithALPNDisabled(c.http.Load().prompt.TLSClientConfig.Clone())
 	}
 	switch {
 	case port == 0 && c.tls != nil:

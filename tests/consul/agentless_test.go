@@ -1,8 +1,16 @@
 package consul
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
 	"maps"
+	"math/big"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -10,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/tests/netlab"
@@ -24,12 +33,13 @@ type agentless struct {
 }
 
 const (
+	firstNode  = "192.0.2.1" // its address
 	authMethod = "nodes"
 	ourNode    = "node-2-nodeproxy"
 )
 
-func newAgentless(t *testing.T) *agentless {
-	m := &agentless{mesh: newMeshOf(t, 1, Config{Open: true})}
+func newAgentless(t *testing.T, more Config, source string) *agentless {
+	m := &agentless{mesh: newMeshOf(t, 1, more)}
 	var err error
 	m.issuer, err = NewIssuer()
 	m.must(err)
@@ -41,12 +51,12 @@ func newAgentless(t *testing.T) *agentless {
 	m.bearer("node-2")
 	m.Daemons[1].Source = fmt.Sprintf(`source "consul" {
   mode              = "servers"
-  addresses         = ["%[1]s:8499", "http://%[1]s:8500"]
-  services_dir      = %[2]q
-  auth_method       = %[3]q
-  bearer_token_file = %[4]q
+  services_dir      = %q
+  auth_method       = %q
+  bearer_token_file = %q
+  %s
 }
-`, m.Nodes[0].IPv4, m.services, authMethod, m.tokenFile(1))
+`, m.services, authMethod, m.tokenFile(1), source)
 	return m
 }
 
@@ -135,7 +145,7 @@ func (m *agentless) logins() []string {
 }
 
 func TestANodeWithoutAnAgent(t *testing.T) {
-	m := newAgentless(t)
+	m := newAgentless(t, Config{Open: true}, fmt.Sprintf(`addresses = ["%[1]s:8499", "http://%[1]s:8500"]`, firstNode))
 	web := m.place(0, "web")
 	api, err := m.Nodes[1].Workload("api")
 	m.must(err)
@@ -274,4 +284,76 @@ func TestANodeWithoutAnAgent(t *testing.T) {
 			t.Errorf("left are nodes %v and logins %v", nodes, m.logins())
 		}
 	})
+}
+
+func TestAgentAndServersAreAskedByTLSWithACertificate(t *testing.T) {
+	server, client := certificates(t, firstNode)
+	files := fmt.Sprintf("ca_file = %q\n  cert_file = %q\n  key_file = %q\n", client.Root, client.Certificate, client.Key)
+	m := newAgentless(t, Config{TLS: server}, fmt.Sprintf("addresses = [%q]\n  ", "https://"+firstNode+":8501")+files)
+	web := m.place(0, "web")
+	token, err := m.agents[0].NewToken(m.ctx(), "node-1", rules(t, "node-1", "web"))
+	m.must(err)
+	m.must(os.WriteFile(m.tokenFile(0), []byte(token), 0o600))
+	m.Daemons[0].Source = fmt.Sprintf("source \"consul\" {\n  address = %q\n  token_file = %q\n  %s}\n", "https://"+firstNode+":8501", m.tokenFile(0), files)
+	api, err := m.Nodes[1].Workload("api")
+	m.must(err)
+	m.Daemons[1].Enroll(api, "api")
+	m.define(api)
+	m.listen(api)
+	for _, d := range m.Daemons {
+		m.must(d.Start(m.ctx()))
+		_, err := d.AwaitProtected(m.ctx())
+		m.must(err)
+	}
+	m.inCatalog("node-proxy", "api-1", "api-1-sidecar-proxy")
+	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
+	m.eventually("web reaches api", web, m.vip(0, "api"), reached)
+
+	m.must(m.Daemons[1].Stop(m.ctx()))
+	m.Daemons[1].Source = strings.ReplaceAll(m.Daemons[1].Source, client.Root, m.tokenFile(1)) // whoever else answers there is nobody
+	if err := m.Daemons[1].Start(m.ctx()); err == nil {
+		t.Error("a server of no known root is believed")
+	} else if !strings.Contains(err.Error(), "ca_file") {
+		t.Error(err)
+	}
+}
+
+// certificates makes a root, and a certificate each of a server at an address and of a client.
+func certificates(t *testing.T, address string) (server, client *TLS) {
+	t.Helper()
+	dir := t.TempDir()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(dir, name)
+		must(os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
+		return path
+	}
+	rootKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(err)
+	root := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "servers"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, root, root, rootKey.Public(), rootKey)
+	must(err)
+	rootPath := write("root.pem", "CERTIFICATE", der)
+	issue := func(name string, usage x509.ExtKeyUsage, ips ...net.IP) *TLS {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		must(err)
+		leaf := &x509.Certificate{
+			SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotBefore: root.NotBefore, NotAfter: root.NotAfter,
+			KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, IPAddresses: ips, DNSNames: []string{name},
+		}
+		der, err := x509.CreateCertificate(rand.Reader, leaf, root, key.Public(), rootKey)
+		must(err)
+		secret, err := x509.MarshalPKCS8PrivateKey(key)
+		must(err)
+		return &TLS{rootPath, write(name+".pem", "CERTIFICATE", der), write(name+"-key.pem", "PRIVATE KEY", secret)}
+	}
+	return issue("server.dc1.consul", x509.ExtKeyUsageServerAuth, net.ParseIP(address)), issue("node-2", x509.ExtKeyUsageClientAuth)
 }

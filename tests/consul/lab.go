@@ -127,11 +127,15 @@ type Config struct {
 	Join      string            // the address of a server; "" makes this one the only server
 	Persist   bool              // a server that has its data again after Restart
 	Open      bool              // its HTTP API and gRPC are at Address too
+	TLS       *TLS              // and at Address also with TLS, ports 8501 and 8503, for clients that have a certificate
 	HCL       string            // more of its configuration
 
 	Definitions string // a directory with more, which it reads again when it is told to; "" for none
 	Token       string // with which Do asks; "" for none
 }
+
+// TLS names PEM files: a root, a certificate that it signed, and the certificate's key.
+type TLS struct{ Root, Certificate, Key string }
 
 // Agent is a running Consul agent. It ends with its lab.
 type Agent struct {
@@ -172,7 +176,12 @@ func (a *Agent) config() string {
 	if a.cfg.Open {
 		open = a.cfg.Address + " "
 	}
-	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 %sunix://%s\"\n  grpc = \"127.0.0.1 %sunix://%s\"\n}\nports {\n  grpc = 8502\n}\n", open, a.Socket(), open, a.GRPCSocket())
+	secure, ports := "", ""
+	if t := a.cfg.TLS; t != nil {
+		secure, ports = fmt.Sprintf("  https = %[1]q\n  grpc_tls = %[1]q\n", a.cfg.Address), "  https = 8501\n  grpc_tls = 8503\n"
+		fmt.Fprintf(&b, "tls {\n  defaults {\n    ca_file = %q\n    cert_file = %q\n    key_file = %q\n    verify_incoming = true\n  }\n  internal_rpc {\n    verify_incoming = false\n  }\n}\n", t.Root, t.Certificate, t.Key)
+	}
+	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 %sunix://%s\"\n  grpc = \"127.0.0.1 %sunix://%s\"\n%s}\nports {\n  grpc = 8502\n%s}\n", open, a.Socket(), open, a.GRPCSocket(), secure, ports)
 	if a.cfg.Join == "" && a.cfg.Persist {
 		fmt.Fprintf(&b, "server = true\nbootstrap_expect = 1\ndata_dir = %q\nconnect {\n  enabled = true\n}\nperformance {\n  raft_multiplier = 1\n}\n", filepath.Join(a.dir, "data"))
 	}

@@ -92,7 +92,7 @@ func newMeshOf(t *testing.T, agents int, more Config) *mesh {
 	for i, node := range m.Nodes[:agents] {
 		cgroup, err := node.Cgroup.Child("consul")
 		m.must(err)
-		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: cmp.Or(more.HCL, WithACLs), Token: Management, Persist: more.Persist, Open: more.Open}
+		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: cmp.Or(more.HCL, WithACLs), Token: Management, Persist: more.Persist, Open: more.Open, TLS: more.TLS}
 		if i > 0 {
 			cfg.Join = m.Nodes[0].IPv4.String()
 		}
