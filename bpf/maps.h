@@ -51,7 +51,7 @@ struct {
 struct workload {
 	__s32 pending; /* entries of pending */
 	__s32 direct;  /* entries of direct; the daemon's reaping may race with a program, so neither is exact */
-	__u32 group;   /* the workloads of one service are one group */
+	__u32 group;   /* the workloads of the same services are one group */
 	__s32 granted; /* entries of granted */
 };
 

@@ -35,18 +35,24 @@ source "file" {
 #   virtual_ips = "240.0.0.0/4"
 #   namespace   = "default"
 #   partition   = "default"
-#   not yet: mode = "servers"
 #   not yet: namespace = "team"
 #   not yet: partition = "team"
-#   not yet: auth_method = "kubernetes"
-#   not yet: bearer_token_file = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 # }
+#
+# On a node without an agent it has, in the place of address:
+#
+#   mode              = "servers"
+#   addresses         = ["https://10.0.0.11:8501", "https://10.0.0.12:8501"]
+#   services_dir      = "/etc/nodeproxy/services.d"   # the node's service definitions
+#   auth_method       = "nodes"                       # in the place of token_file
+#   bearer_token_file = "/etc/nodeproxy/bearer"
 
 # Which cgroups are which service. Others are not touched. "nodeproxy enroll" names more, without a restart.
 workloads {
   cgroup "web" {                                          # example. The label is only a name for this block
     path    = "/sys/fs/cgroup/system.slice/web.service"   # required: on cgroup2. It need not exist yet
-    service = "web"                                       # required
+    service = "web"                                       # required: what it is, and calls others as
+    also_serves = ["web-admin"]                           # example: further services that others reach in it, on ports of their own
     mode    = "strict"                                    # default: inbound.mode
     consul_access = "refuse"                              # default: allow where ACLs are on, and for native services
   }
@@ -85,8 +91,8 @@ on_failure = "closed"
 virtual_cidrs = []
 
 # What becomes of connections that a workload has when it is enrolled. keep: they go on outside the mesh until they end. reset: those
-# that the mesh would redirect or refuse are reset, the others go on. "10m": the same, after that time; a daemon that is restarted
-# meanwhile leaves them. Needs a kernel with CONFIG_INET_DIAG_DESTROY: see "nodeproxy check". MPTCP connections and sockets that were
+# that the mesh would redirect or refuse are reset, the others go on. "10m": the same, that long after the enrolment, whether or
+# not the daemon is restarted meanwhile; "reset" leaves those of workloads that an earlier daemon enrolled. Needs a kernel with CONFIG_INET_DIAG_DESTROY: see "nodeproxy check". MPTCP connections and sockets that were
 # made before their process was in the cgroup are not found.
 existing_connections = "keep"
 

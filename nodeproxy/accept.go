@@ -18,14 +18,18 @@ type listener interface {
 	Addr() net.Addr
 }
 
-// accept calls serve for every connection of ln, until ln is closed. serve must not block.
+func (p *Proxy) accept(ln listener, serve func(*net.TCPConn)) {
+	acceptAll(p, ln.Addr(), ln.AcceptTCP, serve)
+}
+
+// acceptAll calls serve for every connection of a listener, until that is closed. serve must not block.
 //
 // Errors of accept pass with time (a connection that was aborted, no file descriptor or memory left), so the loop waits
 // a little longer after each and never gives a listener up. The connections wait in the backlog meanwhile.
-func (p *Proxy) accept(ln listener, serve func(*net.TCPConn)) {
+func acceptAll[C net.Conn](p *Proxy, at net.Addr, accept func() (C, error), serve func(C)) {
 	var backoff time.Duration
 	for {
-		conn, err := ln.AcceptTCP()
+		conn, err := accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -35,7 +39,7 @@ func (p *Proxy) accept(ln listener, serve func(*net.TCPConn)) {
 			continue
 		}
 		if backoff == 0 {
-			p.cfg.Log.Warn("accept: new connections wait: raise the limit of open files (LimitNOFILE) if it is the cause", "listener", ln.Addr(), "error", err)
+			p.cfg.Log.Warn("accept: new connections wait: raise the limit of open files (LimitNOFILE) if it is the cause", "listener", at, "error", err)
 		}
 		backoff = min(max(2*backoff, minAcceptBackoff), maxAcceptBackoff)
 		time.Sleep(backoff)

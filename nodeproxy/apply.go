@@ -9,6 +9,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/mtls"
+	"nodeproxy.io/policy"
 )
 
 // retryApply is how long after a failure the kernel is asked again to apply the same snapshot.
@@ -79,6 +80,9 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 		}
 		retry.Stop()
 		err := p.cfg.Kernel.Revoke(current.snap)
+		if err == nil {
+			p.setRevoked(current.snap.Policy)
+		}
 		if kernelCtx.Err() == nil {
 			err = errors.Join(err, p.cfg.Kernel.Apply(kernelCtx, current.snap))
 		}
@@ -138,6 +142,12 @@ func (p *Proxy) recheck() {
 	for _, c := range denied {
 		c.cutOff()
 	}
+}
+
+func (p *Proxy) setRevoked(policy *policy.Policy) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.revoked = policy
 }
 
 func (p *Proxy) setApplying(err error) {

@@ -25,9 +25,11 @@ const (
 const maxConfiguredEjection = 5 * time.Minute
 
 // place names an instance across snapshots.
-type place struct{ datacenter, node, id string }
+type place struct{ datacenter, peer, node, id string }
 
-func placeOf(inst *catalog.Instance) place { return place{inst.Datacenter, inst.Node, inst.ID} }
+func placeOf(inst *catalog.Instance) place {
+	return place{inst.Datacenter, inst.Peer, inst.Node, inst.ID}
+}
 
 // ledger is where the failures of an instance are counted: those of all callers that configure nothing in one, those of
 // each other caller in its own.
@@ -145,7 +147,7 @@ func rendezvous(usable []*catalog.Instance, source netip.Addr) *catalog.Instance
 	weight := func(inst *catalog.Instance) uint64 {
 		h := xxhash.New()
 		_, _ = h.Write(from[:])
-		_, _ = h.WriteString(inst.Datacenter + "\x00" + inst.Node + "\x00" + inst.ID)
+		_, _ = h.WriteString(inst.Datacenter + inst.Peer + "\x00" + inst.Node + "\x00" + inst.ID)
 		return h.Sum64()
 	}
 	best, highest := usable[0], weight(usable[0])

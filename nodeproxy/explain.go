@@ -7,6 +7,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
 )
 
 // Explain says what would become of a connection from source to destination now: which intention decides, and what is
@@ -21,14 +22,20 @@ func (p *Proxy) Explain(source, destination string) (admin.Explanation, error) {
 	if err != nil {
 		return admin.Explanation{}, err
 	}
-	route := to.Route()
+	route := now.snap.RouteOf(source, to)
 	target := route.Preferred()
 	why := now.snap.Policy.Explain(now.snap.Identity(source), target.Service)
+	if p := target.Peered; p != nil {
+		why = policy.Explanation{Verdict: policy.Verdict{Allowed: true, Generation: now.snap.Policy.Generation()}, Sentence: fmt.Sprintf("the intentions of peer %q decide, on its side", p.Peer)}
+	}
 	e := admin.Explanation{
 		Source: source, Destination: to.Name(),
 		Allowed: why.Allowed, Why: why.Sentence, Considered: []string{}, Generation: why.Generation,
 		Path: p.pathTo(now.snap, target.Instances), Virtual: []string{}, Instances: p.instances(target.Instances),
 		Missing: p.missing(now, source, to), Ignored: []string{}, Balance: string(route.Balance),
+	}
+	if i := slices.IndexFunc(target.Instances, func(inst *catalog.Instance) bool { return inst.Gateway && inst.Usable() }); i >= 0 {
+		e.Gateway = target.Instances[i].ID
 	}
 	if to.Service != nil {
 		e.Virtual, e.Ignored = texts(to.Service.Virtual), append(e.Ignored, to.Service.IgnoredL7...)
@@ -89,6 +96,9 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	add := func(format string, args ...any) { missing = append(missing, fmt.Sprintf(format, args...)) }
 	local := false
 	for _, w := range p.cfg.Kernel.State().Workloads {
+		if slices.Contains(w.Workload.Also, source) {
+			add("workload %s is reached as %q and calls others as %q: explain the way from that", w.Workload.Cgroup, source, w.Workload.Service)
+		}
 		if w.Workload.Service != source {
 			continue
 		}
@@ -102,7 +112,7 @@ func (p *Proxy) missing(now *state, source string, to catalog.Destination) []str
 	} else if _, err := now.credentials.Leaf(source); err != nil {
 		missing = append(missing, err.Error())
 	}
-	return append(append(missing, missingOf(to)...), p.deaf(to)...)
+	return append(append(missing, missingOf(to, now.snap.RouteOf(source, to))...), p.deaf(to)...)
 }
 
 // deaf lists the instances of this node that may be chosen and whose applications delivery would not reach.
@@ -117,12 +127,11 @@ func (p *Proxy) deaf(to catalog.Destination) []string {
 }
 
 // missingOf lists what would make a connection to a destination fail, whoever makes it.
-func missingOf(to catalog.Destination) []string {
+func missingOf(to catalog.Destination, route *catalog.Route) []string {
 	var missing []string
-	route := to.Route()
 	switch target := route.Preferred(); {
 	case target.Usable():
-	case len(route.Targets) > 1 || target.Unreachable != "":
+	case len(route.Targets) > 1 || target.Unreachable != "" || target.Gateway.Through():
 		missing = append(missing, whyUnusable(route)...)
 	case len(target.Instances) == 0:
 		missing = append(missing, fmt.Sprintf("%q has no instance: register one", target.Service))

@@ -24,6 +24,7 @@ type fakeKernel struct {
 	dial    func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error)
 	deliver func(ctx context.Context, s *workload.Served, client netip.AddrPort) (net.Conn, error)
 	apply   func(*catalog.Snapshot) error
+	revoke  func(*catalog.Snapshot) error
 	owns    func(netip.Addr) bool
 	err     error // what Run fails with
 
@@ -60,6 +61,11 @@ func (k *fakeKernel) Run(ctx context.Context, h workload.Handler) error {
 }
 
 func (k *fakeKernel) Revoke(snap *catalog.Snapshot) error {
+	if k.revoke != nil {
+		if err := k.revoke(snap); err != nil {
+			return err
+		}
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.revoked = append(k.revoked, snap.Generation)

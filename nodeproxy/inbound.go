@@ -171,7 +171,7 @@ func (in *inbound) answer(now *state, w *wire, protocol string, deadline time.Ti
 	defer func() { done() }()
 	return now.credentials.Accept(w, in.served.Service, protocol, func() (err error) {
 		in.handshake.reach(heard)
-		done, err = in.turns.take(ctx, answerTurn(in.client.Addr()))
+		done, err = in.answers.take(ctx, in.served.Instance, in.client.Addr())
 		w.first = func() { in.handshake.reach(answered); done() }
 		return err
 	})

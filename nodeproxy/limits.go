@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"runtime"
 	"sync"
 	"time"
 
@@ -140,12 +139,6 @@ func (l *Limits) handshakeSlots(instance string, client netip.Addr) [scopes]slot
 		{slotKey{what: what, instance: instance}, l.handshakes()},
 		{slotKey{what: what, instance: instance, client: client}, max(1, l.handshakes()/2)},
 	}
-}
-
-// answerTurn is what an inbound handshake waits for before the costly part: those of one client address leave processors
-// to the others and to accepting.
-func answerTurn(client netip.Addr) slot {
-	return slot{slotKey{what: "inbound handshakes being answered", client: client}, runtime.GOMAXPROCS(0)}
 }
 
 // dialTurns are what an outbound handshake waits for, one after the other: a workload that opens many waits for itself.

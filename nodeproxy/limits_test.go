@@ -18,6 +18,8 @@ func TestPerWorkloadCapSparesTheNeighbour(t *testing.T) {
 	m := newMesh(t, func(c *Config, _ *fakeKernel) { c.Limits.PerWorkload = 3 })
 	a := m.app()
 	m.instance("api", "api-1", a.addr())
+	b := m.app()
+	m.instance("web", "web-1", b.addr())
 	m.next.Leaves["batch"] = m.leaf("batch")
 	m.publish()
 	at := m.originOf(7, apiVIP())
@@ -33,6 +35,9 @@ func TestPerWorkloadCapSparesTheNeighbour(t *testing.T) {
 	if e.Source.Workload != "/cg/web" {
 		t.Errorf("%+v", e)
 	}
+	other := m.dial(m.originOf(8, netip.AddrPortFrom(vip["web"], 80))) // of another workload
+	say(t, other, "w")
+	hear(t, b.accept(), "w")
 	// A neighbour reaches the same instance, through this node and from elsewhere.
 	neighbour := m.peer(m.next.Services["api"].Instances[0].Mesh, m.leaf("batch"))
 	say(t, neighbour, "y")

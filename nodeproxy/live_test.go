@@ -9,8 +9,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -233,36 +233,49 @@ func wantOrder(t *testing.T, all []verdict) {
 	}
 }
 
-func TestGateOrdersVerdictsUnderConcurrentSwaps(t *testing.T) {
+// TestNoSwapFallsBetweenAPolicyAndItsPlaceInTheOrder has verdicts that take long, because the caller's name is, while states are
+// swapped: one of the older state that got its place only when it was ready would follow those that were given meanwhile.
+func TestNoSwapFallsBetweenAPolicyAndItsPlaceInTheOrder(t *testing.T) {
 	var g gate
+	unrelated := []policy.Intention{{Source: "a", Destination: "b"}} // without any no name is looked at
 	swap := func(generation uint64) {
-		p, err := policy.Compile(generation, policy.Action(generation%2), policy.Identity{TrustDomain: trustDomain}, nil, nil)
+		p, err := policy.Compile(generation, policy.Action(generation%2), policy.Identity{TrustDomain: trustDomain}, nil, unrelated)
 		if err != nil {
 			t.Fatal(err)
 		}
 		g.swap(&state{snap: &catalog.Snapshot{Policy: p}})
 	}
+	callers := []string{strings.Repeat("slow", 1<<18), strings.Repeat("late", 1<<18), "web", "shop"}
+	each := []int{200, 200, 100_000, 100_000}
+	results := make([][]verdict, len(callers)+1)
+	decide := func(i int, caller string) {
+		v := g.decide(policy.Identity{TrustDomain: trustDomain, Service: caller}, "api")
+		if v.Allowed != (v.Generation%2 == 1) {
+			t.Errorf("generation %d decided %v", v.Generation, v.Allowed)
+		}
+		results[i] = append(results[i], v)
+	}
 	swap(1)
-	src := policy.Identity{TrustDomain: trustDomain, Service: "web"}
-	var done atomic.Bool
 	var readers sync.WaitGroup
-	results := make([][]verdict, 4)
-	for i := range results {
+	for i, caller := range callers {
 		readers.Go(func() {
-			for !done.Load() && len(results[i]) < 100000 {
-				v := g.decide(src, "api")
-				if v.Allowed != (v.Generation%2 == 1) {
-					t.Errorf("generation %d decided %v", v.Generation, v.Allowed)
-				}
-				results[i] = append(results[i], v)
+			for range each[i] {
+				decide(i, caller)
 			}
 		})
 	}
-	for generation := range uint64(2000) {
-		swap(generation + 2)
+	done := make(chan struct{})
+	go func() { readers.Wait(); close(done) }()
+	for generation := uint64(2); ; generation++ {
+		swap(generation)
+		decide(len(callers), "batch")
+		select {
+		case <-done:
+		default:
+			continue
+		}
+		break
 	}
-	done.Store(true)
-	readers.Wait()
 	all := slices.Concat(results...)
 	wantOrder(t, all)
 	if n := len(slices.CompactFunc(all, func(a, b verdict) bool { return a.sequence == b.sequence })); n != len(all) {

@@ -22,16 +22,26 @@ import (
 func (p *Proxy) ServeOutbound(ns *workload.Namespace, ln *net.TCPListener) {
 	p.accept(ln, func(app *net.TCPConn) {
 		c := p.begin(admin.Outbound, app)
-		origin, err := p.admitOutbound(c, ns, app)
+		c.describe(func(about *admin.Connection) { about.Source.Address = app.RemoteAddr().String() })
+		origin, err := p.cfg.Kernel.Origin(ns, app)
+		origin, err = p.admitOutbound(c, origin, err)
 		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
 	})
 	p.tunnels.retireNamespace(ns.Cookie)
 }
 
-// admitOutbound finds out whose connection app is, and takes its places. It does not block.
-func (p *Proxy) admitOutbound(c *connection, ns *workload.Namespace, app *net.TCPConn) (*workload.Origin, error) {
-	c.describe(func(about *admin.Connection) { about.Source.Address = app.RemoteAddr().String() })
-	origin, err := p.cfg.Kernel.Origin(ns, app)
+// ServeUpstream implements workload.Handler: it carries the connections of applications to a unix socket.
+func (p *Proxy) ServeUpstream(ln *net.UnixListener, origin func(*net.UnixConn) (*workload.Origin, error)) {
+	acceptAll(p, ln.Addr(), ln.AcceptUnix, func(app *net.UnixConn) {
+		c := p.begin(admin.Outbound, app)
+		origin, err := origin(app)
+		origin, err = p.admitOutbound(c, origin, err)
+		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
+	})
+}
+
+// admitOutbound takes the places of a connection of origin, if it is known whose it is. It does not block.
+func (p *Proxy) admitOutbound(c *connection, origin *workload.Origin, err error) (*workload.Origin, error) {
 	if err != nil {
 		return nil, withReason(err, catalog.ReasonUnknownOrigin)
 	}
@@ -40,7 +50,7 @@ func (p *Proxy) admitOutbound(c *connection, ns *workload.Namespace, app *net.TC
 			Service: origin.Workload.Service, Address: origin.Client.String(),
 			Workload: origin.Workload.Cgroup, PID: origin.PID, Comm: origin.Comm,
 		}
-		about.Destination.Address = origin.Destination.String()
+		about.Destination.Address = cmp.Or(origin.Socket, origin.Destination.String())
 	})
 	release, err := p.slots.take(p.cfg.Limits.outboundSlots(origin.Workload.ID)...)
 	if err != nil {
@@ -50,12 +60,18 @@ func (p *Proxy) admitOutbound(c *connection, ns *workload.Namespace, app *net.TC
 	return origin, nil
 }
 
-func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app *net.TCPConn) error {
+func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Conn) error {
 	now := p.gate.current()
 	if now == nil {
 		return notReady()
 	}
-	to, ok := now.snap.Upstream(origin.Instances, origin.Destination)
+	to, ok := now.snap.UpstreamSocket(origin.Instances, origin.Socket)
+	if origin.Socket != "" && !ok {
+		return refuse(catalog.ReasonUnknownService, "find the service of %s: it is no upstream any more", origin.Socket)
+	}
+	if !ok {
+		to, ok = now.snap.Upstream(origin.Instances, origin.Destination)
+	}
 	if !ok {
 		to, ok = now.snap.Resolve(origin.Destination)
 	}
@@ -119,7 +135,7 @@ type dialer struct {
 
 func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to catalog.Destination) *dialer {
 	caller := origin.Workload.Service
-	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: to.Route(), config: now.snap.Call(caller, to)}
+	d := &dialer{Proxy: p, c: c, state: now, origin: origin, to: to, route: now.snap.RouteOf(caller, to), config: now.snap.Call(caller, to)}
 	d.call = call{balance: d.route.Balance, source: origin.Client.Addr(), ejection: d.config.Ejection}
 	if d.call.ejection != nil {
 		d.call.caller = caller
@@ -127,16 +143,24 @@ func newDialer(p *Proxy, c *connection, now *state, origin *workload.Origin, to 
 	return d
 }
 
-// aim makes target the one whose intention and identity count: those of what was dialled never do.
+// aim makes target the one whose intention and identity count: those of what was dialled never do. Of a peer's service the
+// intentions are not known here: they are the other side's to keep.
 func (d *dialer) aim(target *catalog.Target) error {
 	d.target = target
-	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), target.Service)
+	decided := target.Service
+	if target.Peered != nil {
+		decided = "" // by the peer
+	}
+	d.c.identify(d.state.snap.Identity(d.origin.Workload.Service), decided)
 	d.c.describe(func(about *admin.Connection) {
 		about.Destination.Service, about.Destination.Target = d.to.Name(), target.String()
 		if about.Destination.Target == about.Destination.Service {
 			about.Destination.Target = ""
 		}
 	})
+	if target.Peered != nil {
+		return nil
+	}
 	return d.authorize(d.c)
 }
 
@@ -210,6 +234,10 @@ func whyUnusable(route *catalog.Route) []string {
 		case t.Unreachable != "":
 			why = append(why, t.Unreachable)
 		case !t.Usable():
+			if t.Gateway.Through() {
+				why = append(why, fmt.Sprintf("%s has no healthy instance, or none of the %d mesh gateways on the way (mode %q) is healthy", t, len(t.Instances), t.Gateway))
+				continue
+			}
 			why = append(why, fmt.Sprintf("none of the %d instances of %s is healthy and speaks mTLS", len(t.Instances), t))
 		}
 	}
@@ -267,7 +295,10 @@ func (d *dialer) dialMesh(m meshDial) (leg, error) {
 // leadsTo notes whom d's connection goes to.
 func (d *dialer) leadsTo(inst *catalog.Instance) {
 	d.c.describe(func(about *admin.Connection) {
-		about.Destination.Instance, about.Destination.Peer = inst.ID, inst.Mesh.String()
+		about.Destination.Instance, about.Destination.Gateway, about.Destination.Peer = inst.ID, "", inst.Mesh.String()
+		if inst.Gateway { // which instance is behind it is not known
+			about.Destination.Instance, about.Destination.Gateway = "", inst.ID
+		}
 		about.Destination.Identity = d.state.snap.TargetIdentity(d.target).String()
 	})
 }

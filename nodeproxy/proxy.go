@@ -19,6 +19,7 @@ import (
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/policy"
 )
 
 // Observer is told of every connection: an "open" event when bytes may flow and a "close" event at its end, or one
@@ -56,6 +57,7 @@ type Proxy struct {
 	gate       gate
 	slots      slots
 	handshakes handshakes // inbound
+	answers    rounds     // of inbound handshakes
 	turns      turns      // of outbound handshakes
 	balancer   *balancer
 	buffers    *buffers
@@ -73,8 +75,9 @@ type Proxy struct {
 	offers chan *catalog.Snapshot // the newest snapshot not yet applied
 
 	mu       sync.Mutex
-	needed   []string // services that workloads here run as
-	applying error    // what the kernel could not apply
+	needed   []string       // services that workloads here run as
+	applying error          // what the kernel could not apply
+	revoked  *policy.Policy // the newest of which Kernel.Revoke has ended what it denies; nil before there is one
 }
 
 var _ workload.Handler = (*Proxy)(nil)
@@ -89,6 +92,7 @@ func New(cfg Config) (*Proxy, error) {
 		started:    time.Now(),
 		slots:      slots{taken: make(map[slotKey]int)},
 		handshakes: handshakes{scopes: make(map[slotKey]*scope)},
+		answers:    rounds{free: answering()},
 		turns:      turns{lines: make(map[slotKey]*line)},
 		balancer:   newBalancer(cfg.PreferLocal),
 		buffers:    newBuffers(),
@@ -165,7 +169,7 @@ func (p *Proxy) Need(services []string) {
 }
 
 // begin starts the life of an accepted connection. Every begin is followed by one run.
-func (p *Proxy) begin(direction admin.Direction, conn *net.TCPConn) *connection {
+func (p *Proxy) begin(direction admin.Direction, conn net.Conn) *connection {
 	c := newConnection(p.lastID.Add(1), direction)
 	_ = c.hold(conn) // c is new: it cannot have been cut off
 	return c

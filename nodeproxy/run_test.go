@@ -99,6 +99,38 @@ func TestApplyIsTriedAgain(t *testing.T) {
 	}
 }
 
+func TestStatusShowsAPolicyOnceTheKernelHasEndedWhatItDenies(t *testing.T) {
+	shown := make(chan admin.PolicyStatus, 4) // in the midst of each Revoke
+	m := newMesh(t)
+	m.kernel.revoke = func(snap *catalog.Snapshot) error {
+		shown <- m.proxy.Status().Policy
+		if snap.Generation == 2 && len(shown) == 1 {
+			return errors.New("no memory")
+		}
+		return nil
+	}
+	m.def = policy.Allow
+	m.publish()
+	if before := <-shown; before != (admin.PolicyStatus{}) {
+		t.Errorf("before a policy is in force %+v is shown", before)
+	}
+	first := admin.PolicyStatus{Generation: 1, Default: "allow"}
+	m.def = policy.Deny
+	m.publish()
+	if now := m.proxy.Status(); now.Policy != first || now.Source.Generation != 2 {
+		t.Errorf("while the kernel lets pass what policy 2 denies %+v of snapshot %d is shown", now.Policy, now.Source.Generation)
+	}
+	<-m.kernel.applied // again
+	for range 2 {
+		if before := <-shown; before != first {
+			t.Errorf("before the kernel has ended what policy 2 denies %+v is shown", before)
+		}
+	}
+	if now := m.proxy.Status().Policy; now != (admin.PolicyStatus{Generation: 2, Default: "deny"}) {
+		t.Errorf("after it %+v is shown", now)
+	}
+}
+
 func TestAnOlderSnapshotIsDropped(t *testing.T) {
 	m := newMesh(t)
 	m.publish()

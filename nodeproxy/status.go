@@ -31,7 +31,9 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 	if v.Workload != nil {
 		own.Service, own.Workload = v.Workload.Service, v.Workload.Cgroup
 	}
-	if now := p.gate.current(); now != nil && !v.Inbound {
+	if now := p.gate.current(); now != nil && v.Inbound && v.Workload != nil {
+		own.Service = serviceAt(now.snap, v.Workload, v.Destination.Port())
+	} else if now != nil && !v.Inbound {
 		if to, ok := now.snap.Resolve(v.Destination); ok {
 			e.Destination.Service = to.Service.Name
 		}
@@ -41,12 +43,25 @@ func (p *Proxy) Verdict(v workload.KernelVerdict) {
 		p.foresee(v, &e)
 	case !v.Allowed:
 		e.Event, e.Verdict = admin.EventDenied, admin.Denied
-		if !v.Inbound {
+		if !v.Inbound && v.Reason != catalog.ReasonExisting { // which had a way until now
 			e.Path = admin.PathNone
 		}
 		p.denied.Add(1)
 	}
 	p.cfg.Observer.Observe(e)
+}
+
+// serviceAt is which of w's services a port is of, its first one for ports of none.
+func serviceAt(snap *catalog.Snapshot, w *workload.Workload, port uint16) string {
+	for _, name := range w.Also {
+		svc := snap.Services[name]
+		if svc != nil && slices.ContainsFunc(svc.Instances, func(inst *catalog.Instance) bool {
+			return inst.Local && (inst.Address.Port() == port || inst.Delivery.Port() == port)
+		}) {
+			return name
+		}
+	}
+	return w.Service
 }
 
 // Connections lists the open connections as "open" events with the bytes so far, by ID.
@@ -94,7 +109,7 @@ func (p *Proxy) Status() admin.Status {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}
 	for _, r := range kernel.Refused {
-		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Provider: r.Claim.Provider, Why: r.Why})
+		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Also: r.Claim.Also, Provider: r.Claim.Provider, Why: r.Why})
 	}
 	for _, p := range kernel.Providers {
 		s.Problems = append(s.Problems, admin.Problem{Kind: p.Provider, Text: fmt.Sprintf("workloads labelled there may not be seen: %v", p.Err)})
@@ -117,7 +132,7 @@ func (p *Proxy) Status() admin.Status {
 		return s
 	}
 	s.Canaries = texts(now.snap.Canaries())
-	s.Policy = admin.PolicyStatus{Generation: now.snap.Policy.Generation(), Default: now.snap.Policy.Default().String(), Intentions: now.snap.Policy.Len()}
+	s.Policy = p.policyStatus()
 	for _, name := range slices.Sorted(maps.Keys(now.snap.Services)) {
 		svc := now.snap.Services[name]
 		line := admin.Service{Name: name, Virtual: texts(svc.Virtual), Instances: p.instances(svc.Instances)}
@@ -125,7 +140,7 @@ func (p *Proxy) Status() admin.Status {
 			line.Ports = append(line.Ports, at.String())
 		}
 		if svc.Chain != nil {
-			line.Balance, line.Targets = string(svc.Chain.Balance), p.targets(now.snap, svc.Chain)
+			line.Balance, line.Targets = string(svc.Chain.Balance), p.targets(now.snap, now.snap.RouteOf("", catalog.Destination{Service: svc}))
 		}
 		s.Services = append(s.Services, line)
 	}
@@ -149,6 +164,15 @@ func (p *Proxy) applyError() error {
 	return p.applying
 }
 
+func (p *Proxy) policyStatus() admin.PolicyStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.revoked == nil {
+		return admin.PolicyStatus{}
+	}
+	return admin.PolicyStatus{Generation: p.revoked.Generation(), Default: p.revoked.Default().String(), Intentions: p.revoked.Len()}
+}
+
 func (p *Proxy) sourceStatus() admin.SourceStatus {
 	health := p.cfg.Source.Health()
 	s := admin.SourceStatus{Kind: health.Kind, Location: health.Location, Updated: health.Updated, Restored: health.Restored}
@@ -163,7 +187,7 @@ func (p *Proxy) sourceStatus() admin.SourceStatus {
 
 func workloadStatus(w workload.WorkloadState) admin.Workload {
 	s := admin.Workload{
-		ID: w.Workload.ID, Service: w.Workload.Service, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
+		ID: w.Workload.ID, Service: w.Workload.Service, Also: w.Workload.Also, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
 		Mesh: w.Workload.Mesh.String(), Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
 		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS,
 	}
@@ -206,10 +230,7 @@ func (p *Proxy) certificates(now *state) []admin.Certificate {
 func (p *Proxy) instances(of []*catalog.Instance) []admin.Instance {
 	list := []admin.Instance{}
 	for _, inst := range of {
-		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: inst.Address.String(), Healthy: inst.Healthy, Ejected: p.balancer.why(inst)}
-		if inst.Mesh.IsValid() {
-			s.Mesh = inst.Mesh.String()
-		}
+		s := admin.Instance{ID: inst.ID, Node: inst.Node, Local: inst.Local, Address: textOf(inst.Address), Mesh: textOf(inst.Mesh), Healthy: inst.Healthy, Gateway: inst.Gateway, Ejected: p.balancer.why(inst)}
 		list = append(list, s)
 	}
 	return list
@@ -220,10 +241,18 @@ func (p *Proxy) targets(snap *catalog.Snapshot, route *catalog.Route) []admin.Ta
 	inUse := route.Preferred()
 	for _, t := range route.Targets {
 		list = append(list, admin.Target{
-			Name: t.String(), Identity: snap.TargetIdentity(t).String(), InUse: t == inUse && t.Usable(), Instances: p.instances(t.Instances), Why: t.Unreachable,
+			Name: t.String(), Identity: snap.TargetIdentity(t).String(), InUse: t == inUse && t.Usable(), Instances: p.instances(t.Instances), Why: t.Unreachable, Gateway: string(t.Gateway),
 		})
 	}
 	return list
+}
+
+// textOf is "" for no address.
+func textOf(at netip.AddrPort) string {
+	if !at.IsValid() {
+		return ""
+	}
+	return at.String()
 }
 
 func texts(addrs []netip.Addr) []string {

@@ -1,6 +1,7 @@
 package nodeproxy
 
 import (
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"strings"
@@ -52,6 +53,24 @@ func TestStatus(t *testing.T) {
 	live := m.proxy.Connections()
 	if len(live) != 2 || live[0].Event != admin.EventOpen || live[0].Path != admin.PathMTLS || live[0].ID >= live[1].ID {
 		t.Errorf("live %+v", live)
+	}
+}
+
+func TestAnInstanceWithoutAddressHasNoneInStatus(t *testing.T) {
+	m := newMesh(t)
+	m.add(&catalog.Instance{ID: "api-9", Service: "api", Node: "node-2", Healthy: true})
+	m.add(&catalog.Instance{ID: "api-8", Service: "api", Node: "node-2", Healthy: true, Address: netip.MustParseAddrPort("10.0.0.9:80")})
+	m.rule(policy.Allow)
+	m.publish()
+	instances := m.proxy.Status().Services[0].Instances
+	if len(instances) != 2 {
+		t.Fatalf("instances %+v", instances)
+	}
+	for _, inst := range instances {
+		text, err := json.Marshal(inst)
+		if has := strings.Contains(string(text), "address"); err != nil || has == (inst.ID == "api-9") || strings.Contains(string(text), "invalid") {
+			t.Errorf("%s is written as %s: %v", inst.ID, text, err)
+		}
 	}
 }
 

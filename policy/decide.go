@@ -16,11 +16,12 @@ type Policy struct {
 	local      Identity
 	intentions []Intention // in order of precedence
 	rules      map[rule]*Intention
+	peers      map[string]bool // trust domains that intentions name
 	httpLike   map[string]bool
 }
 
-// rule is one source → destination pair of our own trust domain and partition.
-type rule struct{ namespace, source, destination string }
+// rule is one source → destination pair of our own partition. The domain is the source's, "" is ours.
+type rule struct{ domain, namespace, source, destination string }
 
 // Why says what decided. Its String is a sentence.
 type Why uint8
@@ -30,7 +31,7 @@ const (
 	ByIntention                   // the intention's own action
 	ByPermissions                 // the intention has HTTP permissions, which L4 cannot check: deny
 	ByJWT                         // the intention wants a JWT of an http-like destination, which L4 cannot check: deny
-	ByForeignDomain               // the source's trust domain is not ours: deny
+	ByForeignDomain               // the source's trust domain is not ours, and no intention names it: deny
 	ByForeignPartition            // the source's partition is not ours: deny
 	ByNoName                      // source or destination has no name, or a wildcard for one: deny
 )
@@ -46,7 +47,7 @@ func (w Why) String() string {
 	case ByJWT:
 		return "the intention requires a JWT, which cannot be checked at L4: denied"
 	case ByForeignDomain:
-		return "the source's trust domain is not this mesh's: denied"
+		return "the source's trust domain is not this mesh's, nor of a peer that an intention names: denied"
 	case ByForeignPartition:
 		return "the source's partition is not this mesh's: denied"
 	case ByNoName:
@@ -64,15 +65,17 @@ type Verdict struct {
 }
 
 // Compile makes a Policy of intentions. def decides where none matches. local gives the trust domain and partition of this mesh; identities of
-// any other are denied. httpLike holds the services whose protocol is HTTP or built on it. The errors of all intentions
+// any other are denied, but for the trust domains of peers that intentions name. httpLike holds the services whose protocol is HTTP or built on it. The errors of all intentions
 // are joined, each naming the Origin.
 //
-// An intention for a peer or another partition is kept and shown, and never matches an identity of ours.
+// An intention for a peer or another partition is kept and shown, and never matches an identity of ours; nor does one of ours
+// match a peer's.
 func Compile(generation uint64, def Action, local Identity, httpLike map[string]bool, intentions []Intention) (*Policy, error) {
 	p := &Policy{
 		generation: generation, def: def, local: local,
 		intentions: slices.Clone(intentions),
 		rules:      make(map[rule]*Intention, len(intentions)),
+		peers:      make(map[string]bool),
 		httpLike:   maps.Clone(httpLike),
 	}
 	slices.SortStableFunc(p.intentions, byPrecedence)
@@ -91,8 +94,12 @@ func Compile(generation uint64, def Action, local Identity, httpLike map[string]
 			continue
 		}
 		seen[key] = in
-		if in.SourcePeer == "" && samePartition(in.SourcePartition, local.Partition) {
-			p.rules[rule{key.namespace, in.Source, in.Destination}] = in
+		switch {
+		case in.SourcePeer != "" && in.SourceDomain != "" && in.SourceDomain != local.TrustDomain:
+			p.peers[in.SourceDomain] = true
+			p.rules[rule{in.SourceDomain, key.namespace, in.Source, in.Destination}] = in
+		case in.SourcePeer == "" && samePartition(in.SourcePartition, local.Partition):
+			p.rules[rule{"", key.namespace, in.Source, in.Destination}] = in
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -155,7 +162,7 @@ func (p *Policy) Decide(src Identity, dst string) Verdict {
 // stranger says why no intention can let src in, or ByDefault when one could.
 func (p *Policy) stranger(src Identity, dst string) Why {
 	switch {
-	case src.TrustDomain != p.local.TrustDomain:
+	case src.TrustDomain != p.local.TrustDomain && !p.peers[src.TrustDomain]:
 		return ByForeignDomain
 	case !samePartition(src.Partition, p.local.Partition):
 		return ByForeignPartition
@@ -178,8 +185,11 @@ func (p *Policy) apply(in *Intention, dst string) Why {
 
 // candidates lists what could match, in order of precedence.
 func (p *Policy) candidates(src Identity, dst string) [4]rule {
-	ns := orDefault(src.Namespace)
-	return [4]rule{{ns, src.Service, dst}, {ns, Wildcard, dst}, {ns, src.Service, Wildcard}, {ns, Wildcard, Wildcard}}
+	domain, ns := "", orDefault(src.Namespace)
+	if src.TrustDomain != p.local.TrustDomain {
+		domain = src.TrustDomain
+	}
+	return [4]rule{{domain, ns, src.Service, dst}, {domain, ns, Wildcard, dst}, {domain, ns, src.Service, Wildcard}, {domain, ns, Wildcard, Wildcard}}
 }
 
 // Explanation is a Verdict with its reasons, for people.

@@ -236,3 +236,44 @@ func BenchmarkDecide(b *testing.B) {
 		})
 	}
 }
+
+func TestAPeersSourcesMatchTheIntentionsThatNameIt(t *testing.T) {
+	east := func(name string) Identity {
+		id := service(name)
+		id.TrustDomain = "east.consul"
+		return id
+	}
+	west := east("web")
+	west.TrustDomain = "west.consul"
+	p := compile(t, Allow,
+		Intention{Source: "web", Destination: "api", Action: Allow, SourcePeer: "east", SourceDomain: "east.consul", Origin: "east"},
+		Intention{Source: "*", Destination: "api", Action: Deny, SourcePeer: "east", SourceDomain: "east.consul", Origin: "all of east"},
+		Intention{Source: "web", Destination: "api", Action: Deny, Origin: "ours"},
+		Intention{Source: "*", Destination: "db", Action: Allow, Origin: "all of ours"},
+		Intention{Source: "web", Destination: "*", Action: Deny, SourcePeer: "west", Origin: "unknown domain"},
+		Intention{Source: "thief", Destination: "api", Action: Deny, SourcePeer: "thief", SourceDomain: mesh.TrustDomain, Origin: "our own domain"},
+	)
+	for _, c := range []struct {
+		src     Identity
+		dst     string
+		allowed bool
+		origin  string
+	}{
+		{east("web"), "api", true, "east"},
+		{east("batch"), "api", false, "all of east"},
+		{east("web"), "db", true, ""}, // the default, and not what is written for ours
+		{service("web"), "api", false, "ours"},
+		{service("batch"), "api", true, ""},
+		{service("thief"), "api", true, ""},
+		{west, "api", false, ""},
+	} {
+		v := p.Decide(c.src, c.dst)
+		origin := ""
+		if v.Intention != nil {
+			origin = v.Intention.Origin
+		}
+		if v.Allowed != c.allowed || origin != c.origin {
+			t.Errorf("%s => %s: %+v by %q, want %v by %q", c.src, c.dst, v, origin, c.allowed, c.origin)
+		}
+	}
+}

@@ -31,6 +31,7 @@ type Intention struct {
 	SourceNamespace string // "" is "default"
 	SourcePartition string // "" is "default"
 	SourcePeer      string // "" is this cluster
+	SourceDomain    string // the trust domain of SourcePeer; "" where it is not known: the intention matches nobody
 
 	Permissions bool // HTTP permissions are present: deny at L4
 	JWT         bool // a JWT is required: deny at L4 for an http-like destination

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -59,7 +60,7 @@ func (r *Redirect) hooks() []hook {
 	}
 }
 
-// NewWorkload hands out a workload id, in the group of its service's workloads. Rules may name it at once, so that what is delivered to
+// NewWorkload hands out a workload id, in the group of the workloads with its services. Rules may name it at once, so that what is delivered to
 // it passes before it is enrolled. Ids are never used again while the pins exist.
 func (r *Redirect) NewWorkload(group uint32) (uint32, error) {
 	var id uint32
@@ -75,6 +76,13 @@ func (r *Redirect) NewWorkload(group uint32) (uint32, error) {
 		return 0, fmt.Errorf("add workload %d (room for %d): %w", id, r.obj.Workloads.MaxEntries(), err)
 	}
 	return id, nil
+}
+
+// Forget takes back an id from NewWorkload that no cgroup was enrolled with.
+func (r *Redirect) Forget(workload uint32) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.forgetWorkload(workload)
 }
 
 // Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload. An enrolled cgroup
@@ -192,6 +200,24 @@ func (r *Redirect) Redirects(cgroup uint64) bool {
 	}
 	_, untreated := r.exclusions[outboundExclusionKey{Prefixlen: uint32(outboundExclusionBitsEXCLUDED_PORT), Workload: e.workload}]
 	return !untreated
+}
+
+// SetJoined notes, for the daemons to come, when an enrolled cgroup became one whose connections are redirected.
+func (r *Redirect) SetJoined(cgroup uint64, at time.Time) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return os.Chtimes(r.enrolled[cgroup].dir, at, at)
+}
+
+// Joined is what SetJoined noted. Pins that had to be repaired since then make it later.
+func (r *Redirect) Joined(cgroup uint64) (time.Time, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	info, err := os.Stat(r.enrolled[cgroup].dir)
+	if err != nil {
+		return time.Time{}, err
+	}
+	return info.ModTime(), nil
 }
 
 // attach attaches every hook, switched off, and pins them under a temporary name that is renamed last.

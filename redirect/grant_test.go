@@ -337,6 +337,10 @@ func TestAGrantIsOfNoUseToAnybodyElse(t *testing.T) {
 	if got := other.dial("tcp", g.at4()); answered(got) {
 		t.Errorf("another workload: %s", got)
 	}
+	elsewhere := other.dialFrom(g.client.cgroup, "tcp", virtual4+":80")
+	if !strings.Contains(elsewhere, fmt.Sprintf("for workload %d", g.client.id)) {
+		t.Errorf("the same workload in another of its namespaces: %s", elsewhere)
+	}
 	inner, id := g.client.nest(2)
 	if got := g.client.dialFrom(inner, "tcp", virtual4+":80"); !strings.Contains(got, fmt.Sprintf("for workload %d", id)) {
 		t.Errorf("a nested workload without a grant of its own: %s", got)

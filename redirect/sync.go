@@ -141,7 +141,7 @@ func rangeKey(p netip.Prefix) outboundRangeKey {
 
 // SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
 // and this one has not opened, and of workloads that it enrolled and this one has not: they stay until Prune, or until a
-// given one is in their place.
+// given one is in their place. An error is an *Unguarded.
 func (r *Redirect) SetRules(rules []Rule) error {
 	want := make(map[outboundRuleKey]outboundRule, len(rules))
 	for _, rule := range rules {
@@ -158,8 +158,27 @@ func (r *Redirect) SetRules(rules []Rule) error {
 			want[key] = rule
 		}
 	}
-	return r.rules.sync("rules", r.obj.Rules, want)
+	err := r.rules.sync("rules", r.obj.Rules, want)
+	if err == nil {
+		return nil
+	}
+	missing := &Unguarded{Workloads: make(map[uint32]bool), err: err}
+	for key, rule := range want {
+		if have, written := r.rules[key]; !written || have != rule {
+			missing.Workloads[rule.Workload] = true
+		}
+	}
+	return missing
 }
+
+// Unguarded says whose inbound rules are not all in force, and why.
+type Unguarded struct {
+	Workloads map[uint32]bool
+	err       error
+}
+
+func (u *Unguarded) Error() string { return u.err.Error() }
+func (u *Unguarded) Unwrap() error { return u.err }
 
 // shadow is what we know a map to hold, so that a sync writes only what differs.
 type shadow[K comparable, V comparable] map[K]V

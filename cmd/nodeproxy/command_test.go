@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -333,10 +334,10 @@ func TestEnrollAndUnenrollNameTheCgroupInFull(t *testing.T) {
 	}
 	b := &backend{}
 	socket := serve(t, b)
-	wantStatus(t, invoke(t, false, nil, "enroll", "demo/web", "--service", "web", "--mode", "permissive", "--socket", socket), exitDone)
+	wantStatus(t, invoke(t, false, nil, "enroll", "demo/web", "--service", "web", "--service", "web-admin", "--mode", "permissive", "--socket", socket), exitDone)
 	wantStatus(t, invoke(t, false, nil, "unenroll", "/sys/fs/cgroup/demo/../web/", "--socket", socket), exitDone)
-	want := []admin.EnrollRequest{{Cgroup: mount + "/demo/web", Service: "web", Mode: "permissive"}, {Cgroup: "/sys/fs/cgroup/web"}}
-	if len(b.requests) != 2 || b.requests[0] != want[0] || b.requests[1] != want[1] {
+	want := []admin.EnrollRequest{{Cgroup: mount + "/demo/web", Service: "web", Also: []string{"web-admin"}, Mode: "permissive"}, {Cgroup: "/sys/fs/cgroup/web"}}
+	if !reflect.DeepEqual(b.requests, want) {
 		t.Errorf("requests = %+v, want %+v", b.requests, want)
 	}
 }

@@ -54,6 +54,9 @@ func targetLine(t *admin.Target) string {
 		}
 	}
 	line := fmt.Sprintf("%s: %d of %d instances healthy", t.Name, healthy, len(t.Instances))
+	if t.Gateway == "local" || t.Gateway == "remote" {
+		line = fmt.Sprintf("%s: through mesh gateways (mode %s), %d of %d usable", t.Name, t.Gateway, healthy, len(t.Instances))
+	}
 	if t.Why != "" {
 		line = t.Name + ": unreachable: " + t.Why
 	}
@@ -120,7 +123,10 @@ func printExplanation(e *env, x *admin.Explanation) {
 	list(title, targets, plain)
 	var instances []string
 	for _, i := range x.Instances {
-		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, i.Address)
+		line := fmt.Sprintf("%s on %s, %s", i.ID, i.Node, cmp.Or(i.Address, "no address"))
+		if i.Gateway {
+			line = fmt.Sprintf("gateway %s on %s", i.ID, i.Node)
+		}
 		if i.Mesh != "" {
 			line += ", mTLS at " + i.Mesh
 		}
@@ -134,7 +140,11 @@ func printExplanation(e *env, x *admin.Explanation) {
 	}
 	list("Instances", instances, plain)
 	if x.Allowed {
-		e.printf("\nThe bytes go as %s. Decided by policy generation %d.\n", x.Path, x.Generation)
+		way := string(x.Path)
+		if x.Gateway != "" {
+			way += " through gateway " + clean(x.Gateway)
+		}
+		e.printf("\nThe bytes go as %s. Decided by policy generation %d.\n", way, x.Generation)
 		if x.NotDirect != "" {
 			e.printf("Not direct within this node: %s.\n", clean(x.NotDirect))
 		}

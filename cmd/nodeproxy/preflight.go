@@ -16,7 +16,7 @@ func preflight(ctx context.Context, cfg *config.Config) []check.Result {
 	}
 	var services []string
 	for _, c := range cfg.Cgroups {
-		services = append(services, c.Service)
+		services = append(append(services, c.Service), c.Also...)
 	}
 	slices.Sort(services)
 	var results []check.Result

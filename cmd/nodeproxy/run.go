@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"sync"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -59,13 +60,17 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 		return fmt.Errorf("start the daemon: %w", err)
 	}
 	log.Info("started", "version", version, "commit", commit, "node", cfg.Node.Name, "source", cfg.Location(), "socket", cfg.Admin.Socket)
-	notify(log, daemon.SdNotifyReady)
 	stopping := context.AfterFunc(ctx, func() {
 		notify(log, daemon.SdNotifyStopping)
 		log.Info("stopping: live connections may end by themselves", "deadline", cfg.Limits.Drain)
 	})
 	defer stopping()
+	var supervising sync.WaitGroup
+	supervised, stop := context.WithCancel(ctx)
+	supervising.Go(func() { d.supervise(supervised) })
 	err = d.run(ctx)
+	stop()
+	supervising.Wait()
 	log.Info("stopped: what is pinned stays in force")
 	return err
 }

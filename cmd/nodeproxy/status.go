@@ -162,7 +162,7 @@ func (v *statusView) workloads() {
 		if strings.HasPrefix(w.DNS, "off: ") {
 			dns = cell{"off", v.yellow} // why is among the problems
 		}
-		t.add(cell{w.Service, nil}, state, cell{w.Mode, nil}, dns, cell{fmt.Sprint(w.Processes), nil},
+		t.add(cell{w.Services(), nil}, state, cell{w.Mode, nil}, dns, cell{fmt.Sprint(w.Processes), nil},
 			cell{cmp.Or(strings.Join(w.Instances, ","), "-"), nil}, cell{w.Provider, nil}, cell{w.Cgroup, nil})
 	}
 	v.section("Workloads", &t)
@@ -178,7 +178,7 @@ func (v *statusView) services() {
 			if inst.Local {
 				node += " (here)"
 			}
-			t.add(cell{name, nil}, cell{virtual, nil}, cell{inst.ID, nil}, cell{node, nil}, cell{inst.Address, nil},
+			t.add(cell{name, nil}, cell{virtual, nil}, cell{inst.ID, nil}, cell{node, nil}, cell{cmp.Or(inst.Address, "-"), nil},
 				cell{cmp.Or(inst.Mesh, "-"), nil}, v.health(&inst))
 			name, virtual = "", ""
 		}
@@ -247,19 +247,19 @@ func (v *statusView) problems() {
 	}
 	for _, w := range v.s.Workloads {
 		if w.Unprotected() || w.Detail != "" && w.State != "empty" {
-			say("workload %s (%s) is %s: %s", w.Cgroup, w.Service, w.State, w.Detail)
+			say("workload %s (%s) is %s: %s", w.Cgroup, w.Services(), w.State, w.Detail)
 		}
 	}
 	for _, w := range v.s.Workloads {
 		if why, off := strings.CutPrefix(w.DNS, "off: "); off && w.State == "protected" {
-			say("name queries of workload %s (%s) are not answered: %s", w.Cgroup, w.Service, why)
+			say("name queries of workload %s (%s) are not answered: %s", w.Cgroup, w.Services(), why)
 		}
 	}
 	if n := v.s.Kernel.Counters[admin.CounterEventsLost]; n > 0 {
 		say("kernel: %d verdicts were lost since its maps were made: trace and counters do not show them", n)
 	}
 	for _, r := range v.s.Refused {
-		say("claim refused: %s may not be %s (%s): %s", r.Cgroup, r.Service, r.Provider, r.Why)
+		say("claim refused: %s may not be %s (%s): %s", r.Cgroup, r.Services(), r.Provider, r.Why)
 	}
 	for _, p := range v.s.Problems {
 		say("%s: %s", strings.Join(slices.DeleteFunc([]string{p.Service, p.Kind}, func(s string) bool { return s == "" }), ", "), p.Text)

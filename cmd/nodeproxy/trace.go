@@ -68,7 +68,11 @@ func traceLine(s style, c *admin.Connection) string {
 func addresses(c *admin.Connection) string {
 	text := cmp.Or(c.Source.Address, "?") + " → " + cmp.Or(c.Destination.Address, "?")
 	if c.Destination.Peer != "" && c.Destination.Peer != c.Destination.Address {
-		text += " (" + c.Destination.Peer + ")"
+		text += " (" + c.Destination.Peer
+		if c.Destination.Gateway != "" {
+			text += ", gateway " + c.Destination.Gateway
+		}
+		text += ")"
 	}
 	return text
 }

@@ -120,10 +120,7 @@ func (d *node) listen(cfg config.Admin) (err error) {
 }
 
 func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (*workload.Manager, error) {
-	var configured workload.Configured
-	for _, c := range cfg.Cgroups {
-		configured = append(configured, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: configured.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
-	}
+	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
 		probers.Agent = cfg.Consul.Address
@@ -140,6 +137,13 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
 		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Log: log,
 	})
+}
+
+func configuredClaims(cfg *config.Config) (all workload.Configured) {
+	for _, c := range cfg.Cgroups {
+		all = append(all, workload.Claim{Cgroup: c.Path, Service: c.Service, Provider: all.Name(), Mode: modeOf(c.Mode), Access: workload.Access(c.Consul)})
+	}
+	return all
 }
 
 // labelProviders lists the enabled ones, in order of precedence.
@@ -193,6 +197,9 @@ func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Sou
 	if cfg.Consul != nil {
 		c := consulConfig(cfg)
 		c.Log = log
+		if len(c.Servers) > 0 {
+			c.Definitions = file.NewLocal(cfg.Consul.ServicesDir, dial, log)
+		}
 		if dial != nil { // the daemon's: it registers what it serves
 			c.StateFile = filepath.Join(cfg.State.Dir, "state.json")
 		}
@@ -208,7 +215,8 @@ func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Sou
 func consulConfig(cfg *config.Config) consul.Config {
 	c := cfg.Consul
 	return consul.Config{
-		Address: c.Address, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
+		Address: c.Address, Servers: c.Servers, TokenFile: c.TokenFile, TokenDir: c.TokenDir, Datacenter: c.Datacenter,
+		AuthMethod: c.AuthMethod, BearerTokenFile: c.BearerToken,
 		CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile,
 		Node: cfg.Node.Name, NodeAddress: cfg.Node.Address, VirtualRanges: []netip.Prefix{c.VirtualIPs}, VirtualCIDRs: cfg.VirtualCIDRs,
 		Ports: consul.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort}, Version: version,
@@ -282,10 +290,12 @@ func (d *node) close() {
 
 // Enroll implements admin.Backend.
 func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
-	if !catalog.IsServiceName(req.Service) {
-		return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, req.Service), admin.ErrRefused)
+	for _, name := range append([]string{req.Service}, req.Also...) {
+		if !catalog.IsServiceName(name) {
+			return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, name), admin.ErrRefused)
+		}
 	}
-	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
+	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Also: req.Also, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
 	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
 		return admin.Classify(err, admin.ErrRefused)
 	}

@@ -184,6 +184,7 @@ func (a *AccessLog) write(c *Connection) {
 	text("destination_service", c.Destination.Service)
 	text("destination_target", c.Destination.Target)
 	text("destination_instance", c.Destination.Instance)
+	text("destination_gateway", c.Destination.Gateway)
 	text("destination_identity", c.Destination.Identity)
 	text("destination_address", c.Destination.Address)
 	text("destination_peer", c.Destination.Peer)

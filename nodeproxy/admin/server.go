@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -238,7 +239,7 @@ func readEnroll(r *http.Request) (EnrollRequest, error) {
 	switch {
 	case !filepath.IsAbs(req.Cgroup) || filepath.Clean(req.Cgroup) != req.Cgroup || len(req.Cgroup) > maxName:
 		return req, badRequest("cgroup %.200q is not a clean absolute path", req.Cgroup)
-	case len(req.Service) > maxName || hasControl(req.Cgroup+req.Service):
+	case len(req.Service) > maxName || hasControl(req.Cgroup+req.Service+strings.Join(req.Also, "")):
 		return req, badRequest("cgroup or service has control characters or is too long")
 	case req.Mode != "" && req.Mode != "strict" && req.Mode != "permissive":
 		return req, badRequest("mode %.100q is neither strict nor permissive", req.Mode)

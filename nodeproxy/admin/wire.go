@@ -6,6 +6,7 @@
 package admin
 
 import (
+	"strings"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -81,6 +82,7 @@ type Endpoint struct {
 	Service  string `json:"service,omitempty"`
 	Instance string `json:"instance,omitempty"`
 	Target   string `json:"target,omitempty"`   // what the service was resolved to, as subset.service.datacenter, where that differs
+	Gateway  string `json:"gateway,omitempty"`  // the gateway's instance through which the bytes go, in the place of one of the service
 	Identity string `json:"identity,omitempty"` // SPIFFE ID as authenticated
 	Address  string `json:"address,omitempty"`  // ip:port; of a destination, what the application dialled
 	Peer     string `json:"peer,omitempty"`     // ip:port actually dialled, when it differs
@@ -145,27 +147,34 @@ type Store struct {
 	Detail     string    `json:"detail,omitempty"` // why nothing is kept, or need be
 }
 
-// PolicyStatus is the policy in force.
+// PolicyStatus is the newest policy that is in force on every path: the proxy decides by it, and what it denies of the
+// connections that do not pass the proxy is ended. Verdicts may be of a newer one already.
 type PolicyStatus struct {
-	Generation uint64 `json:"generation"`
-	Default    string `json:"default"` // "allow" or "deny"
+	Generation uint64 `json:"generation"` // 0: none yet
+	Default    string `json:"default"`    // "allow" or "deny"
 	Intentions int    `json:"intentions"`
 }
 
 // Workload is one enrolled cgroup.
 type Workload struct {
 	ID         uint32   `json:"id"`
-	Service    string   `json:"service"`
+	Service    string   `json:"service"`               // whose identity its connections have
+	Also       []string `json:"also_serves,omitempty"` // further services that others reach in it
 	Cgroup     string   `json:"cgroup"`
 	Provider   string   `json:"provider"`
 	Mesh       string   `json:"mesh"` // "enabled", "observe", "disabled"
 	Mode       string   `json:"mode"`
-	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected"
+	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected", "leaving" (un-enrolled, the hooks are not detached yet)
 	Detail     string   `json:"detail,omitempty"`
 	Namespaces []uint64 `json:"network_namespaces"` // inodes
-	Instances  []string `json:"instances"`          // of the service, served from here
+	Instances  []string `json:"instances"`          // of the services, served from here
 	Processes  int      `json:"processes"`
 	DNS        string   `json:"dns,omitempty"` // "on", "off: why"; absent where dns.enabled is false
+}
+
+// Services names all that others reach in w, Service first, with commas.
+func (w *Workload) Services() string {
+	return strings.Join(append([]string{w.Service}, w.Also...), ",")
 }
 
 // Unprotected says whether processes of w run outside the mesh although they were claimed for it.
@@ -173,11 +182,15 @@ func (w *Workload) Unprotected() bool { return w.State == "unprotected" || w.Sta
 
 // Refused is a claim that was not granted.
 type Refused struct {
-	Cgroup   string `json:"cgroup"`
-	Service  string `json:"service"`
-	Provider string `json:"provider"`
-	Why      string `json:"why"`
+	Cgroup   string   `json:"cgroup"`
+	Service  string   `json:"service"`
+	Also     []string `json:"also_serves,omitempty"`
+	Provider string   `json:"provider"`
+	Why      string   `json:"why"`
 }
+
+// Services names all that the claim asked for, Service first, with commas.
+func (r *Refused) Services() string { return strings.Join(append([]string{r.Service}, r.Also...), ",") }
 
 // Service is one name of the mesh.
 type Service struct {
@@ -196,6 +209,8 @@ type Target struct {
 	InUse     bool       `json:"in_use"`
 	Instances []Instance `json:"instances"`
 	Why       string     `json:"unreachable,omitempty"` // why no instance can be dialled
+	// Gateway is "local" or "remote" where the way goes through mesh gateways, which are Instances then.
+	Gateway string `json:"mesh_gateway,omitempty"`
 }
 
 // Instance is one place where a service runs.
@@ -203,9 +218,10 @@ type Instance struct {
 	ID      string `json:"id"`
 	Node    string `json:"node"`
 	Local   bool   `json:"local"`
-	Address string `json:"address"`
-	Mesh    string `json:"mesh_address"`
+	Address string `json:"address,omitempty"`      // of the application; it may have none
+	Mesh    string `json:"mesh_address,omitempty"` // where it can be dialled
 	Healthy bool   `json:"healthy"`
+	Gateway bool   `json:"gateway,omitempty"` // it stands for instances that are behind it
 	Ejected string `json:"ejected,omitempty"` // why it is not dialled now, after failed dials
 }
 
@@ -308,6 +324,7 @@ type Explanation struct {
 	Considered  []string   `json:"considered"`          // every intention that matches, in order of precedence
 	Generation  uint64     `json:"generation"`
 	Path        Path       `json:"path"`
+	Gateway     string     `json:"gateway,omitempty"`    // a gateway's instance through which they may go
 	NotDirect   string     `json:"not_direct,omitempty"` // why it is not PathDirect, where the destination has an instance on this node
 	Virtual     []string   `json:"virtual_ips"`
 	Instances   []Instance `json:"instances"`
@@ -319,7 +336,8 @@ type Explanation struct {
 
 // EnrollRequest is the body of POST /v1/enroll and /v1/unenroll.
 type EnrollRequest struct {
-	Cgroup  string `json:"cgroup"`
-	Service string `json:"service,omitempty"`
-	Mode    string `json:"mode,omitempty"` // "strict", "permissive" or "" for the node's
+	Cgroup  string   `json:"cgroup"`
+	Service string   `json:"service,omitempty"`
+	Also    []string `json:"also_serves,omitempty"` // further services that others reach in it
+	Mode    string   `json:"mode,omitempty"`        // "strict", "permissive" or "" for the node's
 }

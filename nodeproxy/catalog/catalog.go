@@ -82,6 +82,12 @@ type Snapshot struct {
 	// Calls is how services of this node call others, by the caller's name; what is not there is left to the node.
 	Calls map[string]*Calls
 
+	// Gateways are the mesh gateways of datacenters to which calls go, and of this one: by datacenter, "" is the snapshot's.
+	Gateways map[string][]*Instance
+
+	// Peers are the other clusters whose services may be called, or may call.
+	Peers []Peer
+
 	// MeshOnly refuses connections of workloads to whatever is not in the mesh (MeshDestinationsOnly), but for Outside.
 	MeshOnly bool
 	Outside  []netip.AddrPort
@@ -128,6 +134,7 @@ type Instance struct {
 	Service    string
 	Node       string
 	Datacenter string // "" is the snapshot's
+	Peer       string // "" is this cluster
 	Local      bool   // on this node
 	Healthy    bool   // by its checks; instances of other nodes are healthy until a dial fails
 
@@ -142,6 +149,10 @@ type Instance struct {
 	// Native is a service that speaks Connect mTLS itself, at Mesh: its port is never steered and nothing is delivered to it,
 	// and it has no Address, for plaintext must never be sent there.
 	Native bool
+
+	// Gateway is a place at which a gateway stands for the service, and for others: it tells them apart by SNI. It has a Mesh
+	// address only, and makes no tunnels.
+	Gateway bool
 
 	// Probed are the ports at which a prober of this node checks the instance: the application's, or the mesh port.
 	Probed []uint16
@@ -222,7 +233,7 @@ func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {
 		addr  netip.AddrPort
 		index map[netip.AddrPort]*Instance
 	}{{inst.Address, s.instances}, {inst.Mesh, s.mesh}} {
-		if !at.addr.IsValid() {
+		if !at.addr.IsValid() || inst.Gateway {
 			continue
 		}
 		if other, taken := at.index[at.addr]; taken {
@@ -242,7 +253,7 @@ func checkRoute(of string, route *Route) []error {
 	}
 	for _, t := range route.Targets {
 		for _, inst := range t.Instances {
-			if inst.Service != t.Service || inst.Datacenter != t.Datacenter {
+			if inst.Service != t.Service || inst.Datacenter != t.Datacenter || inst.Peer != t.peer() {
 				errs = append(errs, fmt.Errorf("instance %q of %q is in target %s", inst.ID, inst.Service, t))
 			}
 		}

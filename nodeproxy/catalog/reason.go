@@ -30,6 +30,7 @@ const (
 	ReasonConsulAccess    Reason = "consul-access"     // a Consul agent's port, to a workload whose consul_access is "refuse"
 	ReasonIdle            Reason = "idle"              // limits.idle passed without a byte
 	ReasonDrain           Reason = "drain"             // the daemon's drain deadline passed
+	ReasonExisting        Reason = "existing"          // it was older than its workload's enrolment
 	ReasonGrantMismatch   Reason = "grant-mismatch"    // a direct connection did not arrive with the addresses it left with
 )
 
@@ -59,6 +60,7 @@ var sentences = map[Reason]string{
 	ReasonConsulAccess:    "consul_access of the workload is \"refuse\": from a Consul agent it would get the certificate of any service",
 	ReasonIdle:            "the connection was idle for longer than limits.idle",
 	ReasonDrain:           "the daemon stopped and the drain deadline passed",
+	ReasonExisting:        "the connection was older than its workload's enrolment, and existing_connections gives it no more time",
 	ReasonGrantMismatch:   "the direct connection did not arrive with the addresses it left with: the pair takes the proxy for a while",
 }
 

@@ -31,18 +31,26 @@ const (
 // Target is the instances that may serve a call, under one identity.
 type Target struct {
 	Service    string
-	Subset     string // "" is all of the service
-	Datacenter string // "" is the snapshot's
+	Subset     string  // "" is all of the service
+	Datacenter string  // "" is the snapshot's
+	Peered     *Peered // nil: it is of this cluster
 
 	Instances      []*Instance
 	ConnectTimeout time.Duration // to one instance, 0 means the node's own limit
+
+	// Gateway is how Instances of another datacenter are reached, where the caller's configuration does not say. In a
+	// route of RouteOf it is how they are, and Instances are the gateways where it is through any.
+	Gateway GatewayMode
 
 	// Unreachable says why no instance can be dialled, whatever its health, and what to do; "" when they can.
 	Unreachable string
 }
 
-// String names t as an SNI does: subset.service.datacenter, without what is empty.
+// String names t as an SNI does: subset.service.datacenter, without what is empty, or service.external.peer.
 func (t *Target) String() string {
+	if t.Peered != nil {
+		return t.Service + ".external." + t.Peered.Peer
+	}
 	return strings.Join(slices.DeleteFunc([]string{t.Subset, t.Service, t.Datacenter}, func(s string) bool { return s == "" }), ".")
 }
 
@@ -62,11 +70,27 @@ func (r *Route) Preferred() *Target {
 	return r.Targets[0]
 }
 
+// GatewayMode is whether what is in another datacenter is reached through mesh gateways, and through whose.
+type GatewayMode string
+
+// The modes of a config entry's MeshGateway.
+const (
+	GatewayUnset  GatewayMode = "" // left to the next configuration that says; after the last: none
+	GatewayNone   GatewayMode = "none"
+	GatewayLocal  GatewayMode = "local"  // those of the caller's datacenter
+	GatewayRemote GatewayMode = "remote" // those of the target's
+)
+
+// Through says whether the way goes through gateways.
+func (m GatewayMode) Through() bool { return m == GatewayLocal || m == GatewayRemote }
+
 // Upstream is an address at which one workload reaches a service, because its own registration says so.
 type Upstream struct {
-	At    netip.AddrPort // what the workload dials; it may be loopback
-	Name  string         // of the service, or of the prepared query
-	Query bool
+	At         netip.AddrPort // what the workload dials; it may be loopback
+	Socket     string         // or the path of a unix socket
+	SocketMode uint32         // permissions of that; 0: it is the workload's own user's
+	Name       string         // of the service, or of the prepared query
+	Query      bool
 	Route
 	Config CallConfig
 }
@@ -76,6 +100,7 @@ type CallConfig struct {
 	ConnectTimeout time.Duration // goes before the target's
 	MaxConnections int           // of one workload, at once
 	Ejection       *Ejection
+	Gateway        GatewayMode // goes before the target's
 }
 
 // Ejection is when an instance that fails is not dialled for a while (PassiveHealthCheck).
@@ -91,6 +116,7 @@ func (c CallConfig) over(base CallConfig) CallConfig {
 	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, base.ConnectTimeout)
 	c.MaxConnections = cmp.Or(c.MaxConnections, base.MaxConnections)
 	c.Ejection = cmp.Or(c.Ejection, base.Ejection)
+	c.Gateway = cmp.Or(c.Gateway, base.Gateway)
 	return c
 }
 
@@ -117,6 +143,9 @@ func (s *Snapshot) Call(caller string, to Destination) CallConfig {
 
 // TargetIdentity is the SPIFFE ID that the instances of t must have.
 func (s *Snapshot) TargetIdentity(t *Target) policy.Identity {
+	if t.Peered != nil {
+		return t.Peered.Identity
+	}
 	id := s.Identity(t.Service)
 	id.Datacenter = cmp.Or(t.Datacenter, id.Datacenter)
 	return id
@@ -128,7 +157,7 @@ func (s *Snapshot) Upstream(instances []string, at netip.AddrPort) (Destination,
 	at = netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 	for _, id := range instances {
 		for _, up := range s.Upstreams[id] {
-			if up.At == at {
+			if up.Socket == "" && up.At == at {
 				return Destination{Service: s.Services[up.Name], Upstream: up}, true
 			}
 		}
@@ -136,7 +165,20 @@ func (s *Snapshot) Upstream(instances []string, at netip.AddrPort) (Destination,
 	return Destination{}, false
 }
 
-// AllTargets yields every target of s, and each service with its own instances. One may come several times.
+// UpstreamSocket is Upstream for the path of a unix socket.
+func (s *Snapshot) UpstreamSocket(instances []string, path string) (Destination, bool) {
+	for _, id := range instances {
+		for _, up := range s.Upstreams[id] {
+			if path != "" && up.Socket == path {
+				return Destination{Service: s.Services[up.Name], Upstream: up}, true
+			}
+		}
+	}
+	return Destination{}, false
+}
+
+// AllTargets yields every target of s, and each service with its own instances, as they are reached from here: directly,
+// and through gateways. One may come several times.
 func (s *Snapshot) AllTargets() iter.Seq[*Target] {
 	return func(yield func(*Target) bool) {
 		var all []*Route
@@ -150,8 +192,13 @@ func (s *Snapshot) AllTargets() iter.Seq[*Target] {
 		}
 		for _, route := range all {
 			for _, t := range route.Targets {
-				if !yield(t) {
-					return
+				for _, mode := range []GatewayMode{GatewayNone, GatewayLocal, GatewayRemote} {
+					if !yield(s.reach(t, mode)) {
+						return
+					}
+					if !t.isAway() {
+						break
+					}
 				}
 			}
 		}
@@ -168,7 +215,7 @@ func (svc *Service) Route() *Route {
 
 // IsWhole says whether t is svc itself, with each of its instances.
 func (svc *Service) IsWhole(t *Target) bool {
-	return t.Service == svc.Name && t.Subset == "" && t.Datacenter == "" && t.Unreachable == "" &&
+	return t.Service == svc.Name && t.Subset == "" && !t.isAway() && t.Unreachable == "" &&
 		slices.EqualFunc(t.Instances, svc.Instances, func(a, b *Instance) bool {
 			return a.ID == b.ID && a.Node == b.Node && a.Healthy == b.Healthy
 		})

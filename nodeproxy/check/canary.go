@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/redirect"
@@ -33,16 +35,33 @@ func Canaries(ctx context.Context, status *admin.Status, client *admin.Client) [
 	if err != nil {
 		return []Result{failed("canaries", "ask where instances are delivered to: %s", err)}
 	}
-	var results []Result
+	of := make([][]Result, len(status.Workloads))
+	services := make(map[string][]int) // the workloads to try, of each
 	for i := range status.Workloads {
-		if w := &status.Workloads[i]; isTried(w) && ctx.Err() == nil {
-			c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Service)}
-			results = append(results, c.run(ctx)...)
-			results = append(results, c.applications(applications)...)
+		if w := &status.Workloads[i]; isTried(w) {
+			services[w.Service] = append(services[w.Service], i)
 		}
 	}
-	return results
+	var tries errgroup.Group
+	tries.SetLimit(atOnce)
+	for _, workloads := range services {
+		tries.Go(func() error {
+			for _, i := range workloads {
+				if w := &status.Workloads[i]; ctx.Err() == nil {
+					c := canary{status: status, client: client, workload: w, name: fmt.Sprintf("canary %s (%s)", filepath.Base(w.Cgroup), w.Services())}
+					of[i] = append(c.run(ctx), c.applications(applications)...)
+				}
+			}
+			return nil
+		})
+	}
+	_ = tries.Wait() // what fails is a Result
+	return slices.Concat(of...)
 }
+
+// atOnce bounds the services whose workloads are tried at the same time: most of a failure is waiting for what does not come.
+// Those of one service wait for each other: the trace of a refused stranger does not tell them apart.
+const atOnce = 8
 
 // isTried says whether connections of w must go into the mesh. What of an unprotected workload does not work is then told
 // beside the daemon's own reason, and whether or not its audit has been there already.
@@ -63,7 +82,7 @@ type canary struct {
 
 func (c *canary) run(ctx context.Context) []Result {
 	ctx, cancel := context.WithCancel(ctx)
-	trace, err := c.client.OpenTrace(ctx, admin.Filter{Service: c.workload.Service})
+	trace, err := c.client.OpenTrace(ctx, c.traced())
 	if err != nil {
 		cancel()
 		return []Result{failed(c.name, "%s", err)}
@@ -103,6 +122,14 @@ func (c *canary) run(ctx context.Context) []Result {
 		_ = p.netns.Close()
 	}
 	return results
+}
+
+// traced is whose connections are asked for. What is plaintext at a further service's port is told of as that service's.
+func (c *canary) traced() admin.Filter {
+	if len(c.workload.Also) > 0 {
+		return admin.Filter{}
+	}
+	return admin.Filter{Service: c.workload.Service}
 }
 
 // concerns says whether e may be of a canary's connection.
@@ -268,6 +295,16 @@ func (c *canary) instances() []admin.Instance {
 	return all
 }
 
+// serviceAt is the service of this node that speaks mTLS at an address.
+func (c *canary) serviceAt(mesh netip.AddrPort) string {
+	for _, svc := range c.status.Services {
+		if slices.ContainsFunc(svc.Instances, func(inst admin.Instance) bool { return inst.Local && inst.Mesh == mesh.String() }) {
+			return svc.Name
+		}
+	}
+	return c.workload.Service
+}
+
 // judgePlaintext says what became of a stranger's plaintext to a strict port. e is what the daemon tells of it.
 func (c *canary) judgePlaintext(o outcome, e *admin.Connection) Result {
 	switch {
@@ -285,14 +322,15 @@ func (c *canary) judgePlaintext(o outcome, e *admin.Connection) Result {
 
 func (c *canary) judgeHandshake(o outcome) Result {
 	var want admin.Certificate
-	if i := slices.IndexFunc(c.status.Certificates, func(cert admin.Certificate) bool { return cert.Service == c.workload.Service }); i >= 0 {
+	service := c.serviceAt(o.To)
+	if i := slices.IndexFunc(c.status.Certificates, func(cert admin.Certificate) bool { return cert.Service == service }); i >= 0 {
 		want = c.status.Certificates[i]
 	}
 	switch {
 	case o.Refused:
 		return failed(c.name, "mTLS at %s is refused: nothing steers the port to the proxy: %s", o.To, repair)
 	case o.Error != "":
-		return failed(c.name, "mTLS at %s: %s: look at %q with \"nodeproxy trace\", and at its certificate in \"nodeproxy status\"", o.To, o.Error, c.workload.Service)
+		return failed(c.name, "mTLS at %s: %s: look at %q with \"nodeproxy trace\", and at its certificate in \"nodeproxy status\"", o.To, o.Error, service)
 	case o.Identity != want.Identity:
 		return failed(c.name, "mTLS at %s shows the certificate of %q instead of %q: another program answers there: move it, or %s", o.To, o.Identity, want.Identity, repair)
 	case o.Alert == "":

@@ -123,7 +123,7 @@ func Service(snap *catalog.Snapshot, name string) []Result {
 		results = append(results, warning(label, "%s is ignored: it is HTTP-level, and this proxy carries bytes", what))
 	}
 	results = append(results, instances(label, svc)...)
-	results = append(results, chain(label, svc)...)
+	results = append(results, chain(label, svc, snap.RouteOf("", catalog.Destination{Service: svc}))...)
 	if len(svc.Virtual) == 0 {
 		results = append(results, warning(label, "it has no virtual IP: callers reach it by the addresses of its instances only"))
 	}
@@ -150,14 +150,14 @@ func instances(label string, svc *catalog.Service) []Result {
 	return results
 }
 
-// chain reports where calls to svc go.
-func chain(label string, svc *catalog.Service) []Result {
+// chain reports where calls to svc go by route: those of callers that configure nothing of their own.
+func chain(label string, svc *catalog.Service, route *catalog.Route) []Result {
 	if svc.Chain == nil {
 		return nil
 	}
 	var results []Result
-	inUse := svc.Chain.Preferred()
-	for _, t := range svc.Chain.Targets {
+	inUse := route.Preferred()
+	for _, t := range route.Targets {
 		switch {
 		case t.Unreachable != "":
 			results = append(results, warning(label, "target %s is never used: %s", t, t.Unreachable))
@@ -197,7 +197,7 @@ func shorten(names []string) string {
 func Workloads(status *admin.Status) []Result {
 	var results []Result
 	for _, w := range status.Workloads {
-		name := fmt.Sprintf("workload %s (%s)", filepath.Base(w.Cgroup), w.Service)
+		name := fmt.Sprintf("workload %s (%s)", filepath.Base(w.Cgroup), w.Services())
 		switch {
 		case w.State == "protected" && w.Detail == "":
 			results = append(results, ok(name, "protected, %s, %d process(es) in %d network namespace(s)", w.Mode, w.Processes, len(w.Namespaces)))
@@ -208,13 +208,13 @@ func Workloads(status *admin.Status) []Result {
 		}
 		switch why, off := strings.CutPrefix(w.DNS, "off: "); {
 		case off:
-			results = append(results, warning("dns "+filepath.Base(w.Cgroup)+" ("+w.Service+")", "off, name queries pass as they are: %s", why))
+			results = append(results, warning("dns "+filepath.Base(w.Cgroup)+" ("+w.Services()+")", "off, name queries pass as they are: %s", why))
 		case w.DNS != "":
-			results = append(results, ok("dns "+filepath.Base(w.Cgroup)+" ("+w.Service+")", "%s", w.DNS))
+			results = append(results, ok("dns "+filepath.Base(w.Cgroup)+" ("+w.Services()+")", "%s", w.DNS))
 		}
 	}
 	for _, r := range status.Refused {
-		results = append(results, failed("claim "+r.Cgroup, "may not be %s (%s): %s", r.Service, r.Provider, r.Why))
+		results = append(results, failed("claim "+r.Cgroup, "may not be %s (%s): %s", r.Services(), r.Provider, r.Why))
 	}
 	if len(results) == 0 {
 		results = append(results, warning("workloads", "none is enrolled: name one in the configuration, or with \"nodeproxy enroll\""))

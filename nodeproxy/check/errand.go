@@ -2,6 +2,7 @@ package check
 
 import (
 	"crypto/tls"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,10 +21,8 @@ import (
 // CanaryCommand is the hidden command by which the program runs RunErrands.
 const CanaryCommand = "canary"
 
-const (
-	errandTimeout = 2 * time.Second // of a connect, and of what follows it
-	maxTries      = 10
-)
+// errandTimeout bounds a connect, and what follows it.
+const errandTimeout = 2 * time.Second
 
 // errandKind says what a canary process does.
 type errandKind string
@@ -48,9 +47,8 @@ type outcome struct {
 	Connected bool           `json:"connected,omitempty"`
 	Refused   bool           `json:"refused,omitempty"` // the connect, with ECONNREFUSED
 	Error     string         `json:"error,omitempty"`   // of the connect, or of the handshake before a certificate came
-	From      netip.AddrPort `json:"from,omitzero"`
-	Peer      netip.AddrPort `json:"peer,omitzero"`    // as getpeername(2) has it
-	Closed    bool           `json:"closed,omitempty"` // by the other end
+	Peer      netip.AddrPort `json:"peer,omitzero"`     // as getpeername(2) has it
+	Closed    bool           `json:"closed,omitempty"`  // by the other end
 	Identity  string         `json:"identity,omitempty"`
 	NotAfter  time.Time      `json:"not_after,omitzero"`
 	Alert     string         `json:"alert,omitempty"` // the server's answer to the missing certificate
@@ -70,14 +68,8 @@ func RunErrands(in io.Reader, out io.Writer) error {
 	}
 	outcomes := make([]outcome, len(errands))
 	for i, e := range errands {
-		// A connection that was closed before its addresses could be read proves less: try a few more.
-		for range maxTries {
-			outcomes[i] = outcome{errand: e}
-			outcomes[i].run()
-			if !outcomes[i].Connected || outcomes[i].Peer.IsValid() {
-				break
-			}
-		}
+		outcomes[i] = outcome{errand: e}
+		outcomes[i].run()
 	}
 	return json.NewEncoder(out).Encode(outcomes)
 }
@@ -88,21 +80,22 @@ func (o *outcome) run() {
 		o.Skipped = true
 		return
 	}
-	fd, err := o.connect()
-	if errors.Is(err, unix.ECONNRESET) {
-		o.Connected, o.Closed = true, true // accepted, and closed before we looked
-		return
-	}
+	fd, err := unix.Socket(o.family(), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		o.Skipped, o.Refused = errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.ECONNREFUSED)
-		o.Error = err.Error()
+		o.Skipped, o.Error = errors.Is(err, unix.EAFNOSUPPORT), fmt.Sprintf("open a socket: %s", err)
 		return
 	}
-	o.Connected = true
-	o.From, o.Peer = addresses(fd)
+	err = o.connect(fd)
+	closed := errors.Is(err, unix.ECONNRESET) // accepted, and closed before we looked
+	if err != nil && !closed {
+		_ = unix.Close(fd)
+		o.Refused, o.Error = errors.Is(err, unix.ECONNREFUSED), fmt.Sprintf("connect to %s: %s", o.To, err)
+		return
+	}
+	o.Connected, o.Closed, o.Peer = true, closed, peerName(fd)
 	f := os.NewFile(uintptr(fd), "connection")
 	defer f.Close()
-	if o.Kind == plaintext {
+	if o.Kind == plaintext || closed {
 		return
 	}
 	conn, err := net.FileConn(f)
@@ -123,26 +116,23 @@ func (o *outcome) run() {
 	o.Closed = err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// connect returns a connected socket, which is the caller's.
-func (e errand) connect() (fd int, err error) {
-	ip := e.To.Addr()
-	family, to := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(e.To.Port()), Addr: ip.As16()})
-	if ip.Is4() && e.Kind != mapped {
-		family, to = unix.AF_INET, &unix.SockaddrInet4{Port: int(e.To.Port()), Addr: ip.As4()}
+func (e errand) family() int {
+	if e.To.Addr().Is4() && e.Kind != mapped {
+		return unix.AF_INET
 	}
-	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("open a socket: %w", err)
+	return unix.AF_INET6
+}
+
+func (e errand) connect(fd int) error {
+	var to unix.Sockaddr = &unix.SockaddrInet6{Port: int(e.To.Port()), Addr: e.To.Addr().As16()}
+	if e.family() == unix.AF_INET {
+		to = &unix.SockaddrInet4{Port: int(e.To.Port()), Addr: e.To.Addr().As4()}
 	}
-	err = unix.Connect(fd, to)
+	err := unix.Connect(fd, to)
 	if errors.Is(err, unix.EINPROGRESS) {
 		err = finishConnect(fd)
 	}
-	if err != nil {
-		_ = unix.Close(fd)
-		return -1, fmt.Errorf("connect to %s: %w", e.To, err)
-	}
-	return fd, nil
+	return err
 }
 
 func finishConnect(fd int) error {
@@ -167,25 +157,27 @@ func finishConnect(fd int) error {
 	return err
 }
 
-// addresses are what getsockname(2) and getpeername(2) say, invalid where they fail.
-func addresses(fd int) (own, peer netip.AddrPort) {
-	if sa, err := unix.Getsockname(fd); err == nil {
-		own = addrPort(sa)
+// peerName is what getpeername(2) says, invalid where it fails. It is asked for by SO_PEERNAME, which runs the same hooks
+// and answers also once the other end has reset the connection.
+func peerName(fd int) netip.AddrPort {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return netip.AddrPort{}
 	}
-	if sa, err := unix.Getpeername(fd); err == nil {
-		peer = addrPort(sa)
+	var raw unix.RawSockaddrInet6 // the larger one
+	size := uint32(unix.SizeofSockaddrInet6)
+	if domain == unix.AF_INET {
+		size = unix.SizeofSockaddrInet4 // more is an error
 	}
-	return own, peer
-}
-
-func addrPort(sa unix.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
+	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PEERNAME,
+		uintptr(unsafe.Pointer(&raw)), uintptr(unsafe.Pointer(&size)), 0); errno != 0 {
+		return netip.AddrPort{}
 	}
-	return netip.AddrPort{}
+	port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&raw.Port))[:])
+	if domain == unix.AF_INET {
+		return netip.AddrPortFrom(netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(&raw)).Addr), port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(raw.Addr).Unmap(), port)
 }
 
 func isLocal(ip netip.Addr) bool {

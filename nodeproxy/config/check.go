@@ -91,14 +91,6 @@ func (c *checker) consulNotLanded(refuse func([]string, string)) {
 	if r == nil {
 		return
 	}
-	if c.oneOf(key("source", "consul", "mode"), cmp.Or(r.Mode, "agent"), "agent", "servers") == "servers" {
-		refuse(key("source", "consul", "mode"), `run a client agent on this node, and set it to "agent"`)
-	}
-	for name, value := range map[string]string{"auth_method": r.AuthMethod, "bearer_token_file": r.BearerTokenFile} {
-		if value != "" {
-			refuse(key("source", "consul", name), "remove it, and name a token's file with token_file")
-		}
-	}
 	for name, value := range map[string]string{"namespace": r.Namespace, "partition": r.Partition} {
 		if value != "" && value != "default" {
 			refuse(key("source", "consul", name), `remove it, or set it to "default"`)
@@ -177,16 +169,20 @@ func (c *checker) consul() *ConsulSource {
 		return c.absolute(at(name), v)
 	}
 	s := &ConsulSource{
-		Address: cmp.Or(r.Address, defaultConsulAddress), Datacenter: r.Datacenter,
+		Datacenter: r.Datacenter, AuthMethod: r.AuthMethod, BearerToken: path("bearer_token_file", r.BearerTokenFile),
 		TokenFile: path("token_file", r.TokenFile), TokenDir: path("token_dir", r.TokenDir),
 		CAFile: path("ca_file", r.CAFile), CertFile: path("cert_file", r.CertFile), KeyFile: path("key_file", r.KeyFile),
 	}
 	if (r.CertFile == "") != (r.KeyFile == "") {
 		c.fail(at("cert_file"), "goes with key_file: set both or none")
 	}
-	if scheme, rest, found := strings.Cut(s.Address, "://"); found && (scheme != "unix" && scheme != "http" && scheme != "https" || rest == "") {
-		c.fail(at("address"), `is %q: it must be host:port, "http://host:port", "https://host:port" or "unix:///path"`, r.Address)
+	if (r.AuthMethod == "") != (r.BearerTokenFile == "") {
+		c.fail(at("auth_method"), "goes with bearer_token_file: set both or none")
 	}
+	if r.AuthMethod != "" && r.TokenFile != "" {
+		c.fail(at("auth_method"), "gives the token that token_file would hold: remove one of them")
+	}
+	c.consulAddresses(s, r, at)
 	text := cmp.Or(r.VirtualIPs, defaultConsulIPs)
 	ips, err := netip.ParsePrefix(text)
 	if err != nil || ips != ips.Masked() {
@@ -194,6 +190,36 @@ func (c *checker) consul() *ConsulSource {
 	}
 	s.VirtualIPs = ips
 	return s
+}
+
+// consulAddresses reads who is asked: the node's agent, or servers.
+func (c *checker) consulAddresses(s *ConsulSource, r *rawConsul, at func(string) []string) {
+	wellFormed := func(name, address string, schemes ...string) {
+		if scheme, rest, found := strings.Cut(address, "://"); found && (!slices.Contains(schemes, scheme) || rest == "") {
+			c.fail(at(name), `has %q: it must be host:port, or a URL with %s`, address, strings.Join(schemes, ", "))
+		}
+	}
+	if c.oneOf(at("mode"), cmp.Or(r.Mode, "agent"), "agent", "servers") != "servers" {
+		s.Address = cmp.Or(r.Address, defaultConsulAddress)
+		wellFormed("address", s.Address, "http", "https", "unix")
+		if len(r.Addresses) > 0 || r.ServicesDir != "" {
+			c.fail(at("mode"), `is "agent": addresses and services_dir go with "servers"`)
+		}
+		return
+	}
+	s.Servers = slices.Clone(r.Addresses)
+	if r.Address != "" {
+		s.Servers = append([]string{r.Address}, s.Servers...)
+	}
+	if len(s.Servers) == 0 {
+		c.fail(at("mode"), `is "servers", and there is no address of one: set addresses = ["10.0.0.11:8500", …]`)
+	}
+	for _, address := range s.Servers {
+		wellFormed("addresses", address, "http", "https")
+	}
+	if r.ServicesDir != "" {
+		s.ServicesDir = c.absolute(at("services_dir"), r.ServicesDir)
+	}
 }
 
 func (c *checker) cgroups() []Cgroup {
@@ -216,13 +242,18 @@ func (c *checker) cgroups() []Cgroup {
 		if !catalog.IsServiceName(r.Service) {
 			c.fail(at("service"), "is %q: set it to the name of the service that the workload is", r.Service)
 		}
+		for i, name := range r.Also {
+			if !catalog.IsServiceName(name) || name == r.Service || slices.Contains(r.Also[:i], name) {
+				c.fail(at("also_serves"), "has %q: list the names of further services, each once and without %q, which service is", name, r.Service)
+			}
+		}
 		if r.Mode != "" {
 			c.oneOf(at("mode"), r.Mode, string(Strict), string(Permissive))
 		}
 		if r.Consul != "" {
 			c.oneOf(at("consul_access"), r.Consul, "allow", "refuse")
 		}
-		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Mode: Mode(r.Mode), Consul: r.Consul})
+		all = append(all, Cgroup{Label: label, Path: path, Service: r.Service, Also: r.Also, Mode: Mode(r.Mode), Consul: r.Consul})
 	}
 	return all
 }

@@ -4,8 +4,10 @@
 package config
 
 import (
+	"cmp"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -48,7 +50,7 @@ type Config struct {
 // Location is where the source is: a directory, or an agent's address.
 func (c *Config) Location() string {
 	if c.Consul != nil {
-		return c.Consul.Address
+		return cmp.Or(c.Consul.Address, strings.Join(c.Consul.Servers, ", "))
 	}
 	return c.Source.Path
 }
@@ -67,7 +69,10 @@ type FileSource struct {
 
 // ConsulSource is the source "consul" block. Paths are "" where they are not set.
 type ConsulSource struct {
-	Address                   string // host:port, or a URL with http, https or unix
+	Address                   string   // of the node's agent: host:port, or a URL with http, https or unix; "" where there is none
+	Servers                   []string // where there is no agent: host:port, or URLs with http or https
+	ServicesDir               string   // and where the node's services are defined then
+	AuthMethod, BearerToken   string   // the latter the path of a file
 	TokenFile, TokenDir       string
 	Datacenter                string // "" is the agent's
 	CAFile, CertFile, KeyFile string
@@ -79,8 +84,9 @@ type Cgroup struct {
 	Label   string
 	Path    string // absolute, on cgroup2; it need not exist yet
 	Service string
-	Mode    Mode   // "" is the node's
-	Consul  string // consul_access: "allow", "refuse", or "" for what fits
+	Also    []string // also_serves: further services that others reach in it
+	Mode    Mode     // "" is the node's
+	Consul  string   // consul_access: "allow", "refuse", or "" for what fits
 }
 
 // Inbound is how connections from other nodes come in.

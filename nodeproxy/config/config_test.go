@@ -84,7 +84,7 @@ func TestEveryKeyOfTheDocumentationThatHasLandedIsHonoured(t *testing.T) {
 	web := filepath.Join(cgroup2(t), "demo/web")
 	c := mustLoad(t, `node { name = "n2"  address = "fd00::1" }
 source "file" { path = "/m"  virtual_ips = "fd01::/64" }
-workloads { cgroup "web" { path = "`+web+`"  service = "web"  mode = "permissive" } }
+workloads { cgroup "web" { path = "`+web+`"  service = "web"  also_serves = ["web-admin"]  mode = "permissive" } }
 inbound { mode = "permissive"  ports = "22000-22001"  plaintext_from = ["10.0.0.0/8", "fd00::/64"]  probers = [] }
 same_node = "mtls"
 tunnels = false
@@ -113,7 +113,7 @@ state { dir = "/s"  pins = "/p" }
 	if !equal(*c, want) {
 		t.Errorf("config = %+v\nwant     %+v", *c, want)
 	}
-	if wantCgroup := (Cgroup{Label: "web", Path: web, Service: "web", Mode: Permissive}); len(c.Cgroups) != 1 || c.Cgroups[0] != wantCgroup {
+	if wantCgroup := (Cgroup{Label: "web", Path: web, Service: "web", Also: []string{"web-admin"}, Mode: Permissive}); len(c.Cgroups) != 1 || !reflect.DeepEqual(c.Cgroups[0], wantCgroup) {
 		t.Errorf("cgroups = %v, want %v", c.Cgroups, wantCgroup)
 	}
 }
@@ -214,7 +214,7 @@ func TestTheConsulSource(t *testing.T) {
 	node := "node { name = \"n\"  address = \"10.0.0.1\" }\n"
 	c := mustLoad(t, node+`source "consul" {}`)
 	want := ConsulSource{Address: "127.0.0.1:8500", VirtualIPs: netip.MustParsePrefix("240.0.0.0/4")}
-	if c.Consul == nil || *c.Consul != want {
+	if c.Consul == nil || !reflect.DeepEqual(*c.Consul, want) {
 		t.Errorf("by default %+v, want %+v", c.Consul, want)
 	}
 	c = mustLoad(t, node+`source "consul" {
@@ -223,18 +223,29 @@ func TestTheConsulSource(t *testing.T) {
 }`)
 	want = ConsulSource{Address: "https://consul:8501", TokenFile: "/t", TokenDir: "/d", Datacenter: "dc2",
 		CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", VirtualIPs: netip.MustParsePrefix("241.0.0.0/8")}
-	if c.Consul == nil || *c.Consul != want {
+	if c.Consul == nil || !reflect.DeepEqual(*c.Consul, want) {
 		t.Errorf("all keys: %+v, want %+v", c.Consul, want)
 	}
+	c = mustLoad(t, node+`source "consul" {
+  mode = "servers"  addresses = ["https://10.0.0.11:8501", "https://10.0.0.12:8501"]  services_dir = "/s"  auth_method = "nodes"  bearer_token_file = "/b"
+}`)
+	want = ConsulSource{Servers: []string{"https://10.0.0.11:8501", "https://10.0.0.12:8501"}, ServicesDir: "/s", AuthMethod: "nodes", BearerToken: "/b",
+		VirtualIPs: netip.MustParsePrefix("240.0.0.0/4")}
+	if c.Consul == nil || !reflect.DeepEqual(*c.Consul, want) {
+		t.Errorf("without an agent: %+v, want %+v", c.Consul, want)
+	}
 	for text, want := range map[string]string{
-		`mode = "servers"`:          "source.consul.mode is not supported by this version yet",
+		`mode = "servers"`:                        "source.consul.mode is \"servers\", and there is no address of one",
+		`services_dir = "/s"`:                     "addresses and services_dir go with \"servers\"",
+		`mode = "servers"  address = "unix:///s"`: "source.consul.addresses has \"unix:///s\"",
+		`token_file = "/t"  auth_method = "m"  bearer_token_file = "/b"`: "remove one of them",
 		`mode = "x"`:                "source.consul.mode is \"x\"",
-		`auth_method = "k8s"`:       "source.consul.auth_method is not supported by this version yet",
-		`bearer_token_file = "/t"`:  "source.consul.bearer_token_file is not supported by this version yet",
+		`auth_method = "k8s"`:       "source.consul.auth_method goes with bearer_token_file",
+		`bearer_token_file = "/t"`:  "source.consul.auth_method goes with bearer_token_file",
 		`namespace = "a"`:           "source.consul.namespace is not supported by this version yet",
 		`partition = "a"`:           "source.consul.partition is not supported by this version yet",
 		`token_file = "t"`:          "source.consul.token_file is \"t\"",
-		`address = "ftp://x"`:       "source.consul.address is \"ftp://x\"",
+		`address = "ftp://x"`:       "source.consul.address has \"ftp://x\"",
 		`cert_file = "/c"`:          "source.consul.cert_file goes with key_file",
 		`virtual_ips = "240.0.0.1"`: "source.consul.virtual_ips is \"240.0.0.1\"",
 		`colour = "red"`:            "unknown key",
@@ -283,6 +294,7 @@ func TestErrorsNameFileLineAndKey(t *testing.T) {
 		"relative cgroup":     {minimal + "workloads {\n cgroup \"w\" { path = \"w\"  service = \"w\" }\n}", "c.hcl:4: workloads.cgroup.w.path "},
 		"not on cgroup2":      {minimal + "workloads {\n cgroup \"w\" { path = \"/proc/w\"  service = \"w\" }\n}", "c.hcl:4: workloads.cgroup.w.path is /proc/w"},
 		"cgroup's service":    {minimal + "workloads {\n cgroup \"w\" {\n service = \"a b\"\n}\n}", "c.hcl:5: workloads.cgroup.w.service "},
+		"service named twice": {minimal + "workloads {\n cgroup \"w\" {\n service = \"a\"\n also_serves = [\"b\", \"a\"]\n}\n}", "c.hcl:6: workloads.cgroup.w.also_serves has \"a\""},
 		"cgroup's mode":       {minimal + "workloads {\n cgroup \"w\" {\n mode = \"off\"\n}\n}", "c.hcl:5: workloads.cgroup.w.mode "},
 	} {
 		t.Run(name, func(t *testing.T) {

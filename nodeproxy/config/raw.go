@@ -33,19 +33,21 @@ type rawSource struct {
 }
 
 type rawConsul struct {
-	Mode            string `hcl:"mode"`
-	Address         string `hcl:"address"`
-	TokenFile       string `hcl:"token_file"`
-	TokenDir        string `hcl:"token_dir"`
-	Datacenter      string `hcl:"datacenter"`
-	Namespace       string `hcl:"namespace"`
-	Partition       string `hcl:"partition"`
-	CAFile          string `hcl:"ca_file"`
-	CertFile        string `hcl:"cert_file"`
-	KeyFile         string `hcl:"key_file"`
-	AuthMethod      string `hcl:"auth_method"`
-	BearerTokenFile string `hcl:"bearer_token_file"`
-	VirtualIPs      string `hcl:"virtual_ips"`
+	Mode            string   `hcl:"mode"`
+	Address         string   `hcl:"address"`
+	Addresses       []string `hcl:"addresses"`
+	ServicesDir     string   `hcl:"services_dir"`
+	TokenFile       string   `hcl:"token_file"`
+	TokenDir        string   `hcl:"token_dir"`
+	Datacenter      string   `hcl:"datacenter"`
+	Namespace       string   `hcl:"namespace"`
+	Partition       string   `hcl:"partition"`
+	CAFile          string   `hcl:"ca_file"`
+	CertFile        string   `hcl:"cert_file"`
+	KeyFile         string   `hcl:"key_file"`
+	AuthMethod      string   `hcl:"auth_method"`
+	BearerTokenFile string   `hcl:"bearer_token_file"`
+	VirtualIPs      string   `hcl:"virtual_ips"`
 }
 
 type rawFile struct {
@@ -67,10 +69,11 @@ type rawLabelled struct {
 }
 
 type rawCgroup struct {
-	Path    string `hcl:"path"`
-	Service string `hcl:"service"`
-	Mode    string `hcl:"mode"`
-	Consul  string `hcl:"consul_access"`
+	Path    string   `hcl:"path"`
+	Service string   `hcl:"service"`
+	Also    []string `hcl:"also_serves"`
+	Mode    string   `hcl:"mode"`
+	Consul  string   `hcl:"consul_access"`
 }
 
 type rawInbound struct {

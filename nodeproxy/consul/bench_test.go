@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"path/filepath"
 	"runtime"
 	"testing"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/mtls"
 	lab "nodeproxy.io/tests/consul"
 )
@@ -95,6 +97,77 @@ func BenchmarkDecision(b *testing.B) {
 		b.ReportMetric(float64(certificates)/services, "B/certificate")
 		b.ReportMetric(float64(used-certificates)/services, "B/service")
 	})
+	w.stop()
+}
+
+// BenchmarkServiceMemory reports what a service of this node takes beside its certificate: one whose sidecar is the
+// operator's and taken over, and one that has none, for which one is registered.
+func BenchmarkServiceMemory(b *testing.B) {
+	b.Run("adopted", func(b *testing.B) { serviceMemory(b, true) })
+	b.Run("registered", func(b *testing.B) { serviceMemory(b, false) })
+}
+
+func serviceMemory(b *testing.B, adopted bool) {
+	const services, sources = 100, 10
+	w := newWorld(b, lab.Config{HCL: "log_level = \"ERR\"\nconnect {\n  enabled = true\n  ca_config {\n    csr_max_per_second = 1000\n  }\n}\n"})
+	w.config.Log = slog.New(slog.DiscardHandler)
+	w.config.StateFile, w.config.Ports = filepath.Join(b.TempDir(), "state.json"), consul.Ports{First: 22000, Last: 22000 + services}
+	var names []string
+	add := func() {
+		name := fmt.Sprintf("service-%d", len(names))
+		registration := lab.Service(name, name+"-1", fmt.Sprintf("10.1.0.%d", 2+len(names)), 8080)
+		if !adopted {
+			delete(registration, "Connect")
+		}
+		names = append(names, name)
+		w.must(w.agent.Register(w.ctx(), registration))
+		actions := make(map[string]string)
+		for j := range sources {
+			actions[fmt.Sprintf("service-%d", len(names)+j)] = "allow"
+		}
+		w.must(w.agent.Intentions(w.ctx(), name, actions))
+	}
+	settled := func() {
+		w.await("everything is registered and known", func(s *catalog.Snapshot) error {
+			var local map[string]any
+			w.must(w.agent.Do(w.ctx(), http.MethodGet, "/v1/agent/services", nil, &local))
+			if len(s.Leaves) != len(names) || len(local) != 2*len(names)+1 { // and the daemon
+				return fmt.Errorf("%d certificates and %d registrations are", len(s.Leaves), len(local))
+			}
+			for _, inst := range s.LocalInstances() {
+				if !inst.Mesh.IsValid() {
+					return fmt.Errorf("%s has no sidecar", inst.ID)
+				}
+			}
+			return nil
+		})
+		w.forget()
+	}
+	add()
+	w.run(names...)
+	settled()
+	before := heap()
+	for range services {
+		add()
+	}
+	w.source.Need(names)
+	settled()
+	snap, used := w.current(), heap()
+	for b.Loop() {
+		used = min(used, heap()) // an answer may be under way
+	}
+	for range 10 {
+		used = min(used, heap())
+	}
+	without := heap()
+	var copies []tls.Certificate
+	for _, leaf := range snap.Leaves {
+		copies = append(copies, w.again(leaf))
+	}
+	certificates := heap() - without
+	runtime.KeepAlive(copies)
+	b.ReportMetric(float64(certificates)/services, "B/certificate")
+	b.ReportMetric(float64(used-before-certificates)/services, "B/service")
 	w.stop()
 }
 

@@ -31,6 +31,7 @@ type builder struct {
 	services  map[string]*catalog.Service
 	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
 	contested []netip.AddrPort
+	peers     []catalog.Peer
 	agentless map[*catalog.Instance]bool // unhealthy because of their agents
 }
 
@@ -43,10 +44,11 @@ func (r *run) builder(d *data, needed []string, given map[string]uint16) *builde
 
 func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
 	b.agentless = make(map[*catalog.Instance]bool)
+	b.addPeers()
 	b.addLocal()
 	for _, name := range slices.Sorted(maps.Keys(b.data.services)) {
 		for _, e := range b.data.services[name].instances {
-			if e.node != b.data.agent.node { // the agent itself knows those of its node better
+			if e.node != b.data.agent.node || e.gateway { // the agent itself knows those of its node better
 				b.addRemote(name, e)
 			}
 		}
@@ -60,13 +62,14 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 	b.addUpstreams()
 	for _, name := range b.needed {
 		if b.services[name] == nil {
-			b.problem(name, "unknown-service", "a workload of this node runs as %q, which is not registered with this node's agent: it can call others, and nobody can call it; register it", name)
+			b.problem(name, "unknown-service", "a workload of this node runs as %q, which is not registered %s: it can call others, and nobody can call it; register it", name, b.cfg.registrar())
 		}
 	}
 	p, err := b.policy(generation)
 	if err != nil {
 		return nil, err
 	}
+	b.reportDefinitions()
 	if b.data.filtered {
 		b.problem("", "unsupported", "the token may not see every service, so those it does not see cannot be called: see docs/consul.md")
 	}
@@ -74,7 +77,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		Generation: generation, Taken: now, Node: b.cfg.Node,
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
-		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(),
+		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(), Gateways: b.gateways(), Peers: b.peers,
 		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
 		Problems: b.sortedProblems(),
 		Agents:   b.data.agents(), ACLs: b.data.agent.acls,
@@ -112,13 +115,13 @@ func (b *builder) service(name string) *catalog.Service {
 // it: elsewhere whoever dials it means just that.
 func (b *builder) addRemote(name string, e endpoint) {
 	inst := &catalog.Instance{
-		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native,
+		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native, Gateway: e.gateway,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: e.tags, Meta: e.meta,
 	}
 	b.agentless[inst] = e.agentless
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	isServed := slices.ContainsFunc(b.data.proxies[e.node], func(p Ports) bool { return p.contains(inst.Mesh.Port()) })
-	inst.Tunnels = isServed && !inst.Native
+	inst.Tunnels = isServed && !inst.Native && !inst.Gateway
 	if e.app.port != 0 && isServed {
 		inst.Address = b.place(inst, e.app, e.nodeAddress)
 	}
@@ -195,6 +198,9 @@ func (b *builder) addUnserved(s *api.AgentService) {
 	inst := b.localInstance(s, s.Service)
 	inst.Address = b.applicationPlace(inst, s)
 	inst.DeliverySocket = s.SocketPath
+	if def := b.data.definition(s.ID); def != nil {
+		inst.Delivery = def.Delivery
+	}
 	svc := b.service(s.Service)
 	svc.Instances = append(svc.Instances, inst)
 	switch port := b.given[s.ID]; {
@@ -210,7 +216,9 @@ func (b *builder) localInstance(s *api.AgentService, name string) *catalog.Insta
 		ID: s.ID, Service: name, Node: b.data.agent.node, Local: true, Healthy: true,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: s.Tags, Meta: s.Meta,
 	}
-	if known := b.data.services[name]; known != nil {
+	if def := b.data.definition(s.ID); def != nil {
+		inst.Healthy = def.Healthy()
+	} else if known := b.data.services[name]; known != nil {
 		for _, e := range known.instances {
 			if e.node == inst.Node && (e.proxyID == s.ID || e.proxyID == s.ID+sidecarSuffix) {
 				inst.Healthy = e.healthy
@@ -286,7 +294,7 @@ func (b *builder) refuseContested() {
 		}
 	}
 	for at, all := range claims {
-		if len(all) == 1 {
+		if len(all) == 1 || isOneGateway(all) {
 			continue
 		}
 		keep := keeper(all)
@@ -303,6 +311,12 @@ func (b *builder) refuseContested() {
 				c.inst.ID, c.inst.Service, c.inst.Node, at, other.ID, other.Service, other.Node)
 		}
 	}
+}
+
+// isOneGateway says whether all claims are those of one gateway, for the services that it stands for.
+func isOneGateway(all []claim) bool {
+	first := all[0].inst
+	return !slices.ContainsFunc(all, func(c claim) bool { return !c.inst.Gateway || c.inst.Node != first.Node || c.inst.ID != first.ID })
 }
 
 // keeper says which of several claims to one address holds, or -1: the only one of this node, whose own agent knows best,
@@ -356,6 +370,11 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 			}
 			seen[key] = true
 			b.reportIntention(rule)
+			if rule.SourcePeer != "" {
+				if rule.SourceDomain = b.domainOf(rule.SourcePeer); rule.SourceDomain == "" {
+					b.problem(rule.Destination, "unsupported", "intention %s => %s: the trust domain of peer %q is not known, so it matches nobody", rule.Source, rule.Destination, rule.SourcePeer)
+				}
+			}
 			from.intentions = append(from.intentions, rule.Intention)
 		}
 	}

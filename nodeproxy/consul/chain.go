@@ -8,14 +8,17 @@ import (
 	"github.com/hashicorp/consul/api"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/resolver"
 )
 
 // endpoints names a question for instances. With a service alone it is all of them in this datacenter.
 type endpoints struct {
 	service     string
 	datacenter  string // "" is this one
+	peer        string // "" is this cluster
 	filter      string // of a resolver's subset
 	onlyPassing bool   // a warning counts as unhealthy
+	gateways    bool   // the instances of service, which are mesh gateways, and not those behind its proxies
 }
 
 func (e endpoints) isPlain() bool { return e == endpoints{service: e.service} }
@@ -25,6 +28,9 @@ func (e endpoints) fault() string {
 	text := serviceFault(e.service)
 	if e.datacenter != "" {
 		text += " in datacenter " + e.datacenter
+	}
+	if e.peer != "" {
+		text += " of peer " + e.peer
 	}
 	if e.filter != "" {
 		text += " where " + e.filter
@@ -52,6 +58,7 @@ type chain struct {
 type target struct {
 	endpoints
 	subset      string
+	gateway     catalog.GatewayMode
 	unreachable string // why, and what to do; "" it is not
 }
 
@@ -95,8 +102,8 @@ func parseChain(a *answer, here string) (*chain, error) {
 	ids := []string{node.Resolver.Target}
 	if f := node.Resolver.Failover; f != nil {
 		ids = append(ids, f.Targets...)
-		if f.Policy != nil && f.Policy.Mode != "" && f.Policy.Mode != "sequential" {
-			c.ignored = append(c.ignored, fmt.Sprintf("failover policy %q is not honoured: the targets are used in order", f.Policy.Mode))
+		if f.Policy != nil && resolver.Unordered(f.Policy.Mode) != "" {
+			c.ignored = append(c.ignored, resolver.Unordered(f.Policy.Mode))
 		}
 	}
 	for _, id := range ids {
@@ -106,7 +113,8 @@ func parseChain(a *answer, here string) (*chain, error) {
 		}
 		c.targets = append(c.targets, t.resolve(here))
 	}
-	c.setBalance(node.LoadBalancer)
+	balance, ignored := resolver.Balance(node.LoadBalancer)
+	c.balance, c.ignored = balance, append(c.ignored, ignored...)
 	return c, nil
 }
 
@@ -126,42 +134,13 @@ func (t *compiledTarget) resolve(here string) target {
 		subset:    t.ServiceSubset,
 	}
 	if t.Datacenter != here {
-		r.datacenter = t.Datacenter
+		r.datacenter, r.gateway = t.Datacenter, catalog.GatewayMode(t.MeshGateway.Mode)
 	}
-	switch mode := t.MeshGateway.Mode; {
+	switch {
 	case t.Peer != "":
-		r.unreachable = fmt.Sprintf("%q is a service of peer %q, and peers are not supported", t.Service, t.Peer)
+		r.endpoints, r.gateway = endpoints{service: t.Service, peer: t.Peer}, catalog.GatewayMode(t.MeshGateway.Mode)
 	case !isDefault(t.Namespace) || !isDefault(t.Partition):
 		r.unreachable = fmt.Sprintf("%q is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", t.Service, t.Namespace, t.Partition)
-	case r.datacenter != "" && mode != api.MeshGatewayModeDefault && mode != api.MeshGatewayModeNone:
-		r.unreachable = fmt.Sprintf("%q in datacenter %q is to be reached through mesh gateways (mode %q), which is not supported: set MeshGateway.Mode to \"none\" where the datacenters reach each other", t.Service, r.datacenter, mode)
 	}
 	return r
-}
-
-var balances = map[string]catalog.Balance{
-	"": catalog.LeastRequest, "least_request": catalog.LeastRequest, "round_robin": catalog.RoundRobin, "random": catalog.Random,
-	"maglev": catalog.SourceHash, "ring_hash": catalog.SourceHash,
-}
-
-func (c *chain) setBalance(lb *api.LoadBalancer) {
-	if lb == nil {
-		return
-	}
-	ignore := func(format string, args ...any) { c.ignored = append(c.ignored, fmt.Sprintf(format, args...)) }
-	var known bool
-	if c.balance, known = balances[lb.Policy]; !known {
-		ignore("LoadBalancer policy %q is not known: the less busy of two instances is used", lb.Policy)
-	}
-	if lb.LeastRequestConfig != nil && lb.LeastRequestConfig.ChoiceCount != 2 {
-		ignore("LeastRequestConfig.ChoiceCount %d is not honoured: two instances are drawn", lb.LeastRequestConfig.ChoiceCount)
-	}
-	if lb.RingHashConfig != nil {
-		ignore("RingHashConfig is not honoured: no ring is kept")
-	}
-	for _, p := range lb.HashPolicies {
-		if !p.SourceIP {
-			ignore("hash policy %q is ignored: it concerns HTTP, the source address is used", p.Field)
-		}
-	}
 }

@@ -49,20 +49,16 @@ func TestAChainsTargetsAreInOrder(t *testing.T) {
 	want := []target{
 		{endpoints: endpoints{service: "api", filter: "Service.Meta.version == v1", onlyPassing: true}, subset: "v1"},
 		{endpoints: endpoints{service: "api", datacenter: "dc2"}},
-		{endpoints: endpoints{service: "old", datacenter: "dc3"}},
+		{endpoints: endpoints{service: "old", datacenter: "dc3"}, gateway: catalog.GatewayRemote},
 		{endpoints: endpoints{service: "spare"}},
 	}
 	if len(c.targets) != len(want) {
 		t.Fatalf("targets: %+v", c.targets)
 	}
 	for i := range want {
-		got := c.targets[i]
-		if got.endpoints != want[i].endpoints || got.subset != want[i].subset || (got.unreachable != "") != (i == 2) {
+		if got := c.targets[i]; got != want[i] {
 			t.Errorf("target %d: %+v", i, got)
 		}
-	}
-	if !strings.Contains(c.targets[2].unreachable, "mesh gateways") {
-		t.Errorf("through a gateway: %q", c.targets[2].unreachable)
 	}
 }
 
@@ -77,10 +73,10 @@ func TestWhatIsNoChainIsAnError(t *testing.T) {
 	}
 }
 
-func TestEnterpriseTargetsAndPeersAreUnreachable(t *testing.T) {
+func TestEnterpriseTargetsAreUnreachable(t *testing.T) {
 	for old, replaced := range map[string]string{
 		`"Namespace": "default", "Partition": "default", "Datacenter": "dc1", "MeshGateway": {}`: `"Namespace": "prod", "Partition": "default", "Datacenter": "dc1", "MeshGateway": {}`,
-		`"Service": "spare"`: `"Service": "spare", "Peer": "abroad"`,
+		`"Service": "spare", "Namespace": "default", "Partition": "default"`:                     `"Service": "spare", "Namespace": "default", "Partition": "west"`,
 	} {
 		c, err := parseChain(&answer{body: []byte(strings.Replace(chainText, old, replaced, 1))}, "dc1")
 		if err != nil {

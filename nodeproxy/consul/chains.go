@@ -99,6 +99,14 @@ func (d *data) targetQuestions() map[endpoints]bool {
 			if !t.isPlain() && t.unreachable == "" {
 				all[t.endpoints] = true
 			}
+			for _, e := range d.gatewaysTo(t.endpoints) {
+				all[e] = true
+			}
+		}
+	}
+	for _, up := range d.declared() {
+		if up.DestinationPeer != "" {
+			all[endpoints{service: up.DestinationName, peer: up.DestinationPeer}] = true
 		}
 	}
 	return all
@@ -159,6 +167,7 @@ func (r *run) readChain(ctx context.Context, k chainKey) (*chain, error) {
 		return nil, err
 	}
 	c.read = time.Now()
+	r.findGateways(ctx, c)
 	for _, t := range c.targets {
 		if !t.isPlain() && t.unreachable == "" && d.targets[t.endpoints] == nil {
 			r.readTarget(ctx, t.endpoints)
@@ -196,6 +205,7 @@ func (r *run) refreshChains(ctx context.Context) bool {
 	keys = slices.DeleteFunc(keys, func(k chainKey) bool { return time.Since(last(k)) < look/2 })
 	asked := time.Now()
 	chains, err := r.readChains(ctx, keys)
+	err = errors.Join(err, r.readGateways(ctx), r.readPeers(ctx))
 	changed := false
 	r.world.update(func(d *data) bool {
 		changed = d.setChains(chains)
@@ -292,7 +302,7 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 	d := r.world.current()
 	all := make(map[endpoints]bool)
 	add := func(e endpoints) {
-		if _, exists := slices.BinarySearch(d.names, e.service); len(all) < maxCalled && (exists || e.datacenter != "") {
+		if _, exists := slices.BinarySearch(d.names, e.service); len(all) < maxCalled && (exists || e.datacenter != "" || e.peer != "") {
 			all[e] = true
 		}
 	}
@@ -302,11 +312,18 @@ func (r *run) watchedQuestions() map[endpoints]bool {
 				if t.unreachable == "" {
 					add(t.endpoints)
 				}
+				for _, e := range d.gatewaysTo(t.endpoints) {
+					add(e)
+				}
 			}
 		}
 	}
 	for _, up := range d.declared() {
 		if up.DestinationType == api.UpstreamDestTypePreparedQuery {
+			continue
+		}
+		if up.DestinationPeer != "" {
+			add(endpoints{service: up.DestinationName, peer: up.DestinationPeer})
 			continue
 		}
 		k := up.chain(&d)

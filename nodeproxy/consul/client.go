@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -32,13 +33,15 @@ const (
 	maxError  = 300 // bytes of an error's text
 )
 
-// client asks one agent. It reads the environment for nothing, unlike Consul's own library, which would let whoever starts
-// the daemon redirect it.
+// client asks one agent, or one of several servers. It reads the environment for nothing, unlike Consul's own library, which
+// would let whoever starts the daemon redirect it.
 type client struct {
-	base   string
+	bases  []string                                                             // where they answer
+	at     atomic.Uint32                                                        // which of them is asked, counted without end
 	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: the transport's own
 	tls    *tlsFiles                                                            // nil: plain HTTP
 	tokens tokens
+	login  *login // nil: the tokens are all there are
 	http   atomic.Pointer[transports]
 	slots  chan struct{} // taken by requests that do not wait
 }
@@ -59,28 +62,59 @@ func (t *transports) close() {
 
 func newClient(cfg *Config) (*client, error) {
 	c := &client{tokens: newTokens(cfg.TokenFile, cfg.TokenDir), slots: make(chan struct{}, maxRequests)}
-	scheme, rest, found := strings.Cut(cfg.Address, "://")
+	if cfg.AuthMethod != "" {
+		c.login = &login{method: cfg.AuthMethod, file: cfg.BearerTokenFile, node: cfg.Node}
+	}
+	addresses := cfg.Servers
+	if len(addresses) == 0 {
+		addresses = []string{cfg.Address}
+	}
+	for _, address := range addresses {
+		if err := c.add(address, len(addresses) == 1); err != nil {
+			return nil, err
+		}
+	}
+	if strings.HasPrefix(c.bases[0], "https:") {
+		c.tls = &tlsFiles{ca: cfg.CAFile, cert: cfg.CertFile, key: cfg.KeyFile}
+	} else if cfg.CAFile != "" || cfg.CertFile != "" {
+		return nil, fmt.Errorf("address %q has no TLS, but ca_file or cert_file is set: write https://, or remove them", addresses[0])
+	}
+	c.at.Store(rand.Uint32N(uint32(len(c.bases)))) // nodes spread over the servers
+	return c, c.reload()
+}
+
+// add adds an address to those that are asked. A socket is the only one.
+func (c *client) add(address string, only bool) error {
+	scheme, rest, found := strings.Cut(address, "://")
 	if !found {
-		scheme, rest = "http", cfg.Address
+		scheme, rest = "http", address
 	}
 	switch {
-	case scheme == "unix" && strings.HasPrefix(rest, "/"):
-		c.base = "http://agent"
+	case scheme == "unix" && strings.HasPrefix(rest, "/") && only:
+		c.bases = append(c.bases, "http://agent")
 		c.dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", rest)
 		}
+		return nil
 	case (scheme == "http" || scheme == "https") && hostPort(strings.TrimSuffix(rest, "/")):
-		c.base = scheme + "://" + strings.TrimSuffix(rest, "/")
+		c.bases = append(c.bases, scheme+"://"+strings.TrimSuffix(rest, "/"))
 	default:
-		return nil, fmt.Errorf("address %q is not host:port, http://host:port, https://host:port or unix:///path", cfg.Address)
+		return fmt.Errorf("address %q is not host:port, http://host:port, https://host:port or unix:///path", address)
 	}
-	if scheme == "https" {
-		c.tls = &tlsFiles{ca: cfg.CAFile, cert: cfg.CertFile, key: cfg.KeyFile}
-	} else if cfg.CAFile != "" || cfg.CertFile != "" {
-		return nil, fmt.Errorf("address %q has no TLS, but ca_file or cert_file is set: write https://, or remove them", cfg.Address)
+	if first, _, _ := strings.Cut(c.bases[0], "://"); first != scheme {
+		return fmt.Errorf("address %q is asked by %s, and the one before it by %s: use https:// for all of them", address, scheme, first)
 	}
-	return c, c.reload()
+	return nil
 }
+
+// base is where questions are asked now, and a number for leave.
+func (c *client) base() (string, uint32) {
+	i := c.at.Load()
+	return c.bases[int(i)%len(c.bases)], i
+}
+
+// leave asks the next of several servers from now on, unless somebody else has seen to that.
+func (c *client) leave(i uint32) { c.at.CompareAndSwap(i, i+1) }
 
 func hostPort(s string) bool {
 	host, port, err := net.SplitHostPort(s)
@@ -112,7 +146,13 @@ func (c *client) reload() error {
 	return nil
 }
 
-func (c *client) close() { c.http.Load().close() }
+// close gives up the connections, and the token that was logged in for.
+func (c *client) close() {
+	if c.login != nil {
+		c.login.out(c)
+	}
+	c.http.Load().close()
+}
 
 // question is one request: a GET unless method says otherwise.
 type question struct {
@@ -178,7 +218,85 @@ func (c *client) request(ctx context.Context, q question) (*answer, error) {
 	return a, err
 }
 
+// do asks with the token of the question's service. One that was logged in for and is not known any more is replaced once.
 func (c *client) do(ctx context.Context, q question) (*answer, error) {
+	token, err := c.token(ctx, q.service)
+	if err != nil {
+		return nil, err
+	}
+	a, err := c.exchange(ctx, q, token)
+	if c.login == nil || !isUnknownToken(err) || !c.login.drop(token) {
+		return a, err
+	}
+	if token, err = c.token(ctx, q.service); err != nil {
+		return nil, err
+	}
+	return c.exchange(ctx, q, token)
+}
+
+func (c *client) token(ctx context.Context, service string) (string, error) {
+	if own, err := c.tokens.own(service); own != "" || err != nil {
+		return own, err
+	}
+	if c.login != nil {
+		return c.login.current(ctx, c)
+	}
+	return c.tokens.general()
+}
+
+// exchange asks one server, the next where it cannot be reached.
+func (c *client) exchange(ctx context.Context, q question, token string) (a *answer, err error) {
+	for range c.bases {
+		a, err = c.ask(ctx, q, token)
+		if dial, ok := errors.AsType[*net.OpError](err); !ok || dial.Op != "dial" || ctx.Err() != nil {
+			break
+		}
+	}
+	return a, err
+}
+
+func (c *client) ask(ctx context.Context, q question, token string) (*answer, error) {
+	base, server := c.base()
+	req, err := newRequest(ctx, base, q)
+	if err != nil {
+		return nil, err
+	}
+	if token != "" {
+		req.Header.Set("X-Consul-Token", token)
+	}
+	transport := c.http.Load().prompt
+	if q.index > 0 {
+		transport = c.http.Load().waiting
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		c.leave(server)
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err != nil {
+		c.leave(server)
+		return nil, fmt.Errorf("read the answer: %w", err)
+	}
+	if len(body) > maxAnswer {
+		return nil, fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
+	}
+	if resp.StatusCode != http.StatusOK {
+		if resp.StatusCode >= http.StatusInternalServerError {
+			c.leave(server)
+		}
+		return nil, &statusError{resp.StatusCode, strings.TrimSpace(string(body[:min(len(body), maxError)]))}
+	}
+	index, _ := strconv.ParseUint(resp.Header.Get("X-Consul-Index"), 10, 64) // 0 where it says nothing
+	return &answer{
+		body: body, index: index,
+		defaultPolicy: resp.Header.Get("X-Consul-Default-ACL-Policy"),
+		filtered:      resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
+	}, nil
+}
+
+func newRequest(ctx context.Context, base string, q question) (*http.Request, error) {
 	path, query, _ := strings.Cut(q.path, "?")
 	params, err := url.ParseQuery(query)
 	if err != nil {
@@ -200,42 +318,7 @@ func (c *client) do(ctx context.Context, q question) (*answer, error) {
 		}
 		sent = bytes.NewReader(text)
 	}
-	req, err := http.NewRequestWithContext(ctx, cmp.Or(q.method, http.MethodGet), c.base+path+"?"+params.Encode(), sent)
-	if err != nil {
-		return nil, err
-	}
-	token, err := c.tokens.of(q.service)
-	if err != nil {
-		return nil, err
-	}
-	if token != "" {
-		req.Header.Set("X-Consul-Token", token)
-	}
-	transport := c.http.Load().prompt
-	if q.index > 0 {
-		transport = c.http.Load().waiting
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-	if err != nil {
-		return nil, fmt.Errorf("read the answer: %w", err)
-	}
-	if len(body) > maxAnswer {
-		return nil, fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, &statusError{resp.StatusCode, strings.TrimSpace(string(body[:min(len(body), maxError)]))}
-	}
-	index, _ := strconv.ParseUint(resp.Header.Get("X-Consul-Index"), 10, 64) // 0 where it says nothing
-	return &answer{
-		body: body, index: index,
-		defaultPolicy: resp.Header.Get("X-Consul-Default-ACL-Policy"),
-		filtered:      resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
-	}, nil
+	return http.NewRequestWithContext(ctx, cmp.Or(q.method, http.MethodGet), base+path+"?"+params.Encode(), sent)
 }
 
 // escape makes a name one segment of a path.

@@ -39,9 +39,19 @@ type Config struct {
 	// Address of the agent's HTTP API: host:port, http://host:port, https://host:port or unix:///path.
 	Address string
 
+	// Servers are addresses of the HTTP API of Consul's servers, for a node without an agent: Address is not used then. The
+	// next is asked where one does not answer. The node's services are what Definitions says; they are registered in the
+	// catalog on a node of our own, Node with "-nodeproxy", and nothing else is touched.
+	Servers     []string
+	Definitions Definitions
+
 	// TokenFile holds the token for everything but the certificates of services that have one of their own: a file of the
 	// service's name in TokenDir. Both may be "". Files are read again when they change.
 	TokenFile, TokenDir string
+
+	// AuthMethod gives a token in TokenFile's place, for the bearer token in BearerTokenFile: again when it expires or is not
+	// known any more. It is given back at the end. "" is none.
+	AuthMethod, BearerTokenFile string
 
 	Datacenter string // what the agent's must be; "" is whichever it is in
 
@@ -89,6 +99,9 @@ func (c *Config) validate() error {
 	}
 	if c.StateFile != "" && (c.Ports.First == 0 || c.Ports.Last < c.Ports.First) {
 		errs = append(errs, fmt.Errorf("inbound.ports %d-%d is no range", c.Ports.First, c.Ports.Last))
+	}
+	if (c.AuthMethod == "") != (c.BearerTokenFile == "") {
+		errs = append(errs, errors.New("auth_method and bearer_token_file go together: set both or none"))
 	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		errs = append(errs, errors.New("cert_file and key_file go together: set both or none"))
@@ -139,9 +152,13 @@ func New(cfg Config) (*Source, error) {
 			return fail(err)
 		}
 	}
-	w := newWorld(cfg.Log)
+	w := newWorld(cfg.Log, cfg.asked())
+	l := newLeaves(client, w)
+	if cfg.agentless() {
+		l.issue = l.sign
+	}
 	return &Source{
-		cfg: cfg, client: client, world: w, leaves: newLeaves(client, w), called: newCalled(),
+		cfg: cfg, client: client, world: w, leaves: l, called: newCalled(),
 		named: make(chan struct{}, 1), known: make(chan struct{}, 1),
 		ports: given, wanted: make(chan *wanted, 1), lookNow: make(chan struct{}, 1),
 	}, nil
@@ -162,7 +179,7 @@ func (s *Source) Health() catalog.Health {
 	if leaves := s.leaves.err(); leaves != nil {
 		err = errors.Join(err, leaves)
 	}
-	h := catalog.Health{Kind: "consul", Location: s.cfg.Address, Updated: updated, Err: err}
+	h := catalog.Health{Kind: "consul", Location: s.cfg.location(), Updated: updated, Err: err}
 	if e := s.restored.Load(); e != nil && e.inForce.Load() {
 		h.Updated, h.Restored = e.updated, true
 	}

@@ -66,7 +66,7 @@ func (s *settings) add(entry api.ConfigEntry) {
 		s.unhonoured("", e, "AllowEnablingPermissiveMutualTLS", "TransparentProxy", "TLS")
 	case *api.ProxyConfigEntry:
 		s.proxy = e
-		s.unhonoured("", e, "Mode", "MutualTLSMode", "Config")
+		s.unhonoured("", e, "Mode", "MutualTLSMode", "MeshGateway", "Config")
 		for key := range e.Config {
 			if key != "protocol" {
 				s.problem("", "unsupported", "Config %s of proxy-defaults is not honoured", key)
@@ -74,7 +74,7 @@ func (s *settings) add(entry api.ConfigEntry) {
 		}
 	case *api.ServiceConfigEntry:
 		s.defaults[name] = e
-		s.unhonoured(name, e, "Protocol", "Mode", "MaxInboundConnections", "MutualTLSMode", "UpstreamConfig")
+		s.unhonoured(name, e, "Protocol", "Mode", "MaxInboundConnections", "MutualTLSMode", "MeshGateway", "UpstreamConfig")
 	case *api.ServiceResolverConfigEntry:
 		s.resolvers[name] = e
 		s.unhonoured(name, e, "ConnectTimeout", "DefaultSubset", "Subsets", "Redirect", "Failover", "LoadBalancer")

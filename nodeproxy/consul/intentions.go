@@ -127,13 +127,18 @@ func (r *run) matchTopic(names []string) topic {
 			if err := decode(a, &found); err != nil {
 				return err
 			}
+			stranger := false
 			r.world.update(func(d *data) bool {
 				d.defaultACL = a.defaultPolicy
 				for _, name := range names {
 					d.intentions[name] = rulesOf(name, found[name])
+					stranger = stranger || slices.ContainsFunc(d.intentions[name], func(in rule) bool { return in.SourcePeer != "" && !d.knowsPeer(in.SourcePeer) })
 				}
 				return true
 			})
+			if stranger {
+				wake(r.lookNow)
+			}
 			return nil
 		}}
 }
@@ -205,8 +210,6 @@ func (in *intention) rule(destination string) rule {
 		r.why = "its Permissions cannot be checked at L4, so the pair is denied"
 	case r.JWT:
 		r.why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
-	case in.SourcePeer != "":
-		r.why = "no peers are known here, so it matches nobody"
 	case r.sameness:
 		r.why = "sameness groups are not supported, so it matches nobody"
 	case strings.Contains(r.SourceNamespace, policy.Wildcard), strings.Contains(r.SourcePartition, policy.Wildcard):

@@ -34,6 +34,7 @@ type leaves struct {
 	client *client
 	world  *world
 	kick   chan struct{}
+	issue  func(ctx context.Context, service string) (*tls.Certificate, error)
 
 	mu    sync.Mutex
 	roots *roots
@@ -53,7 +54,9 @@ type leaf struct {
 }
 
 func newLeaves(client *client, w *world) *leaves {
-	return &leaves{client: client, world: w, kick: make(chan struct{}, 1), all: make(map[string]*leaf)}
+	l := &leaves{client: client, world: w, kick: make(chan struct{}, 1), all: make(map[string]*leaf)}
+	l.issue = l.fetch
+	return l
 }
 
 // need replaces the set of services.
@@ -152,7 +155,7 @@ func (l *leaves) run(ctx context.Context) {
 		for _, name := range due {
 			underWay++
 			asking.Go(func() {
-				cert, err := l.fetch(ctx, name)
+				cert, err := l.issue(ctx, name)
 				results <- result{name, cert, err}
 			})
 		}
@@ -255,15 +258,19 @@ func (l *leaves) fetch(ctx context.Context, name string) (*tls.Certificate, erro
 	if err := decode(got, &issued); err != nil {
 		return nil, err
 	}
-	cert, err := tls.X509KeyPair([]byte(issued.CertPEM), []byte(issued.PrivateKeyPEM))
+	return l.check(name, []byte(issued.CertPEM), []byte(issued.PrivateKeyPEM))
+}
+
+// check reads a certificate of service name, and its key.
+func (l *leaves) check(name string, certPEM, keyPEM []byte) (*tls.Certificate, error) {
+	cert, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
 		return nil, fmt.Errorf("read the certificate: %w", err)
 	}
 	if cert.Leaf, err = x509.ParseCertificate(cert.Certificate[0]); err != nil {
 		return nil, fmt.Errorf("read the certificate: %w", err)
 	}
-	d := l.world.current()
-	want := policy.Identity{TrustDomain: d.roots.trustDomain, Namespace: "default", Datacenter: d.agent.datacenter, Service: name}
+	want := l.identity(name)
 	if len(cert.Leaf.URIs) != 1 || cert.Leaf.URIs[0].String() != want.String() {
 		return nil, fmt.Errorf("the certificate is for %v and not for %s", cert.Leaf.URIs, want)
 	}
@@ -271,6 +278,11 @@ func (l *leaves) fetch(ctx context.Context, name string) (*tls.Certificate, erro
 		return nil, fmt.Errorf("the certificate expired at %s already: check the clocks", cert.Leaf.NotAfter.Format(time.RFC3339))
 	}
 	return &cert, nil
+}
+
+func (l *leaves) identity(name string) policy.Identity {
+	d := l.world.current()
+	return policy.Identity{TrustDomain: d.roots.trustDomain, Namespace: "default", Datacenter: d.agent.datacenter, Service: name}
 }
 
 // signedBy says whether cert, with the intermediates that are sent along, chains to root.

@@ -58,7 +58,7 @@ func (s signer) leaf(t *testing.T, from, to time.Duration) *tls.Certificate {
 
 func TestACertificateOutlivesFailedRenewals(t *testing.T) {
 	root := newSigner(t)
-	l := newLeaves(nil, newWorld(slog.New(slog.DiscardHandler)))
+	l := newLeaves(nil, newWorld(slog.New(slog.DiscardHandler), "the agent"))
 	l.roots = &roots{active: root.cert}
 	l.need([]string{"web", "api"})
 	good := root.leaf(t, -10*time.Minute, 10*time.Minute)
@@ -85,7 +85,7 @@ func TestACertificateOutlivesFailedRenewals(t *testing.T) {
 
 func TestACertificateIsAskedForAgainLateInItsLife(t *testing.T) {
 	root := newSigner(t)
-	l := newLeaves(nil, newWorld(slog.New(slog.DiscardHandler)))
+	l := newLeaves(nil, newWorld(slog.New(slog.DiscardHandler), "the agent"))
 	l.roots = &roots{active: root.cert}
 	var earliest, latest time.Duration
 	for i := range 200 {
@@ -105,7 +105,7 @@ func TestACertificateIsAskedForAgainLateInItsLife(t *testing.T) {
 
 func TestALeafOfAnotherRootIsAskedForAtOnce(t *testing.T) {
 	old, fresh := newSigner(t), newSigner(t)
-	l := newLeaves(nil, newWorld(slog.New(slog.DiscardHandler)))
+	l := newLeaves(nil, newWorld(slog.New(slog.DiscardHandler), "the agent"))
 	l.roots = &roots{active: old.cert}
 	l.need([]string{"web"})
 	l.settle(result{service: "web", cert: old.leaf(t, -10*time.Minute, 50*time.Minute)})

@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"google.golang.org/grpc/connectivity"
 )
 
 // Finding is the answer to one question of Preflight.
@@ -40,14 +42,21 @@ func Preflight(ctx context.Context, cfg Config, services []string) []Finding {
 	}
 	found, err := parseAgent(a, &cfg)
 	if err != nil {
-		return []Finding{{Name: "consul agent", Failed: true, Text: err.Error()}}
+		return []Finding{{Name: p.name(), Failed: true, Text: err.Error()}}
 	}
-	findings := []Finding{{Name: "consul agent", Text: fmt.Sprintf("Consul %s, node %s, datacenter %s", found.version, found.node, found.datacenter)}}
+	findings := []Finding{{Name: p.name(), Text: fmt.Sprintf("Consul %s, node %s, datacenter %s", found.version, found.node, found.datacenter)}}
+	if cfg.agentless() {
+		findings = append(findings, p.signing(ctx, client, found))
+	}
 	if !found.acls {
 		return append(findings, Finding{Name: "consul ACLs", Warning: true,
 			Text: "they are off: whoever reaches an agent gets a certificate of any service, and can change intentions; enable them in the agents' configuration, acl { enabled = true  default_policy = \"deny\" }"})
 	}
-	findings = append(findings, p.rights("consul token", "", right{"agent", "read", found.node}, right{"node", "read", found.node}, right{"service", "write", proxyService}))
+	own := right{"node", "read", found.node}
+	if cfg.agentless() {
+		own = right{"node", "write", cfg.catalogNode()}
+	}
+	findings = append(findings, p.rights("consul token", "", right{"agent", "read", found.node}, own, right{"service", "write", proxyService}))
 	for _, service := range services {
 		findings = append(findings, p.rights("consul token for "+service, service, right{"service", "write", service}, right{"service", "write", service + sidecarSuffix}))
 	}
@@ -59,19 +68,55 @@ type preflight struct {
 	ask func(question) (*answer, error)
 }
 
-// unanswered says what to do where the agent does not say who it is.
-func (p *preflight) unanswered(err error) Finding {
-	switch {
-	case !hasStatus(err, http.StatusForbidden):
-		if _, answered := errors.AsType[*statusError](err); answered {
-			return Finding{Name: "consul agent", Failed: true, Text: fmt.Sprintf("ask the agent at %s: %v: is that Consul? see its log", p.cfg.Address, err)}
+// name is what findings about who is asked are called.
+func (p *preflight) name() string {
+	if p.cfg.agentless() {
+		return "consul servers"
+	}
+	return "consul agent"
+}
+
+// signing says whether the port is reached where certificates are signed.
+func (p *preflight) signing(ctx context.Context, c *client, server *agent) Finding {
+	fail := func(err error) Finding {
+		return Finding{Name: "consul certificates", Failed: true, Text: fmt.Sprintf("reach the servers' gRPC port: %v", err)}
+	}
+	base, _ := c.base()
+	conn, at, err := c.dialGRPC(base, server)
+	if err != nil {
+		return fail(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, preflightTimeout)
+	defer cancel()
+	conn.Connect()
+	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
+		if state == connectivity.TransientFailure || !conn.WaitForStateChange(ctx, state) {
+			return fail(fmt.Errorf("%s does not answer: open it to this node, see ports.grpc and ports.grpc_tls of the servers", at))
 		}
-		return Finding{Name: "consul agent", Failed: true, Text: fmt.Sprintf("ask the agent at %s: %v: start it, or correct address in the source block", p.cfg.Address, err)}
+	}
+	return Finding{Name: "consul certificates", Text: "signed by the server at " + at}
+}
+
+// unanswered says what to do where nobody says who it is.
+func (p *preflight) unanswered(err error) Finding {
+	who, where := "the agent", p.cfg.location()
+	if p.cfg.agentless() {
+		who = "a server"
+	}
+	_, answered := errors.AsType[*statusError](err)
+	switch {
+	case !answered:
+		return Finding{Name: p.name(), Failed: true, Text: fmt.Sprintf("ask %s at %s: %v: start it, or correct address in the source block", who, where, err)}
+	case p.cfg.AuthMethod != "":
+		return Finding{Name: "consul token", Failed: true, Text: fmt.Sprintf("ask %s at %s: %v: correct auth_method or bearer_token_file, or the method's binding rules: see docs/consul.md for what the token needs", who, where, err)}
+	case !hasStatus(err, http.StatusForbidden):
+		return Finding{Name: p.name(), Failed: true, Text: fmt.Sprintf("ask %s at %s: %v: is that Consul? see its log", who, where, err)}
 	case p.cfg.TokenFile == "":
-		return Finding{Name: "consul token", Failed: true, Text: fmt.Sprintf("the agent wants a token (%v): set token_file in the source block", err)}
+		return Finding{Name: "consul token", Failed: true, Text: fmt.Sprintf("%s wants a token (%v): set token_file in the source block", who, err)}
 	}
 	return Finding{Name: "consul token", Failed: true,
-		Text: fmt.Sprintf("the agent refuses the token in %s (%v): write one into it that exists and has the rules in docs/consul.md", p.cfg.TokenFile, err)}
+		Text: fmt.Sprintf("%s refuses the token in %s (%v): write one into it that exists and has the rules in docs/consul.md", who, p.cfg.TokenFile, err)}
 }
 
 // right is one thing that a token may or may not do.
@@ -103,6 +148,9 @@ func (p *preflight) rights(name, service string, needed ...right) Finding {
 		return Finding{Name: name, Text: "has " + strings.Join(held, ", ")}
 	}
 	where := "the one in token_file"
+	if p.cfg.AuthMethod != "" {
+		where = fmt.Sprintf("those that auth method %q gives", p.cfg.AuthMethod)
+	}
 	if service != "" && p.cfg.TokenDir != "" {
 		where = "that service's in token_dir, or of the one in token_file"
 	}

@@ -3,7 +3,6 @@ package consul
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"net/http"
 	"net/netip"
@@ -159,22 +158,29 @@ func same(s *api.AgentService, reg *api.AgentServiceRegistration) bool {
 // wanted is what this daemon wants to be registered, as of one snapshot.
 type wanted struct {
 	self     *api.AgentServiceRegistration
-	sidecars map[string]*api.AgentServiceRegistration // by ID
-	apps     map[string]string                        // services by the ID of the sidecar
+	sidecars map[string]wantedSidecar // by ID
 	needed   []string
+
+	entries []*api.CatalogRegistration // all of it as the catalog has it, where there is no agent
+	defined bool                       // what is not among them is not defined any more
 }
+
+// wantedSidecar is a sidecar for an instance. Its registration is made when it is compared: it takes some kilobytes.
+type wantedSidecar struct {
+	app  *api.AgentService
+	port uint16
+}
+
+func (s wantedSidecar) registration() *api.AgentServiceRegistration { return sidecar(s.app, s.port) }
 
 // wantedOf is what to register for snap. A sidecar is wanted once its service has a certificate: before, nobody answers at
 // its port.
 func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, given map[string]uint16) *wanted {
-	w := &wanted{sidecars: make(map[string]*api.AgentServiceRegistration), apps: make(map[string]string), needed: needed}
+	w := &wanted{sidecars: make(map[string]wantedSidecar), needed: needed}
 	for _, app := range unserved(d, needed) {
-		reg := sidecar(app, given[app.ID])
-		if _, operators := d.local[reg.ID]; operators && !isOurs(d.local[reg.ID]) {
-			continue
-		}
+		id := app.ID + sidecarSuffix
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
-			w.sidecars[reg.ID], w.apps[reg.ID] = reg, app.Service
+			w.sidecars[id] = wantedSidecar{app, given[app.ID]}
 		}
 	}
 	var served []uint16
@@ -190,6 +196,9 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	w.self = &api.AgentServiceRegistration{
 		ID: proxyService, Name: proxyService, Address: cfg.NodeAddress.String(), Meta: meta,
 		Check: &api.AgentServiceCheck{CheckID: proxyService, Name: "node proxy", TTL: lifetime.String(), Status: api.HealthPassing},
+	}
+	if cfg.agentless() {
+		w.entries, w.defined = entriesOf(cfg, d, w, snap), d.defined.Err == nil
 	}
 	return w
 }
@@ -255,6 +264,16 @@ func (r *run) keepRegistered(ctx context.Context) {
 	retry := time.NewTimer(0)
 	retry.Stop()
 	defer retry.Stop()
+	register := r.register
+	if r.cfg.agentless() {
+		l := &enlister{run: r}
+		register = l.register
+		defer func() {
+			if w != nil {
+				l.leave(ctx)
+			}
+		}()
+	}
 	for {
 		alive := false
 		select {
@@ -272,7 +291,7 @@ func (r *run) keepRegistered(ctx context.Context) {
 			claimed[name] = true
 		}
 		asked := time.Now()
-		err := r.register(ctx, w, alive, func(service string) bool { return claimed[service] || time.Since(started) > unclaimed })
+		err := register(ctx, w, alive, func(service string) bool { return claimed[service] || time.Since(started) > unclaimed })
 		if err != nil && ctx.Err() == nil {
 			failures++
 			r.world.failed("its registrations", asked, explain(err))
@@ -309,26 +328,39 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
-		if !same(local[id], w.sidecars[id]) {
-			put(w.apps[id], replace, w.sidecars[id])
+		if local[id] != nil && !isOurs(local[id]) {
+			continue // the operator's, maybe since w was made
+		}
+		want := w.sidecars[id]
+		if reg := want.registration(); !same(local[id], reg) {
+			put(want.app.Service, replace, reg)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(local)) {
 		s := local[id]
-		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || !isOurs(s) || w.sidecars[id] != nil {
+		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || !isOurs(s) || w.sidecars[id].app != nil {
 			continue
 		}
-		name := s.Proxy.DestinationServiceName
-		app := local[s.Proxy.DestinationServiceID]
-		orphan := app == nil || app.Connect != nil && app.Connect.Native
-		if orphan || slices.Contains(w.needed, name) && !r.waiting(w, id) || !slices.Contains(w.needed, name) && settled(name) {
-			put(name, "/v1/agent/service/deregister/"+escape(id), nil)
+		if r.forsaken(w, s, settled) {
+			put(s.Proxy.DestinationServiceName, "/v1/agent/service/deregister/"+escape(id), nil)
 		}
 	}
 	if changed {
 		wake(r.lookNow)
 	}
 	return errors.Join(errs...)
+}
+
+// forsaken says whether a sidecar of ours that is not wanted is to go.
+func (r *run) forsaken(w *wanted, s *api.AgentService, settled func(service string) bool) bool {
+	app := r.world.current().local[s.Proxy.DestinationServiceID]
+	if app == nil || app.Connect != nil && app.Connect.Native {
+		return true
+	}
+	if name := s.Proxy.DestinationServiceName; !slices.Contains(w.needed, name) {
+		return settled(name)
+	}
+	return !r.waiting(w, s.ID)
 }
 
 // waiting says whether a sidecar of ours is not wanted only because its service has no certificate yet, as after a restart.
@@ -361,38 +393,4 @@ func (r *run) nodeProxiesTopic() topic {
 		})
 		return nil
 	}}
-}
-
-// Withdraw removes all registrations that a daemon made with the agent of cfg, and says which.
-func Withdraw(ctx context.Context, cfg Config) (removed []string, err error) {
-	c, err := newClient(&cfg)
-	if err != nil {
-		return nil, fmt.Errorf("withdraw registrations: %w", err)
-	}
-	defer c.close()
-	got, err := c.request(ctx, question{path: "/v1/agent/services"})
-	local := make(map[string]*api.AgentService)
-	if err == nil {
-		err = decode(got, &local)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("withdraw registrations: %w", err)
-	}
-	var errs []error
-	for _, id := range slices.Sorted(maps.Keys(local)) {
-		s := local[id]
-		isProxy := s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil
-		if isOurs(s) && (isProxy || id == proxyService) {
-			service := ""
-			if isProxy {
-				service = s.Proxy.DestinationServiceName
-			}
-			if err := c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil); err != nil {
-				errs = append(errs, fmt.Errorf("withdraw registration %q: %w", id, err))
-				continue
-			}
-			removed = append(removed, "registration "+id)
-		}
-	}
-	return removed, errors.Join(errs...)
 }

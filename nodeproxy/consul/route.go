@@ -28,7 +28,8 @@ func (b *builder) route(c *chain) *catalog.Route {
 		default:
 			r.Targets = append(r.Targets, b.target(t.endpoints, known.instances))
 		}
-		r.Targets[len(r.Targets)-1].Subset = t.subset
+		b.setPeer(r.Targets[len(r.Targets)-1], t.endpoints)
+		r.Targets[len(r.Targets)-1].Subset, r.Targets[len(r.Targets)-1].Gateway = t.subset, t.gateway
 	}
 	return r
 }
@@ -36,12 +37,12 @@ func (b *builder) route(c *chain) *catalog.Route {
 // target is the instances found for a question, those of this datacenter as the service has them.
 func (b *builder) target(of endpoints, found []endpoint) *catalog.Target {
 	t := &catalog.Target{Service: of.service, Datacenter: of.datacenter}
-	if res := b.resolvers[of.service]; res != nil {
+	if res := b.resolvers[of.service]; res != nil && of.peer == "" {
 		t.ConnectTimeout = max(res.ConnectTimeout, 0)
 	}
 	for _, e := range found {
 		inst := b.find(of.service, e)
-		if of.datacenter != "" {
+		if of.datacenter != "" || of.peer != "" {
 			inst = b.abroad(of, e)
 		}
 		if inst != nil && inst.Healthy && !e.healthy {
@@ -80,7 +81,7 @@ func (b *builder) find(name string, e endpoint) *catalog.Instance {
 // abroad is an instance of another datacenter.
 func (b *builder) abroad(of endpoints, e endpoint) *catalog.Instance {
 	inst := &catalog.Instance{
-		ID: e.id, Service: of.service, Node: e.node, Datacenter: of.datacenter, Healthy: e.healthy, Native: e.native, Tags: e.tags, Meta: e.meta,
+		ID: e.id, Service: of.service, Node: e.node, Datacenter: of.datacenter, Peer: of.peer, Healthy: e.healthy, Native: e.native, Gateway: e.gateway, Tags: e.tags, Meta: e.meta,
 	}
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	return inst

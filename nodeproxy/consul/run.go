@@ -122,7 +122,11 @@ func (r *run) askAll(ctx context.Context) {
 	}
 	tasks.Go(func() { r.ask.watch(ctx, r.rootsTopic()) })
 	tasks.Go(func() { r.ask.watch(ctx, r.namesTopic()) })
-	tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic()) })
+	if r.cfg.agentless() {
+		tasks.Go(func() { r.cfg.Definitions.Run(ctx, r.define) })
+	} else {
+		tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic()) })
+	}
 	tasks.Go(func() { r.ask.watch(ctx, r.resolverTopic(ctx)) })
 	tasks.Go(func() { r.matchAll(ctx) })
 	tasks.Go(func() { r.readServices(ctx) })
@@ -137,7 +141,12 @@ func (r *run) askAll(ctx context.Context) {
 
 // poll looks at what cannot be waited for, or need not, and at the registrations of this node when they have changed.
 func (r *run) poll(ctx context.Context) {
-	topics := append([]topic{r.agentTopic(), r.localTopic(), r.checksTopic()}, r.entryTopics()...)
+	topics := []topic{r.agentTopic()}
+	if !r.cfg.agentless() {
+		topics = append(topics, r.localTopic(), r.checksTopic())
+	}
+	local := topics[1:]
+	topics = append(topics, r.entryTopics()...)
 	last := make([][sha256.Size]byte, len(topics))
 	next := time.NewTimer(0)
 	defer next.Stop()
@@ -169,8 +178,8 @@ func (r *run) poll(ctx context.Context) {
 			case <-next.C:
 				waiting = false
 			case <-r.lookNow:
-				for i := 1; i <= 2; i++ {
-					last[i], _ = r.ask.once(ctx, topics[i], last[i])
+				for i := range local {
+					last[1+i], _ = r.ask.once(ctx, local[i], last[1+i])
 				}
 				r.refreshChains(ctx)
 			}

@@ -45,14 +45,20 @@ func newTokens(file, dir string) tokens {
 	return tokens{file: file, dir: dir, mu: new(sync.Mutex), read: make(map[string]token)}
 }
 
-// of returns the token of a service, or the general one where it has none of its own. "" is the anonymous token.
-func (t *tokens) of(service string) (string, error) {
-	if t.dir != "" && service != "" && filepath.IsLocal(service) && !strings.Contains(service, "/") {
-		text, err := t.from(filepath.Join(t.dir, service))
-		if !errors.Is(err, fs.ErrNotExist) {
-			return text, err
-		}
+// own returns the token that a service has for itself, "" for none.
+func (t *tokens) own(service string) (string, error) {
+	if t.dir == "" || service == "" || !filepath.IsLocal(service) || strings.Contains(service, "/") {
+		return "", nil
 	}
+	text, err := t.from(filepath.Join(t.dir, service))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return text, err
+}
+
+// general returns the token for everything else. "" is the anonymous token.
+func (t *tokens) general() (string, error) {
 	if t.file == "" {
 		return "", nil
 	}

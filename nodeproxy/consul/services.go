@@ -46,10 +46,12 @@ type endpoint struct {
 	mesh              place
 	app               place // of the application; nothing for a native service
 	native            bool
+	gateway           bool // that stands for the service
 	healthy           bool
 	agentless         bool      // critical, but only because its agent is not reachable
 	unheard           bool      // its checks have not run since its agent started
 	silent            time.Time // since when it is unheard
+	peered            peerMeta
 	virtual           netip.Addr
 	tagged            place // "virtual": a Kubernetes ClusterIP, say
 	tags              []string
@@ -88,6 +90,13 @@ func (e endpoints) question() question {
 	if e.filter != "" {
 		params.Set("filter", e.filter)
 	}
+	if e.peer != "" {
+		params.Set("peer", e.peer)
+	}
+	if e.gateways {
+		params.Set("filter", isMeshGateway)
+		return question{path: "/v1/health/service/" + escape(e.service), params: params}
+	}
 	return question{path: "/v1/health/connect/" + escape(e.service), params: params}
 }
 
@@ -97,7 +106,8 @@ func parseEndpoints(a *answer, of endpoints) ([]endpoint, error) {
 	if err := decode(a, &list); err != nil {
 		return nil, err
 	}
-	return parseServiceEntries(list, of), nil
+	found := parseServiceEntries(list, of)
+	return found, addPeerMeta(a, of, found)
 }
 
 func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
@@ -114,21 +124,29 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 			tags:    s.Tags, meta: s.Meta,
 		}
 		e.unheard, e.agentless = blame(entry.Checks)
-		if of.datacenter != "" {
+		if of.datacenter != "" || of.peer != "" {
 			e.goAbroad(entry)
 		}
 		switch {
+		case of.gateways:
+			e.gateway = s.Kind == api.ServiceKindMeshGateway
+		case s.Kind == api.ServiceKindTerminatingGateway:
+			e.gateway = true
 		case s.Connect != nil && s.Connect.Native && s.Service == name:
 			e.native = true
 		case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && s.Proxy.DestinationServiceName == name:
-			e.id = cmp.Or(s.Proxy.DestinationServiceID, s.ID)
+			e.id, e.gateway = cmp.Or(s.Proxy.DestinationServiceID, s.ID), of.peer != "" // whose addresses are its gateways'
 		default:
 			continue // gateways and what is yet to be invented
 		}
-		if v, err := netip.ParseAddr(s.TaggedAddresses["consul-virtual"].Address); err == nil {
+		tag := "consul-virtual"
+		if e.gateway { // which has one for each service that it stands for
+			tag += ":" + name
+		}
+		if v, err := netip.ParseAddr(s.TaggedAddresses[tag].Address); err == nil {
 			e.virtual = v.Unmap()
 		}
-		if v, ok := s.TaggedAddresses["virtual"]; ok {
+		if v, ok := s.TaggedAddresses["virtual"]; ok && !e.gateway {
 			e.tagged = place{v.Address, v.Port}
 		}
 		found = append(found, e)
@@ -150,7 +168,7 @@ func (e *endpoint) goAbroad(entry *api.ServiceEntry) {
 
 // applications fills in where the applications behind proxies are registered.
 func (r *run) applications(ctx context.Context, name string, found []endpoint) error {
-	if !slices.ContainsFunc(found, func(e endpoint) bool { return !e.native }) {
+	if !slices.ContainsFunc(found, func(e endpoint) bool { return !e.native && !e.gateway }) {
 		return nil
 	}
 	a, err := r.ask.request(ctx, question{path: "/v1/catalog/service/" + escape(name)})
@@ -169,7 +187,7 @@ func (r *run) applications(ctx context.Context, name string, found []endpoint) e
 	}
 	for i := range found {
 		e := &found[i]
-		if e.native {
+		if e.native || e.gateway {
 			continue
 		}
 		app, known := apps[[2]string{e.node, e.id}]

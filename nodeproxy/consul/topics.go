@@ -34,6 +34,9 @@ func (r *run) agentTopic() topic {
 		if err != nil {
 			return err
 		}
+		if r.cfg.agentless() { // what a server says of itself is not this node's
+			next.node, next.address, next.dns = r.cfg.catalogNode(), r.cfg.NodeAddress.String(), nil
+		}
 		r.world.update(func(d *data) bool {
 			d.agent = next
 			return true
@@ -75,6 +78,7 @@ func parseAgent(a *answer, cfg *Config) (*agent, error) {
 		node: self.Config.NodeName, datacenter: self.Config.Datacenter, address: self.Member.Addr,
 		version: self.Config.Version, defaultIntention: self.Debug.DefaultIntentionPolicy, acls: self.Debug.ACLsEnabled,
 	}
+	found.grpc, found.grpcTLS = uint16(max(self.Debug.GRPCPort, 0)), uint16(max(self.Debug.GRPCTLSPort, 0))
 	for _, text := range []string{self.Debug.Virtual4, self.Debug.Virtual6} {
 		if p, err := netip.ParsePrefix(text); err == nil {
 			found.virtual = append(found.virtual, p.Masked())
@@ -99,7 +103,11 @@ func parseAgent(a *answer, cfg *Config) (*agent, error) {
 }
 
 func (r *run) rootsTopic() topic {
-	return topic{what: "roots", every: time.Second, ask: fixed("/v1/agent/connect/ca/roots"), apply: func(a *answer) error {
+	path := "/v1/agent/connect/ca/roots"
+	if r.cfg.agentless() {
+		path = "/v1/connect/ca/roots"
+	}
+	return topic{what: "roots", every: time.Second, ask: fixed(path), apply: func(a *answer) error {
 		next, err := parseRoots(a)
 		if err != nil {
 			return err

@@ -2,9 +2,9 @@ package consul
 
 import (
 	"cmp"
-	"fmt"
 	"maps"
 	"net/netip"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -58,9 +58,15 @@ func upstreamsOf(s *api.AgentService) []upstream {
 		if text = strings.TrimSpace(text); text == "" || isOurs(s) {
 			continue
 		}
-		name, port, _ := strings.Cut(text, ":")
-		n, _ := strconv.ParseUint(port, 10, 16) // 0 is refused like one that is missing
-		all = append(all, upstream{api.Upstream{DestinationName: name, LocalBindPort: int(n)}, s.ID})
+		name, at, _ := strings.Cut(text, ":")
+		up := api.Upstream{DestinationName: name}
+		if strings.HasPrefix(at, "/") {
+			up.LocalBindSocketPath = at
+		} else {
+			n, _ := strconv.ParseUint(at, 10, 16) // 0 is refused like one that is missing
+			up.LocalBindPort = int(n)
+		}
+		all = append(all, upstream{up, s.ID})
 	}
 	return all
 }
@@ -70,7 +76,7 @@ func (d *data) resolved() map[string]bool {
 	names := make(map[string]bool)
 	for _, c := range d.chains {
 		for _, t := range c.targets {
-			if t.unreachable == "" {
+			if t.unreachable == "" && t.peer == "" {
 				names[t.service] = true
 			}
 		}
@@ -86,6 +92,8 @@ func (d *data) resolved() map[string]bool {
 type bound struct {
 	host netip.Addr
 	at   netip.AddrPort
+
+	instance, socket string // or, of one instance, the path of a unix socket
 }
 
 // addUpstreams gives the instances of this node the upstreams that their registrations declare. It comes last, when all
@@ -130,16 +138,28 @@ func (b *builder) registrations(inst *catalog.Instance) []*api.AgentService {
 
 // bind says whether nothing else is bound where made is. The first keeps the place.
 func (b *builder) bind(inst *catalog.Instance, made *catalog.Upstream, up upstream, taken map[bound]upstream) bool {
-	at := bound{inst.Address.Addr(), made.At}
+	at := bound{host: inst.Address.Addr(), at: made.At}
+	if made.Socket != "" {
+		at = bound{instance: inst.ID, socket: made.Socket}
+	}
 	if first, twice := taken[at]; twice {
-		if first.DestinationName != up.DestinationName || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
-			b.problem(inst.Service, "refused", "upstream %q of %q is at %s, where upstream %q of %q is already: give it another port",
-				up.DestinationName, up.owner, made.At, first.DestinationName, first.owner)
+		if first.DestinationName != up.DestinationName || first.DestinationPeer != up.DestinationPeer || first.Datacenter != up.Datacenter || first.DestinationType != up.DestinationType {
+			b.problem(inst.Service, "refused", "upstream %q of %q is at %s, where upstream %q of %q is already: give it another place",
+				up.DestinationName, up.owner, cmp.Or(made.Socket, made.At.String()), first.DestinationName, first.owner)
 		}
 		return false
 	}
 	taken[at] = up
 	return true
+}
+
+// maxSocketName is how long the last part of a socket's path may be: what is bound is that, and a descriptor.
+const maxSocketName = 80
+
+// isMode says whether text is "" or permissions in octal.
+func isMode(text string) bool {
+	mode, err := strconv.ParseUint(text, 8, 32)
+	return text == "" || err == nil && mode > 0 && mode <= 0o777
 }
 
 // upstream is up as the proxy uses it, or nil where it is refused.
@@ -151,22 +171,30 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 	address := cmp.Or(up.LocalBindAddress, "127.0.0.1")
 	ip, err := netip.ParseAddr(address)
 	switch {
-	case up.LocalBindSocketPath != "":
-		return refuse("local_bind_socket_path is not supported yet: bind it to a port")
-	case up.DestinationName == "" || up.LocalBindPort < 1 || up.LocalBindPort > 65535:
+	case up.LocalBindSocketPath != "" && (!path.IsAbs(up.LocalBindSocketPath) || path.Clean(up.LocalBindSocketPath) != up.LocalBindSocketPath || len(path.Base(up.LocalBindSocketPath)) > maxSocketName):
+		return refuse("local_bind_socket_path %q is not absolute and clean, or its last part is longer than %d bytes", up.LocalBindSocketPath, maxSocketName)
+	case up.LocalBindSocketPath != "" && up.LocalBindPort != 0:
+		return refuse("local_bind_socket_path does not go with local_bind_port: remove one of them")
+	case !isMode(up.LocalBindSocketMode):
+		return refuse("local_bind_socket_mode %q is no mode, as \"0660\"", up.LocalBindSocketMode)
+	case up.DestinationName == "" || up.LocalBindSocketPath == "" && (up.LocalBindPort < 1 || up.LocalBindPort > 65535):
 		return refuse("it needs a destination and a port, as in \"db:9191\"")
 	case err != nil || ip.Zone() != "" || ip.IsMulticast() || b.isVirtual(ip.Unmap()):
 		return refuse("local_bind_address %q is not an address of one host", address)
-	case up.DestinationPeer != "":
-		return refuse("it is a service of peer %q, and peers are not supported", up.DestinationPeer)
 	case !isDefault(up.DestinationNamespace) || !isDefault(up.DestinationPartition):
 		return refuse("it is in namespace %q and partition %q: those of Consul Enterprise are untested and refused", up.DestinationNamespace, up.DestinationPartition)
 	}
 	made := &catalog.Upstream{Name: up.DestinationName, Config: b.upstreamConfig(service, up)}
+	made.Config.Gateway = cmp.Or(catalog.GatewayMode(up.MeshGateway.Mode), made.Config.Gateway)
 	if ip = ip.Unmap(); ip.IsUnspecified() { // every address of the host: the one that applications dial is loopback's
 		ip = map[bool]netip.Addr{true: netip.AddrFrom4([4]byte{127, 0, 0, 1}), false: netip.IPv6Loopback()}[ip.Is4()]
 	}
-	made.At = netip.AddrPortFrom(ip, uint16(up.LocalBindPort))
+	if made.Socket = up.LocalBindSocketPath; made.Socket == "" {
+		made.At = netip.AddrPortFrom(ip, uint16(up.LocalBindPort))
+	} else {
+		mode, _ := strconv.ParseUint(up.LocalBindSocketMode, 8, 32)
+		made.SocketMode = uint32(mode)
+	}
 	switch up.DestinationType {
 	case api.UpstreamDestTypeService, "":
 		made.Route = *b.upstreamRoute(service, up)
@@ -180,6 +208,9 @@ func (b *builder) upstream(service string, up *upstream) *catalog.Upstream {
 
 // upstreamRoute is where the calls of an upstream go that is a service.
 func (b *builder) upstreamRoute(service string, up *upstream) *catalog.Route {
+	if up.DestinationPeer != "" {
+		return b.route(&chain{targets: []target{{endpoints: endpoints{service: up.DestinationName, peer: up.DestinationPeer}}}})
+	}
 	k := up.chain(b.data)
 	if k.datacenter == "" {
 		if svc := b.services[k.service]; svc != nil {
@@ -191,9 +222,6 @@ func (b *builder) upstreamRoute(service string, up *upstream) *catalog.Route {
 	fail := func(why string) *catalog.Route {
 		b.problem(service, "unsupported", "upstream %q of %q can not be reached: %s", up.DestinationName, up.owner, why)
 		return &catalog.Route{Targets: []*catalog.Target{{Service: k.service, Datacenter: k.datacenter, Unreachable: why}}}
-	}
-	if mode := up.MeshGateway.Mode; mode != api.MeshGatewayModeDefault && mode != api.MeshGatewayModeNone {
-		return fail(fmt.Sprintf("mesh gateways (mode %q) are not supported: set its mode to \"none\" where the datacenters reach each other", mode))
 	}
 	c := b.data.chains[k]
 	if c == nil {
@@ -226,10 +254,10 @@ const (
 
 // callConfig reads what can be honoured of how a service calls another. ignore is told of the rest.
 func callConfig(u *api.UpstreamConfig, ignore func(field string, isHTTP bool)) catalog.CallConfig {
-	c := catalog.CallConfig{ConnectTimeout: time.Duration(max(u.ConnectTimeoutMs, 0)) * time.Millisecond}
+	c := catalog.CallConfig{ConnectTimeout: time.Duration(max(u.ConnectTimeoutMs, 0)) * time.Millisecond, Gateway: catalog.GatewayMode(u.MeshGateway.Mode)}
 	for field, set := range map[string]bool{
 		"EnvoyListenerJSON": u.EnvoyListenerJSON != "", "EnvoyClusterJSON": u.EnvoyClusterJSON != "",
-		"MeshGateway": u.MeshGateway.Mode != "" && u.MeshGateway.Mode != api.MeshGatewayModeNone, "BalanceOutboundConnections": u.BalanceOutboundConnections != "",
+		"BalanceOutboundConnections": u.BalanceOutboundConnections != "",
 	} {
 		if set {
 			ignore(field, false)
@@ -276,8 +304,12 @@ func ejection(h *api.PassiveHealthCheck, ignore func(field string, isHTTP bool))
 func (b *builder) calls() map[string]*catalog.Calls {
 	all := make(map[string]*catalog.Calls)
 	for _, name := range b.needed {
+		c := &catalog.Calls{Overrides: make(map[string]catalog.CallConfig)}
 		d := b.defaults[name]
 		if d == nil || d.UpstreamConfig == nil {
+			if c.Defaults.Gateway = b.gatewayMode(name, c.Defaults); c.Defaults.Gateway != catalog.GatewayUnset {
+				all[name] = c
+			}
 			continue
 		}
 		read := func(u *api.UpstreamConfig) catalog.CallConfig {
@@ -289,10 +321,10 @@ func (b *builder) calls() map[string]*catalog.Calls {
 				b.problem(name, "unsupported", "UpstreamConfig %s %s of %s is not honoured", u.Name, field, what(d))
 			})
 		}
-		c := &catalog.Calls{Overrides: make(map[string]catalog.CallConfig)}
 		if u := d.UpstreamConfig.Defaults; u != nil {
 			c.Defaults = read(u)
 		}
+		c.Defaults.Gateway = b.gatewayMode(name, c.Defaults)
 		for _, u := range d.UpstreamConfig.Overrides {
 			if u.Peer == "" && isDefault(u.Namespace) && isDefault(u.Partition) {
 				c.Overrides[u.Name] = read(u)

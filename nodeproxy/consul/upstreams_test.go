@@ -22,7 +22,7 @@ func problems(s *catalog.Snapshot) string {
 
 func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 	d := sample()
-	d.local["web-1"].Meta = map[string]string{metaUpstreams: "api:9192, api:9191,nobody:9193,bad"}
+	d.local["web-1"].Meta = map[string]string{metaUpstreams: "api:9192, api:9191,nobody:9193,bad,api:/run/meta.sock"}
 	d.local["web-1-sidecar-proxy"].Proxy.Upstreams = []api.Upstream{
 		{DestinationName: "web", LocalBindPort: 9191, Config: map[string]any{
 			"connect_timeout_ms": 250.0, "protocol": "http", "envoy_x": true,
@@ -30,8 +30,12 @@ func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 		}},
 		{DestinationName: "api", LocalBindAddress: "0.0.0.0", LocalBindPort: 9194},
 		{DestinationName: "api", LocalBindAddress: "240.0.0.1", LocalBindPort: 1},
-		{DestinationName: "api", LocalBindSocketPath: "/run/api.sock"},
-		{DestinationName: "api", DestinationPeer: "abroad", LocalBindPort: 2},
+		{DestinationName: "api", LocalBindSocketPath: "/run/api.sock", LocalBindSocketMode: "0660"},
+		{DestinationName: "nobody", LocalBindSocketPath: "/run/api.sock"},
+		{DestinationName: "api", LocalBindSocketPath: "run/api.sock"},
+		{DestinationName: "api", LocalBindSocketPath: "/run/other.sock", LocalBindPort: 5},
+		{DestinationName: "api", LocalBindSocketPath: "/run/third.sock", LocalBindSocketMode: "rw"},
+		{DestinationName: "api", DestinationPeer: "abroad", DestinationNamespace: "prod", LocalBindPort: 2},
 		{DestinationName: "api", DestinationNamespace: "prod", LocalBindPort: 3},
 		{DestinationName: "api", DestinationType: "gateway", LocalBindPort: 4},
 	}
@@ -46,13 +50,23 @@ func TestUpstreamsOfASidecarAndOfMeta(t *testing.T) {
 			t.Errorf("%s is %+v, want %q", at, to.Upstream, want)
 		}
 	}
+	for path, mode := range map[string]uint32{"/run/api.sock": 0o660, "/run/meta.sock": 0} {
+		if to, ok := s.UpstreamSocket(mine, path); !ok || to.Name() != "api" || to.Upstream.SocketMode != mode {
+			t.Errorf("%s is %+v", path, to.Upstream)
+		}
+	}
+	for _, path := range []string{"", "run/api.sock", "/run/other.sock", "/run/third.sock"} {
+		if to, ok := s.UpstreamSocket(mine, path); ok {
+			t.Errorf("%q is %+v", path, to.Upstream)
+		}
+	}
 	if to, ok := s.Upstream(nil, netip.MustParseAddrPort("127.0.0.1:9191")); ok {
 		t.Errorf("for a workload that serves nothing it is %+v", to)
 	}
 	all := problems(s)
 	for _, want := range []string{
 		`upstream "api" of "web-1" is at 127.0.0.1:9191, where upstream "web" of "web-1-sidecar-proxy" is already`,
-		`local_bind_socket_path is not supported`, `peer "abroad"`, `namespace "prod"`, `"gateway" is neither`, `"240.0.0.1" is not an address`,
+		`upstream "nobody" of "web-1-sidecar-proxy" is at /run/api.sock, where`, `local_bind_socket_path "run/api.sock" is not`, `does not go with local_bind_port`, `local_bind_socket_mode "rw"`, `namespace "prod"`, `"gateway" is neither`, `"240.0.0.1" is not an address`,
 		`"nobody" of "web-1" is no service`, `upstream "bad" of "web-1" is refused: it needs`, `Config envoy_x of upstream "web"`,
 	} {
 		if !strings.Contains(all, want) {

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
+
+	"nodeproxy.io/nodeproxy/catalog"
 )
 
 // data is the last good answer to every question. What it points to is replaced, and never changed.
@@ -24,14 +26,17 @@ type data struct {
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
 	filtered   bool   // ACLs hide services
 	local      map[string]*api.AgentService
+	defined    *catalog.Definitions   // what local was made of, where there is no agent
 	names      []string               // of all services of the datacenter, sorted
 	looks      map[string]string      // their tags, and whether they have sidecars; nil before the first answer
 	services   map[string]*service    // those that were looked at
 	targets    map[endpoints]*service // what chains need beyond that; their read is zero before the first answer
 	chains     map[chainKey]*chain
 	queries    map[queryKey]*executed
-	checks     map[string]probes // of local, by ID; nil before the first answer
-	nodes      []netip.Addr      // the addresses of all agents, nil before the first answer
+	peers      []peering
+	gateways   map[string][]string // the services that are mesh gateways, by datacenter; "" is this one
+	checks     map[string]probes   // of local, by ID; nil before the first answer
+	nodes      []netip.Addr        // the addresses of all agents, nil before the first answer
 	entries    *entries
 	proxies    map[string][]Ports // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]rule  // by destination; a name that is not there was not asked for yet
@@ -47,6 +52,7 @@ type agent struct {
 	acls                      bool             // they are on
 	ports                     []uint16         // on which it answers HTTP and gRPC, with TLS or without
 	own                       []netip.AddrPort // where it listens itself, but on all addresses
+	grpc, grpcTLS             uint16
 }
 
 // roots are what certificates are verified with.
@@ -70,6 +76,7 @@ type fault struct {
 // world is the data in force and what keeps newer data out. It is safe for concurrent use.
 type world struct {
 	log     *slog.Logger
+	asked   string        // "the agent", or whoever it is
 	changed chan struct{} // gets a value, without blocking, when the data has changed
 
 	mu     sync.Mutex
@@ -81,9 +88,9 @@ type world struct {
 	logged string            // the error that was logged
 }
 
-func newWorld(log *slog.Logger) *world {
+func newWorld(log *slog.Logger, asked string) *world {
 	return &world{
-		log: log, shook: time.Now(), changed: make(chan struct{}, 1), faults: make(map[string]*fault),
+		log: log, asked: asked, shook: time.Now(), changed: make(chan struct{}, 1), faults: make(map[string]*fault),
 		data: data{
 			services: make(map[string]*service), intentions: make(map[string][]rule),
 			targets: make(map[endpoints]*service), chains: make(map[chainKey]*chain),
@@ -205,7 +212,7 @@ func (w *world) problem() error {
 		if more := len(names) - 5; more > 0 {
 			names = append(names[:5], fmt.Sprintf("%d more", more))
 		}
-		texts = append(texts, fmt.Sprintf("ask the agent for %s: %s", strings.Join(names, ", "), cause))
+		texts = append(texts, fmt.Sprintf("ask %s for %s: %s", w.asked, strings.Join(names, ", "), cause))
 	}
 	slices.Sort(texts)
 	switch {

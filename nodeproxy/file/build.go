@@ -11,6 +11,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/hclfile"
+	"nodeproxy.io/nodeproxy/resolver"
 	"nodeproxy.io/policy"
 )
 
@@ -55,6 +56,7 @@ func build(cfg *Config, w *world, leaves map[string]*tls.Certificate, healthy fu
 	if err := hclfile.Join(b.errs...); err != nil {
 		return nil, err
 	}
+	b.addChains()
 	if len(w.mesh.instances) > 0 && len(w.local(cfg.Node)) == 0 {
 		b.problems = append(b.problems, catalog.Problem{Kind: "unknown-node",
 			Text: fmt.Sprintf("%s/%s defines no service, so this node has none: check node { name }", nodesDir, cfg.Node)})
@@ -157,9 +159,37 @@ func (b *builder) service(name string) *catalog.Service {
 	}
 	if res := e.resolvers[name]; res != nil {
 		svc.ConnectTimeout = res.ConnectTimeout
+		svc.Subsets = slices.Sorted(maps.Keys(res.Subsets))
 	}
 	b.services[name] = svc
 	return svc
+}
+
+// addChains gives the services that have a service-resolver their chain.
+func (b *builder) addChains() {
+	for name, chain := range b.mesh.entries.chains {
+		route := &catalog.Route{Balance: chain.Balance}
+		for _, t := range chain.Targets {
+			target := &catalog.Target{Service: t.Service, Subset: t.Subset}
+			if svc := b.services[t.Service]; svc != nil {
+				target.Instances = b.matching(t.Filter, svc.Instances)
+			}
+			if res := b.mesh.entries.resolvers[t.Service]; res != nil {
+				target.ConnectTimeout = res.ConnectTimeout
+			}
+			route.Targets = append(route.Targets, target)
+		}
+		b.service(name).Chain = route
+	}
+}
+
+// matching are the instances of a subset. Its filter was checked when it was read.
+func (b *builder) matching(filter string, instances []*catalog.Instance) []*catalog.Instance {
+	f, err := resolver.ParseFilter(filter)
+	if err != nil {
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(instances), func(inst *catalog.Instance) bool { return !f.Matches(inst, b.cfg.Datacenter) })
 }
 
 // compile makes the policy of m.
@@ -190,6 +220,9 @@ func demandOf(cfg *Config, m *mesh) demand {
 		if inst.listens() && !inst.native && inst.meshPort == 0 {
 			d.mesh = append(d.mesh, inst.id)
 		}
+	}
+	for name := range m.entries.chains {
+		services[name] = true
 	}
 	d.services = slices.Collect(maps.Keys(services))
 	return d

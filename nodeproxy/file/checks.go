@@ -12,6 +12,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"nodeproxy.io/nodeproxy/catalog"
 )
 
 // maxProbes is how many checks run at once.
@@ -48,6 +50,7 @@ type checker struct {
 	dial    dialFunc
 	log     *slog.Logger
 	changed chan struct{} // gets a value, without blocking, when the health of an instance has changed
+	results chan struct{} // the same for the result of a check
 	slots   chan struct{}
 
 	running sync.WaitGroup
@@ -60,6 +63,7 @@ type checked struct {
 	checks []check
 	stop   context.CancelFunc
 	passes []bool
+	why    []string // they do not pass
 }
 
 func newChecker(dial dialFunc, log *slog.Logger) *checker {
@@ -69,7 +73,10 @@ func newChecker(dial dialFunc, log *slog.Logger) *checker {
 			return d.DialContext(ctx, network, address)
 		}
 	}
-	return &checker{dial: dial, log: log, changed: make(chan struct{}, 1), slots: make(chan struct{}, maxProbes), checked: make(map[string]*checked)}
+	return &checker{
+		dial: dial, log: log, changed: make(chan struct{}, 1), results: make(chan struct{}, 1),
+		slots: make(chan struct{}, maxProbes), checked: make(map[string]*checked),
+	}
 }
 
 // set makes the checks those of instances. What has not changed keeps its results. The goroutines end with ctx.
@@ -100,7 +107,7 @@ func (c *checker) set(ctx context.Context, instances []*instance) {
 
 func (c *checker) start(ctx context.Context, inst *instance) {
 	ctx, stop := context.WithCancel(ctx)
-	now := &checked{checks: inst.checks, stop: stop, passes: make([]bool, len(inst.checks))}
+	now := &checked{checks: inst.checks, stop: stop, passes: make([]bool, len(inst.checks)), why: make([]string, len(inst.checks))}
 	c.checked[inst.id] = now
 	for i, ch := range inst.checks {
 		now.passes[i] = ch.passing
@@ -119,6 +126,22 @@ func (c *checker) healthy(inst *instance) bool {
 		return now.healthy()
 	}
 	return !slices.ContainsFunc(inst.checks, func(ch check) bool { return !ch.passing })
+}
+
+// outcome is what each check of inst last said.
+func (c *checker) outcome(inst *instance) []catalog.CheckResult {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.checked[inst.id]
+	var all []catalog.CheckResult
+	for i, ch := range inst.checks {
+		res := catalog.CheckResult{Name: ch.String(), Passing: ch.passing}
+		if now != nil {
+			res.Passing, res.Output = now.passes[i], now.why[i]
+		}
+		all = append(all, res)
+	}
+	return all
 }
 
 func (c *checked) healthy() bool { return !slices.Contains(c.passes, false) }
@@ -156,7 +179,7 @@ func (c *checker) loop(ctx context.Context, id string, now *checked, i int) {
 func (c *checker) report(id string, now *checked, i int, err error) {
 	c.mu.Lock()
 	before := now.healthy()
-	now.passes[i] = err == nil
+	now.passes[i], now.why[i] = err == nil, text(err)
 	changed := before != now.healthy() && c.checked[id] == now
 	c.mu.Unlock()
 	if err != nil {
@@ -165,10 +188,15 @@ func (c *checker) report(id string, now *checked, i int, err error) {
 		c.log.Info("check passes", "instance", id, "check", now.checks[i].String())
 	}
 	if changed {
-		select {
-		case c.changed <- struct{}{}:
-		default:
-		}
+		wake(c.changed)
+	}
+	wake(c.results)
+}
+
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 

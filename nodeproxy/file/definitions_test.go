@@ -27,7 +27,8 @@ func TestWhatIsNotHonouredIsAProblem(t *testing.T) {
 		"config/split.hcl":    "Kind = \"service-splitter\" Name = \"api\" Splits = [ { Weight = 100 } ]",
 		"config/perm.hcl":     "Kind = \"service-intentions\" Name = \"api\"\nSources = [ { Name = \"web\"\n Permissions = [ { Action = \"allow\" HTTP { PathExact = \"/\" } } ] } ]",
 		"config/jwt.json":     `{"Kind": "service-intentions", "Name": "*", "JWT": {"Providers": [{"Name": "okta"}]}, "Sources": [{"Name": "*", "Action": "allow"}]}`,
-		"config/resolver.hcl": "Kind = \"service-resolver\" Name = \"api\"\nRedirect { Service = \"v2\" }\nFailover \"*\" { Datacenters = [\"dc2\"] }\nSubsets \"v1\" { Filter = \"x\" }",
+		"config/resolver.hcl": "Kind = \"service-resolver\" Name = \"api\" RequestTimeout = \"1s\"\nRedirect { Service = \"v2\" }\nLoadBalancer { LeastRequestConfig { ChoiceCount = 3 } }",
+		"config/balance.hcl":  "Kind = \"service-resolver\" Name = \"v2\"\nLoadBalancer { LeastRequestConfig { ChoiceCount = 3 } }",
 		"config/defaults.hcl": "Kind = \"service-defaults\" Name = \"api\" Protocol = \"http\" Mode = \"transparent\"\nRateLimits { InstanceLevel { RequestsPerSecond = 1 RequestsMaxBurst = 2 } }\nMeshGateway { Mode = \"local\" }",
 		"config/proxy.hcl":    "Kind = \"proxy-defaults\" Name = \"global\"\nConfig { protocol = \"tcp\"\n envoy_x = 1 }",
 		"config/mesh.hcl":     "Kind = \"mesh\"\nTransparentProxy { MeshDestinationsOnly = true }\nTLS { Incoming { TLSMinVersion = \"TLSv1_3\" }\n Outgoing { TLSMaxVersion = \"SSLv3\" } }",
@@ -43,8 +44,8 @@ func TestWhatIsNotHonouredIsAProblem(t *testing.T) {
 		"api l7-ignored service-router of \"api\"", "api l7-ignored service-splitter of \"api\"",
 		"the Permissions of web => api cannot be checked at L4, so the pair is denied (" + d + "/config/perm.hcl:2)",
 		"the JWT of the intentions for \"*\"",
-		"api unsupported Redirect of service-resolver is not honoured (" + d + "/config/resolver.hcl:2)",
-		"Failover of service-resolver", "Subsets of service-resolver",
+		"api l7-ignored RequestTimeout of service-resolver", "service-resolver of \"v2\": LeastRequestConfig.ChoiceCount 3 is not honoured",
+		"v2 unknown-service service-resolver of api names \"v2\"",
 		"api l7-ignored RateLimits of service-defaults", "MeshGateway of service-defaults is not honoured (" + d + "/config/defaults.hcl:3)",
 		"Config envoy_x of proxy-defaults is not honoured (" + d + "/config/proxy.hcl:3)",
 		"TLS.Outgoing of mesh: TLSMaxVersion \"SSLv3\" is not known: it limits nothing (" + d + "/config/mesh.hcl:",
@@ -124,6 +125,10 @@ func TestBadInputKeepsTheLastGoodState(t *testing.T) {
 		{"permissive without leave", "config/b.hcl", "Kind = \"service-defaults\" Name = \"api\"\nMutualTLSMode = \"permissive\"", "config/b.hcl:2: MutualTLSMode \"permissive\" needs a mesh entry"},
 		{"a second global", "config/b.hcl", "Kind = \"proxy-defaults\" Name = \"x\"", "config/b.hcl:1: proxy-defaults \"x\": the only one is called \"global\""},
 		{"a bad duration", "config/b.hcl", "Kind = \"service-resolver\" Name = \"api\"\nConnectTimeout = 5", "config/b.hcl:2: \"ConnectTimeout\" is a number: write a duration"},
+		{"another datacenter", "config/b.hcl", "Kind = \"service-resolver\" Name = \"api\"\nRedirect {\n Service = \"db\" Datacenter = \"dc2\" }", "config/b.hcl:2: Redirect: datacenter \"dc2\": the only one here is \"dc1\""},
+		{"a bad filter", "config/b.hcl", "Kind = \"service-resolver\" Name = \"api\"\nSubsets \"v1\" {\n Filter = \"Service.Mata.x == 1\" }", "config/b.hcl:3: filter of subset \"v1\""},
+		{"a peer to fail over to", "config/b.hcl", "Kind = \"service-resolver\" Name = \"api\"\nFailover \"*\" {\n Targets = [ { Peer = \"east\" } ] }", "config/b.hcl:2: Failover *: peer \"east\""},
+		{"no such subset", "config/b.hcl", "\nKind = \"service-resolver\" Name = \"old\" Redirect { Service = \"api\" ServiceSubset = \"v1\" }", "config/b.hcl:2: service \"api\" has no subset \"v1\""},
 		{"another partition", "config/b.hcl", "Kind = \"service-intentions\" Name = \"b\"\nPartition = \"x\" Sources = [ { Name = \"web\" Action = \"allow\" } ]", "config/b.hcl:2: Partition \"x\""},
 		{"a wrong state", "state.json", "{", "state.json: unexpected EOF"},
 		{"a state of another range", "state.json", `{"virtual_ips": {"api": "250.0.0.1"}}`, "the virtual IP 250.0.0.1 of \"api\" is not in 240.0.0.0/24"},
@@ -189,7 +194,7 @@ func FuzzDefinitions(f *testing.F) {
 		if err := errors.Join(os.MkdirAll(sub, 0o755), os.WriteFile(filepath.Join(sub, name), data, 0o600)); err != nil {
 			t.Fatal(err)
 		}
-		m, err := readMesh(d)
+		m, err := readMesh(d, "dc1")
 		if err != nil {
 			if !strings.Contains(err.Error(), name) {
 				t.Fatalf("an error without the file: %v", err)
@@ -224,7 +229,7 @@ func BenchmarkReadTenThousandIntentions(b *testing.B) {
 	}
 	d := dir(b, files)
 	for b.Loop() {
-		if _, err := readMesh(d); err != nil {
+		if _, err := readMesh(d, "dc1"); err != nil {
 			b.Fatal(err)
 		}
 	}

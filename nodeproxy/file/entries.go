@@ -12,6 +12,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/hclfile"
+	"nodeproxy.io/nodeproxy/resolver"
 	"nodeproxy.io/policy"
 )
 
@@ -19,6 +20,7 @@ import (
 type entries struct {
 	defaults   map[string]*api.ServiceConfigEntry
 	resolvers  map[string]*api.ServiceResolverConfigEntry
+	chains     map[string]*resolver.Chain // of those
 	proxy      *api.ProxyConfigEntry
 	mesh       *meshEntry
 	tls        catalog.TLS
@@ -60,11 +62,13 @@ func (r *reader) readConfig() {
 	r.mesh.entries = entries{
 		defaults:  make(map[string]*api.ServiceConfigEntry),
 		resolvers: make(map[string]*api.ServiceResolverConfigEntry),
+		chains:    make(map[string]*resolver.Chain),
 		ignoredL7: make(map[string][]string),
 	}
 	for _, f := range r.files(filepath.Join(r.dir, configDir)) {
 		r.readEntry(f)
 	}
+	r.compileChains()
 	e := &r.mesh.entries
 	if e.mesh == nil || !e.mesh.AllowEnablingPermissiveMutualTLS {
 		for _, pos := range e.permissive {
@@ -144,11 +148,28 @@ func (r *reader) addDefaults(f *hclfile.File, entry *api.ServiceConfigEntry) {
 }
 
 func (r *reader) addResolver(f *hclfile.File, entry *api.ServiceResolverConfigEntry) {
-	r.unhonoured(f, entry.Name, entry, "ConnectTimeout")
-	if entry.ConnectTimeout < 0 {
-		r.fail(f.Pos("ConnectTimeout").Errorf("ConnectTimeout is negative"))
+	r.unhonoured(f, entry.Name, entry, "ConnectTimeout", "DefaultSubset", "Subsets", "Redirect", "Failover", "LoadBalancer", "PrioritizeByLocality")
+	for _, wrong := range resolver.Check(entry, r.datacenter) {
+		r.fail(f.Pos(wrong.Path...).Errorf("%w", wrong.Err))
 	}
 	r.mesh.entries.resolvers[entry.Name] = entry
+}
+
+// compileChains makes of all service-resolvers together where calls go.
+func (r *reader) compileChains() {
+	e := &r.mesh.entries
+	for _, name := range slices.Sorted(maps.Keys(e.resolvers)) {
+		pos := r.byKind[[2]string{api.ServiceResolver, name}]
+		chain, err := resolver.Compile(name, e.resolvers)
+		if err != nil {
+			r.fail(pos.Errorf("%w", err))
+			continue
+		}
+		e.chains[name] = chain
+		for _, text := range chain.Ignored {
+			r.problem(name, "unsupported", "service-resolver of %q: %s (%s)", name, text, pos)
+		}
+	}
 }
 
 func (r *reader) addProxyDefaults(f *hclfile.File, entry *api.ProxyConfigEntry) {
@@ -334,6 +355,16 @@ func (r *reader) strangers() {
 			names("intention "+in.Source+" => "+in.Destination, in.Source, r.origins[i])
 		}
 		names("intention "+in.Source+" => "+in.Destination, in.Destination, r.origins[i])
+	}
+	for name, chain := range r.mesh.entries.chains {
+		defined[name] = defined[name] || chain.Targets[0].Service != name // it is another name for what it leads to
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.mesh.entries.chains)) {
+		for _, t := range r.mesh.entries.chains[name].Targets {
+			if t.Service != name {
+				names(api.ServiceResolver+" of "+name, t.Service, r.byKind[[2]string{api.ServiceResolver, name}])
+			}
+		}
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(r.byKind), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
 		switch key[0] {

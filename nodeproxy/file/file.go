@@ -130,10 +130,7 @@ func (s *Source) Need(services []string) {
 	s.mu.Lock()
 	s.need = slices.Clone(services)
 	s.mu.Unlock()
-	select {
-	case s.needed <- struct{}{}:
-	default:
-	}
+	wake(s.needed)
 }
 
 // Health implements catalog.Source.

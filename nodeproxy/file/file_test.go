@@ -262,3 +262,51 @@ func TestNewRefusesWhatCannotWork(t *testing.T) {
 		}
 	}
 }
+
+func TestCallsFollowServiceResolvers(t *testing.T) {
+	d := dir(t, map[string]string{
+		"nodes/node-1/web.hcl": webHCL,
+		"nodes/node-2/api.hcl": `services { name = "api" id = "api-1" port = 8080 meta { version = "v1" } connect { sidecar_service { port = 21998 } } }
+			services { name = "api" id = "api-2" port = 8081 meta { version = "v2" } connect { sidecar_service { port = 21999 } } }
+			services { name = "spare" port = 8082 connect { sidecar_service { port = 21997 } } }`,
+		"config/api.hcl": `Kind = "service-resolver" Name = "api" DefaultSubset = "old" ConnectTimeout = "2s" LoadBalancer { Policy = "maglev" }
+			Subsets "old" { Filter = "Service.Meta.version == v1" }
+			Subsets "new" { Filter = "Service.Meta.version == v2" OnlyPassing = true }
+			Failover "*" { Targets = [ { ServiceSubset = "new" }, { Service = "spare" } ] }`,
+		"config/alias.hcl": `Kind = "service-resolver" Name = "alias" Redirect { Service = "api" ServiceSubset = "new" }`,
+	})
+	one := start(t, testConfig(d, "node-1"))
+	one.Need([]string{"web"})
+	start(t, testConfig(d, "node-2"))
+	snap := one.until("addresses of both instances", func(s *catalog.Snapshot) bool {
+		return find(s, "api", "api-1").Mesh.IsValid() && find(s, "api", "api-2").Mesh.IsValid()
+	})
+	describe := func(name string) (all string) {
+		route := snap.Services[name].Route()
+		for _, t := range route.Targets {
+			all += t.String() + "["
+			for _, inst := range t.Instances {
+				all += inst.ID
+			}
+			all += "] " + t.ConnectTimeout.String() + " "
+		}
+		return all + string(route.Balance)
+	}
+	for name, want := range map[string]string{
+		"api":   "old.api[api-1] 2s new.api[api-2] 2s spare[spare] 0s source_hash",
+		"alias": "new.api[api-2] 2s spare[spare] 0s source_hash",
+	} {
+		if got := describe(name); got != want {
+			t.Errorf("calls of %s go to %s, want %s", name, got, want)
+		}
+	}
+	if svc := snap.Services["alias"]; len(svc.Virtual) != 1 || svc.Virtual[0] == snap.Services["api"].Virtual[0] {
+		t.Errorf("the virtual IPs of alias are %s", svc.Virtual)
+	}
+	if got := strings.Join(snap.Services["api"].Subsets, " "); got != "new old" {
+		t.Errorf("the subsets of api are %s", got)
+	}
+	if text := problems(snap); text != "" {
+		t.Errorf("problems: %s", text)
+	}
+}

@@ -35,25 +35,26 @@ type mesh struct {
 
 // reader reads a mesh directory. It collects all errors, so that the operator sees them at once.
 type reader struct {
-	dir     string
-	mesh    *mesh
-	byID    map[[2]string]*instance   // by node and ID
-	byKind  map[[2]string]hclfile.Pos // by kind and name
-	origins []hclfile.Pos             // of the intentions
-	count   int                       // of files
-	bytes   int64
-	errs    []error
+	dir        string
+	datacenter string
+	mesh       *mesh
+	byID       map[[2]string]*instance   // by node and ID
+	byKind     map[[2]string]hclfile.Pos // by kind and name
+	origins    []hclfile.Pos             // of the intentions
+	count      int                       // of files
+	bytes      int64
+	errs       []error
 }
 
 // readMesh reads nodes/ and config/ of the mesh directory dir. Either both are good, or there is an error that names
 // file and line of all that is wrong.
-func readMesh(dir string) (*mesh, error) {
+func readMesh(dir, datacenter string) (*mesh, error) {
 	if info, err := os.Stat(dir); err != nil {
 		return nil, fmt.Errorf("read mesh directory: %w: create it, or correct source \"file\" { path }", err)
 	} else if !info.IsDir() {
 		return nil, fmt.Errorf("read mesh directory: %s is not a directory", dir)
 	}
-	r := &reader{dir: dir, mesh: &mesh{}, byID: make(map[[2]string]*instance), byKind: make(map[[2]string]hclfile.Pos)}
+	r := &reader{dir: dir, datacenter: datacenter, mesh: &mesh{}, byID: make(map[[2]string]*instance), byKind: make(map[[2]string]hclfile.Pos)}
 	for _, entry := range r.list(dir) {
 		if entry.Name() != stateJSON && !entry.IsDir() {
 			r.misplaced(filepath.Join(dir, entry.Name()), entry)

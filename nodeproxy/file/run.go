@@ -136,7 +136,7 @@ func (r *run) reread(ctx context.Context) error {
 // read reads all of the directory.
 func (r *run) read(ctx context.Context) (*world, error) {
 	r.caErr = nil
-	m, err := readMesh(r.cfg.Dir)
+	m, err := readMesh(r.cfg.Dir, r.cfg.Datacenter)
 	if err != nil {
 		return nil, err
 	}

@@ -27,6 +27,7 @@ type Credentials struct {
 	snap   *catalog.Snapshot
 	leaves map[string]*tls.Certificate
 	roots  *x509.CertPool
+	peers  map[string]*x509.CertPool // the roots of other trust domains, each for itself
 }
 
 // New returns the credentials of snap, with leaves as the certificates of the local services.
@@ -35,7 +36,18 @@ func New(snap *catalog.Snapshot, leaves map[string]*tls.Certificate) *Credential
 	for _, root := range snap.Roots {
 		roots.AddCert(root)
 	}
-	return &Credentials{snap: snap, leaves: leaves, roots: roots}
+	c := &Credentials{snap: snap, leaves: leaves, roots: roots, peers: make(map[string]*x509.CertPool)}
+	for _, peer := range snap.Peers {
+		pool := x509.NewCertPool()
+		for _, der := range peer.Roots {
+			if root, err := x509.ParseCertificate(der); err == nil { // the source has parsed it already
+				pool.AddCert(root)
+			}
+		}
+		c.peers[peer.TrustDomain] = pool
+	}
+	delete(c.peers, snap.TrustDomain)
+	return c
 }
 
 // Leaf returns the certificate of a local service. The error is a *catalog.Refusal with ReasonNoCertificate when there
@@ -119,6 +131,9 @@ func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Targ
 		config.NextProtos = []string{protocol}
 	}
 	config.ServerName = sni(want)
+	if target.Peered != nil {
+		config.ServerName = target.Peered.SNI
+	}
 	if target.Subset != "" {
 		config.ServerName = target.Subset + "." + config.ServerName
 	}
@@ -184,7 +199,7 @@ func (p *Peer) Until() time.Time {
 
 // SameTerms says whether c and o trust the same, and the mesh asks the same of TLS.
 func (c *Credentials) SameTerms(o *Credentials) bool {
-	return c.snap.TrustDomain == o.snap.TrustDomain && reflect.DeepEqual(c.snap.TLS, o.snap.TLS) &&
+	return c.snap.TrustDomain == o.snap.TrustDomain && reflect.DeepEqual(c.snap.TLS, o.snap.TLS) && reflect.DeepEqual(c.snap.Peers, o.snap.Peers) &&
 		slices.EqualFunc(c.snap.Roots, o.snap.Roots, (*x509.Certificate).Equal)
 }
 
@@ -206,7 +221,7 @@ func base(leaf *tls.Certificate, limits catalog.TLSLimits) *tls.Config {
 }
 
 // verify checks a peer's certificate: chain with the intermediates it sent, key usage, and exactly one URI SAN that is
-// the SPIFFE ID of a service in our trust domain. Every error has ReasonPeerIdentity.
+// the SPIFFE ID of a service in our trust domain, or a peer's, by the roots of just that domain. Every error has ReasonPeerIdentity.
 func (c *Credentials) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (Peer, error) {
 	id, until, err := c.identify(chain, usage)
 	if err != nil {
@@ -224,7 +239,11 @@ func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage
 	for _, cert := range chain[1:] {
 		intermediates.AddCert(cert)
 	}
-	options := x509.VerifyOptions{Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}}
+	roots := c.roots
+	if len(leaf.URIs) == 1 && c.peers[leaf.URIs[0].Host] != nil {
+		roots = c.peers[leaf.URIs[0].Host]
+	}
+	options := x509.VerifyOptions{Roots: roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}}
 	chains, err := leaf.Verify(options)
 	if err != nil {
 		return id, until, err
@@ -241,7 +260,7 @@ func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage
 	if err != nil {
 		return id, until, err
 	}
-	if id.TrustDomain != c.snap.TrustDomain {
+	if ours := id.TrustDomain == c.snap.TrustDomain; ours != (roots == c.roots) || !ours && roots != c.peers[id.TrustDomain] {
 		return id, until, fmt.Errorf("its trust domain is %q and ours is %q", id.TrustDomain, c.snap.TrustDomain)
 	}
 	for _, chain := range chains {
@@ -273,6 +292,11 @@ func (c *Credentials) checkSNI(name, service string) error {
 			if strings.EqualFold(name, subset+"."+whole) {
 				return nil
 			}
+		}
+	}
+	for _, peer := range c.snap.Peers { // who calls what was exported to it, by its own name for it here
+		if strings.EqualFold(name, strings.Join([]string{service, "default", "default", peer.Name, "external", c.snap.TrustDomain}, ".")) {
+			return nil
 		}
 	}
 	return refuse(catalog.ReasonHandshakeFailed, "check the SNI %.100q: the address asked belongs to %q, whose SNI is %q", name, service, whole)

@@ -51,6 +51,5 @@ func (e *entry) refusesConsul(snap *catalog.Snapshot) bool {
 	if e.access != AccessDefault {
 		return e.access == AccessRefuse
 	}
-	svc := snap.Services[e.Service]
-	return !snap.ACLs && (svc == nil || !slices.ContainsFunc(svc.Instances, func(i *catalog.Instance) bool { return i.Local && i.Native }))
+	return !snap.ACLs && !slices.ContainsFunc(e.instancesIn(snap), func(i *catalog.Instance) bool { return i.Local && i.Native })
 }

@@ -74,7 +74,7 @@ type directInput struct {
 type directSource struct {
 	workload  uint32
 	namespace uint64
-	instances string // that it serves: their upstreams are its own
+	callers   string // the instances whose upstreams are its own
 }
 
 type directTarget struct {
@@ -117,7 +117,7 @@ func (m *Manager) grantDirect(v *view) {
 			continue
 		}
 		for _, s := range m.spacesOf(e) {
-			in.sources = append(in.sources, directSource{e.ID, s.Cookie, strings.Join(v.serves[e.ID], "\x00")})
+			in.sources = append(in.sources, directSource{e.ID, s.Cookie, strings.Join(v.callers[e.ID], "\x00")})
 		}
 	}
 	for _, t := range targets {
@@ -127,7 +127,9 @@ func (m *Manager) grantDirect(v *view) {
 	defer d.mu.Unlock()
 	d.targets, d.proxied = targets, make(map[string]bool)
 	for _, e := range entries {
-		d.proxied[e.Service] = d.proxied[e.Service] || e.Proxied
+		for _, service := range e.Services() {
+			d.proxied[service] = d.proxied[service] || e.Proxied
+		}
 		d.sources[e.ID] = owner{e.Service, e.Cgroup}
 	}
 	for _, t := range targets {

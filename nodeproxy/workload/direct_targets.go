@@ -19,6 +19,7 @@ type target struct {
 	*served
 	address netip.AddrPort
 	closes  uint64
+	group   uint32
 	why     string // it is not, and why
 }
 
@@ -43,11 +44,13 @@ func (m *Manager) directTargets(v *view) []target {
 			}
 			spaces[s.space.Cookie] = in
 		}
-		t := target{served: s, closes: in.closes}
+		t := target{served: s, closes: in.closes, group: m.group(s.Workloads[0])}
 		switch t.address, t.why = s.directAddress(in.listeners); {
 		case t.why != "":
 		case slices.ContainsFunc(s.Workloads, func(w *Workload) bool { return w.Proxied }):
 			t.why = labelledMTLS
+		case slices.ContainsFunc(s.Workloads, func(w *Workload) bool { return m.group(w) != t.group }):
+			t.why = "workloads that do not have all services in common serve it"
 		case in.err != nil:
 			t.why = in.err.Error()
 		default:
@@ -125,7 +128,7 @@ func (m *Manager) grantsOf(v *view, e *entry, s *space, targets []target) []gran
 		if reached[t.Service] == nil {
 			reached[t.Service] = make(map[*catalog.Instance]redirect.Target)
 		}
-		reached[t.Service][t.instance] = redirect.Target{Namespace: t.space.Cookie, Address: t.address, Source: source, Closes: t.closes, Group: m.group(t.Service)}
+		reached[t.Service][t.instance] = redirect.Target{Namespace: t.space.Cookie, Address: t.address, Source: source, Closes: t.closes, Group: t.group}
 	}
 	var all []grant
 	for service, to := range reached {
@@ -147,7 +150,7 @@ func (m *Manager) grantsOf(v *view, e *entry, s *space, targets []target) []gran
 
 // isUpstream says whether a workload reaches an upstream of its own at an address, or, without a port, on one of its ports.
 func (v *view) isUpstream(workload uint32, at netip.AddrPort) bool {
-	for _, id := range v.serves[workload] {
+	for _, id := range v.callers[workload] {
 		for _, up := range v.snap.Upstreams[id] {
 			if up.At.Addr() == at.Addr() && (at.Port() == 0 || up.At.Port() == at.Port()) {
 				return true

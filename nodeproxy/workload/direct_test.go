@@ -84,7 +84,7 @@ func TestWhatOnlyTheProxyCanHonourIsNotGranted(t *testing.T) {
 
 func TestTheAddressOfAnUpstreamIsNotGrantedToItsWorkload(t *testing.T) {
 	up := &catalog.Upstream{At: netip.MustParseAddrPort("240.0.0.1:5000"), Name: "db"}
-	v := &view{snap: &catalog.Snapshot{Upstreams: map[string][]*catalog.Upstream{"web-1": {up}}}, serves: map[uint32][]string{7: {"web-1"}, 8: {"other-1"}}}
+	v := &view{snap: &catalog.Snapshot{Upstreams: map[string][]*catalog.Upstream{"web-1": {up}}}, callers: map[uint32][]string{7: {"web-1"}, 8: {"other-1"}}}
 	for at, want := range map[string]bool{"240.0.0.1:5000": true, "240.0.0.1:0": true, "240.0.0.1:5001": false, "240.0.0.2:0": false} {
 		if got := v.isUpstream(7, netip.MustParseAddrPort(at)); got != want {
 			t.Errorf("%s is an upstream of the workload: %t", at, got)

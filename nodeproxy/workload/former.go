@@ -2,6 +2,7 @@ package workload
 
 import (
 	"maps"
+	"strings"
 	"time"
 )
 
@@ -14,8 +15,8 @@ type former struct {
 
 type formerWorkload struct {
 	*Workload
-	serves []string
-	until  time.Time
+	callers []string
+	until   time.Time
 }
 
 type formerServed struct {
@@ -28,7 +29,7 @@ func (f *former) retire(last, next *view) {
 	now := time.Now()
 	for id, w := range last.byID {
 		if next.byID[id] == nil && f.workloads[id].Workload == nil {
-			f.workloads[id] = formerWorkload{w, last.serves[id], now.Add(grace)}
+			f.workloads[id] = formerWorkload{w, last.callers[id], now.Add(grace)}
 		}
 	}
 	for key, s := range last.served {
@@ -39,7 +40,7 @@ func (f *former) retire(last, next *view) {
 	maps.DeleteFunc(f.workloads, func(_ uint32, w formerWorkload) bool { return now.After(w.until) })
 	maps.DeleteFunc(f.served, func(key servedKey, s formerServed) bool { return now.After(s.until) || next.served[key] != nil })
 	for id, w := range f.workloads {
-		next.byID[id], next.serves[id] = w.Workload, w.serves
+		next.byID[id], next.callers[id] = w.Workload, w.callers
 	}
 	next.former = make(map[servedKey]*served, len(f.served))
 	for key, s := range f.served {
@@ -63,7 +64,7 @@ func (m *Manager) leave() {
 		if err := m.redirect.Unenroll(e.cgroup); err != nil {
 			m.log.Error("un-enrolment left something behind; run `nodeproxy cleanup` once the daemon is stopped", "cgroup", e.Cgroup, "error", err)
 		}
-		m.log.Info("workload un-enrolled", "cgroup", e.Cgroup, "service", e.Service)
+		m.log.Info("workload un-enrolled", "cgroup", e.Cgroup, "service", strings.Join(e.Services(), ","))
 	}
 	if m.leaving = again; len(again) > 0 {
 		m.wake()

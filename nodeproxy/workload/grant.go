@@ -39,8 +39,8 @@ func (m *Manager) grants() (granted []Claim, refused []RefusedClaim) {
 }
 
 func conflict(first, c Claim) string {
-	if first.Service != c.Service {
-		return fmt.Sprintf("%s claims this cgroup for service %q: remove one of the two", first.Provider, first.Service)
+	if !slices.Equal(first.services(), c.services()) {
+		return fmt.Sprintf("%s claims this cgroup for service %q: remove one of the two", first.Provider, strings.Join(first.services(), ","))
 	}
 	return fmt.Sprintf("%s claims this cgroup for the same service with other settings, which hold: remove one of the two, or make them equal", first.Provider)
 }
@@ -58,11 +58,23 @@ func (m *Manager) refuses(c Claim) string {
 		return fmt.Sprintf("the daemon itself runs in it, in %s: start nodeproxy in another cgroup", m.cgroup)
 	case c.Service == "" && c.Mesh != Disabled:
 		return "it names no service"
+	case repeated(c.services()) != "":
+		return fmt.Sprintf("it names service %q twice: name it once", repeated(c.services()))
 	case c.DNS != nil && *c.DNS && m.cfg.DNS == nil:
 		return "its label dns is \"enabled\", and dns.enabled is false in the configuration of this node: set that to true, or remove the label"
 	}
 	if prober := m.isProbers(c.Cgroup); prober != "" {
 		return fmt.Sprintf("a prober of this node, such as the Consul agent, runs in it, in %s: start that in another cgroup", prober)
+	}
+	return ""
+}
+
+// repeated is the first of names that is there twice, or "".
+func repeated(names []string) string {
+	for i, name := range names {
+		if slices.Contains(names[:i], name) {
+			return name
+		}
 	}
 	return ""
 }
@@ -110,7 +122,7 @@ func (m *Manager) follow() {
 		if _, known := m.workloads[path]; known {
 			continue
 		}
-		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Service: c.Service, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh, Proxied: c.Proxied}}
+		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Service: c.Service, Also: c.Also, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh, Proxied: c.Proxied}}
 		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
 		m.workloads[path] = e
 	}

@@ -53,10 +53,19 @@ func (l Labels) Claim(provider, cgroup string) Claim {
 }
 
 func labelService(c *Claim, value string) error {
-	if !catalog.IsServiceName(value) {
-		return errors.New("set it to the name of the service that the workload is")
+	names := strings.Split(value, ",")
+	for i, name := range names {
+		if names[i] = strings.TrimSpace(name); !catalog.IsServiceName(names[i]) {
+			return errors.New("set it to the name of the service that the workload is, and those of further ones that others reach in it after commas")
+		}
 	}
-	c.Service = value
+	if len(names) > maxListed {
+		return fmt.Errorf("it lists %d, at most %d are allowed", len(names), maxListed)
+	}
+	if twice := repeated(names); twice != "" {
+		return fmt.Errorf("%q is in it twice: name it once", twice)
+	}
+	c.Service, c.Also = names[0], names[1:]
 	return nil
 }
 

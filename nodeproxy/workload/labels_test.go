@@ -24,6 +24,9 @@ func TestLabelsBecomeAClaim(t *testing.T) {
 	if got.Invalid != "" || !got.agrees(want) || got.Cgroup != want.Cgroup || got.Provider != want.Provider {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
+	if several := (Labels{"service": "web, web-admin"}).Claim("xattr", "/c/web"); !several.agrees(Claim{Service: "web", Also: []string{"web-admin"}}) || several.agrees(Claim{Service: "web"}) {
+		t.Errorf("two services: %+v", several)
+	}
 	if plain := (Labels{"service": "web"}).Claim("xattr", "/c/web"); !plain.agrees(Claim{Service: "web"}) || plain.Mesh != Enabled {
 		t.Errorf("a service alone: %+v", plain)
 	}
@@ -40,6 +43,9 @@ func TestBadLabelsSayWhatIsWrongWithThem(t *testing.T) {
 		{"service", "", "name of the service"},
 		{"service", "a/b", "name of the service"},
 		{"service", "*", "name of the service"},
+		{"service", "web,", "name of the service"},
+		{"service", "web, web", `"web" is in it twice`},
+		{"service", "s" + strings.Join(many, ",s"), "lists 65, at most 64"},
 		{"ports", "", "ports between 1 and 65535"},
 		{"ports", "0", "ports between 1 and 65535"},
 		{"ports", "65536", "ports between 1 and 65535"},

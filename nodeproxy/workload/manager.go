@@ -66,6 +66,7 @@ type Manager struct {
 	view  atomic.Pointer[view]
 
 	repairs atomic.Uint64
+	looked  atomic.Pointer[time.Time] // when the last reconciliation ended
 	direct  *direct
 
 	mu     sync.Mutex // guards claims, ended and snap
@@ -81,8 +82,9 @@ type Manager struct {
 	refused    []RefusedClaim
 	pruned     bool
 	warned     map[warning]bool
-	groups     map[string]uint32 // the kernel's numbers of services
+	groups     map[string]uint32 // the kernel's numbers of workloads with the same services
 	serving    sync.WaitGroup    // of name queries, one for each namespace
+	unheard    map[string]bool   // providers that had said nothing when this reconciliation began
 	unguarded  error             // why inbound rules are missing
 	missed     bool              // a namespace could not be opened in this reconciliation
 	drifted    drifts
@@ -90,28 +92,30 @@ type Manager struct {
 	leaving    []*entry // released, and not detached yet
 	watcher    *watcher
 	probers    probers
+	sockets    sockets
 	older      map[uint64]*older // by cgroup id
+	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
 }
 
 // entry is a granted claim.
 type entry struct {
 	Workload
-	claim     Claim
-	cgroup    uint64 // id; 0: the directory is not there
-	enrolled  bool
-	processes int
-	inodes    []uint64        // of the network namespaces its processes are in
-	subtree   map[uint64]bool // ids of its cgroup and those below
-	problem   error
-	access    Access
-	left      bool     // was released before the last reconciliation
-	steered   uint64   // the cgroup whose name queries are
-	noDNS     error    // why they are not
-	misplaced []string // instances of its service whose address is in none of its namespaces
-	contested []string // its ports that another service's workload has in the same namespace
-	instances []string
-
-	unreachable []string // instances of its service that have no mesh address: they only call others
+	claim       Claim
+	cgroup      uint64 // id; 0: the directory is not there
+	enrolled    bool
+	processes   int
+	inodes      []uint64        // of the network namespaces its processes are in
+	subtree     map[uint64]bool // ids of its cgroup and those below
+	problem     error
+	access      Access
+	left        bool     // was released before the last reconciliation
+	steered     uint64   // the cgroup whose name queries are
+	noDNS       error    // why they are not
+	uncertified []string // its services without a certificate
+	misplaced   []string // instances of its services whose address is in none of its namespaces
+	contested   []string // its ports that another service's workload has in the same namespace
+	instances   []string // of its services, that it serves
+	callers     []string // of the service that its connections are of: their upstreams are its own
 }
 
 // space is an open namespace. The data path sees it through a view: what it reads is not changed, but replaced.
@@ -158,7 +162,11 @@ func NewManager(cfg Config) (*Manager, error) {
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
 		older:      make(map[uint64]*older),
+		adopted:    make(map[uint64]bool),
 		former:     former{workloads: make(map[uint32]formerWorkload), served: make(map[servedKey]formerServed)},
+	}
+	for _, e := range r.Enrolled() {
+		m.adopted[e.Cgroup] = true
 	}
 	m.view.Store(&view{})
 	return m, nil
@@ -181,6 +189,11 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 			wg.Go(func() { h.ServeInbound(public, ln) })
 		}
 	}
+	m.sockets = sockets{open: make(map[socketKey]*upstreamSocket), serve: func(s *upstreamSocket) {
+		wg.Go(func() {
+			h.ServeUpstream(s.ln, func(conn *net.UnixConn) (*Origin, error) { return m.socketOrigin(s, conn) })
+		})
+	}}
 	for _, p := range m.cfg.Providers {
 		wg.Go(func() { m.provide(ctx, p) })
 	}
@@ -202,6 +215,9 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 		e.left = true // nothing is redirected for it any more, and there is no later
 	}
 	m.leave()
+	for _, s := range m.sockets.open {
+		s.close(m)
+	}
 	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close())
 	for _, ns := range m.namespaces {
 		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {
@@ -287,6 +303,8 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			h.Need(need)
 		}
 		m.reconcile(h)
+		now := time.Now()
+		m.looked.Store(&now)
 		select {
 		case <-ctx.Done():
 			return
@@ -329,16 +347,16 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 func (m *Manager) needed() []string {
 	granted, _ := m.grants()
 	var names []string
-	add := func(service string, mesh Mesh) {
+	add := func(services []string, mesh Mesh) {
 		if mesh == Enabled {
-			names = append(names, service)
+			names = append(names, services...)
 		}
 	}
 	for _, c := range granted {
-		add(c.Service, c.Mesh)
+		add(c.services(), c.Mesh)
 	}
 	for _, e := range m.workloads {
-		add(e.Service, e.Mesh)
+		add(e.Services(), e.Mesh)
 	}
 	slices.Sort(names)
 	return slices.Compact(names)

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/redirect"
 )
 
@@ -16,12 +17,33 @@ type older struct {
 	ended    int
 }
 
-// noteOlder remembers what e, which was just enrolled, has open past the mesh.
-func (m *Manager) noteOlder(e *entry) {
+// joined notes when e, which was just enrolled, came into the mesh: now, or, where an earlier daemon had enrolled it, when that did.
+// The time for which its connections may go on counts from then.
+func (m *Manager) joined(e *entry, now bool) {
+	adopted := m.adopted[e.cgroup]
+	delete(m.adopted, e.cgroup)
+	at := time.Now()
+	var err error
+	switch {
+	case now:
+		err = m.redirect.SetJoined(e.cgroup, at)
+	case adopted && m.cfg.Existing != nil && *m.cfg.Existing > 0:
+		at, err = m.redirect.Joined(e.cgroup)
+	default:
+		return
+	}
+	if err != nil {
+		m.log.Warn("the time for connections older than the enrolment starts anew when a daemon is restarted", "cgroup", e.Cgroup, "error", err)
+	}
+	m.noteOlder(e, at)
+}
+
+// noteOlder remembers what e has open past the mesh, which it joined at that time.
+func (m *Manager) noteOlder(e *entry, joined time.Time) {
 	if m.cfg.Existing == nil {
 		return
 	}
-	o := &older{due: time.Now().Add(*m.cfg.Existing), accepted: make(map[uint64]bool)}
+	o := &older{due: joined.Add(*m.cfg.Existing), accepted: make(map[uint64]bool)}
 	m.older[e.cgroup] = o
 	err := m.bypasses(e, func(_ *redirect.Namespace, b redirect.Bypass) error {
 		if b.Accepted {
@@ -36,7 +58,7 @@ func (m *Manager) noteOlder(e *entry) {
 
 // endOlder resets what is due. It looks again in the next reconciliation, until there is nothing: a connect that was under
 // way when the workload was switched on comes late.
-func (m *Manager) endOlder() {
+func (m *Manager) endOlder(h Handler) {
 	for _, e := range m.workloads {
 		o := m.older[e.cgroup]
 		if o == nil || !e.enrolled || time.Now().Before(o.due) {
@@ -52,7 +74,11 @@ func (m *Manager) endOlder() {
 				return nil
 			}
 			found++
-			return ns.Reset(b.Socket)
+			if err := ns.Reset(b.Socket); err != nil {
+				return err
+			}
+			h.Verdict(ended(m.view.Load().byID[e.ID], b))
+			return nil
 		})
 		o.ended += found
 		switch {
@@ -67,6 +93,15 @@ func (m *Manager) endOlder() {
 			m.log.Info("connections older than the enrolment are reset", "cgroup", e.Cgroup, "service", e.Service, "connections", o.ended)
 		}
 	}
+}
+
+// ended tells of a connection of w that was reset.
+func ended(w *Workload, b redirect.Bypass) KernelVerdict {
+	v := KernelVerdict{Inbound: b.Accepted, Reason: catalog.ReasonExisting, Workload: w, Source: b.Local, Destination: b.Remote}
+	if b.Accepted {
+		v.Source, v.Destination = b.Remote, b.Local
+	}
+	return v
 }
 
 // bypasses calls f for each connection of e that goes past the mesh, until it returns an error.

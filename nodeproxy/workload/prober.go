@@ -194,16 +194,12 @@ func ownedByRoot(dir string) bool {
 func (m *Manager) probeTargets(snap *catalog.Snapshot, ready []*entry) []redirect.ProbeTarget {
 	var all []redirect.ProbeTarget
 	for _, e := range m.protected(ready) {
-		svc := snap.Services[e.Service]
-		if svc == nil {
-			continue
-		}
 		for _, inode := range e.inodes {
 			s := m.namespaces[inode]
 			if s == nil {
 				continue
 			}
-			for _, inst := range svc.Instances {
+			for _, inst := range e.instancesIn(snap) {
 				for _, port := range inst.Probed {
 					for _, ip := range s.probeAddrs() {
 						all = append(all, redirect.ProbeTarget{Addr: netip.AddrPortFrom(ip, port), Namespace: s.Cookie, Workload: e.ID})

@@ -66,6 +66,13 @@ func (m *Manual) Run(ctx context.Context, claim func([]Claim)) error {
 	return nil
 }
 
+// Claims lists what is enrolled by hand.
+func (m *Manual) Claims() []Claim {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.claims)
+}
+
 // Enroll claims a cgroup, replacing an earlier claim by hand of the same one.
 func (m *Manual) Enroll(c Claim) error {
 	c.Provider, c.Cgroup = m.Name(), filepath.Clean(c.Cgroup)

@@ -21,6 +21,8 @@ import (
 // redirected to them, guards and ids before a workload is switched on.
 func (m *Manager) reconcile(h Handler) {
 	m.missed = false
+	m.unheard = m.silent() // before claims are read: what is said meanwhile counts from the next reconciliation on
+	known := m.complete()
 	m.findAgent()
 	m.follow()
 	for _, e := range m.workloads {
@@ -31,8 +33,8 @@ func (m *Manager) reconcile(h Handler) {
 	m.openDNS()
 	next, last := m.assign(), m.view.Load()
 	next.states, next.refused, next.problems = last.states, last.refused, last.problems // shown until there are newer ones
-	if m.complete() {
-		m.protect(next)
+	if known {
+		m.protect(next, h)
 	} else {
 		m.index(next) // an earlier daemon's guards stay as they are until we know better
 	}
@@ -42,7 +44,7 @@ func (m *Manager) reconcile(h Handler) {
 	shown := *next
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
-	if m.complete() {
+	if known {
 		m.once.Do(func() { close(m.ready) })
 		m.settleDirect(h)
 	}
@@ -50,13 +52,13 @@ func (m *Manager) reconcile(h Handler) {
 
 // complete reports whether a snapshot is there and every provider has spoken, or says why it cannot.
 func (m *Manager) complete() bool {
-	silent := m.silent()
+	unheard := maps.Clone(m.unheard)
 	for _, p := range m.problems() {
-		delete(silent, p.Provider)
+		delete(unheard, p.Provider)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.snap != nil && len(silent) == 0
+	return m.snap != nil && len(unheard) == 0
 }
 
 // silent names the providers that have claimed nothing yet, not even that there is nothing: what an earlier daemon enrolled
@@ -74,10 +76,10 @@ func (m *Manager) silent() map[string]bool {
 }
 
 // protect guards and switches on what is ready to be, and removes what an earlier daemon enrolled and nobody claims.
-func (m *Manager) protect(next *view) {
+func (m *Manager) protect(next *view, h Handler) {
 	ready := m.enrollable(next)
 	for _, e := range ready {
-		id, err := m.redirect.NewWorkload(m.group(e.Service))
+		id, err := m.redirect.NewWorkload(m.group(&e.Workload))
 		if err != nil {
 			e.problem = err
 		}
@@ -87,6 +89,7 @@ func (m *Manager) protect(next *view) {
 	m.view.Store(next)
 	if m.unguarded = m.redirect.SetRules(m.rules(next, ready)); m.unguarded != nil {
 		m.log.Error("inbound rules are incomplete", "error", m.unguarded)
+		ready = m.refuseUnguarded(ready)
 	}
 	if err := m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); err != nil {
 		m.log.Error("what single workloads reach and do not reach is incomplete", "error", err)
@@ -96,11 +99,34 @@ func (m *Manager) protect(next *view) {
 		m.enroll(e)
 	}
 	m.settleNesting()
-	m.endOlder()
+	m.syncSockets(next)
+	m.endOlder(h)
 	m.steerDNS()
 	m.prune()
 	m.retryRoutes()
 	m.grantDirect(next)
+}
+
+// refuseUnguarded takes those out of ready whose inbound rules have no room: they are not enrolled before they have. The rules that
+// are in force stay.
+func (m *Manager) refuseUnguarded(ready []*entry) []*entry {
+	return slices.DeleteFunc(ready, func(e *entry) bool {
+		if e.ID == 0 || !m.isUnguarded(e) {
+			return false
+		}
+		e.problem = fmt.Errorf("not enrolled, because its ports cannot be guarded: %w", m.unguarded)
+		if err := m.redirect.Forget(e.ID); err != nil {
+			e.problem = errors.Join(e.problem, err)
+		}
+		e.ID = 0
+		m.warn(e.Cgroup, "workload is unprotected", e.problem, "service", e.Service)
+		return true
+	})
+}
+
+func (m *Manager) isUnguarded(e *entry) bool {
+	missing, ok := errors.AsType[*redirect.Unguarded](m.unguarded)
+	return ok && missing.Workloads[e.ID]
 }
 
 // scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
@@ -230,7 +256,7 @@ func (m *Manager) closeNamespaces() {
 	}
 }
 
-// enrollable lists the workloads to switch on now: the cgroup is there and so is the certificate, unless an earlier
+// enrollable lists the workloads to switch on now: the cgroup is there and so are the certificates, unless an earlier
 // daemon had enrolled it already, which must never lapse.
 func (m *Manager) enrollable(v *view) []*entry {
 	pinned := make(map[uint64]uint32)
@@ -246,13 +272,40 @@ func (m *Manager) enrollable(v *view) []*entry {
 		if left {
 			m.direct.remember(id, owner{e.Service, e.Cgroup})
 		}
-		if left || v.hasLeaf(e.Service) || e.Mesh != Enabled {
-			ready = append(ready, e)
+		e.uncertified = slices.DeleteFunc(e.Services(), v.hasLeaf)
+		if !left && e.Mesh == Enabled {
+			if len(e.uncertified) > 0 {
+				continue
+			}
+			if e.problem = m.foreignRedirect(e); e.problem != nil {
+				m.warn(e.Cgroup, "workload is not enrolled", e.problem, "service", e.Service)
+				continue
+			}
 		}
+		ready = append(ready, e)
 	}
 	// The inner ones first: what is taken out of a workload must not be redirected with it for a moment.
 	slices.SortFunc(ready, func(a, b *entry) int { return strings.Compare(b.Cgroup, a.Cgroup) })
 	return ready
+}
+
+// foreignRedirect says whose rules redirect what e sends already: two proxies must not have one workload. Whoever sets such
+// rules later has a workload that is enrolled, and stays so.
+func (m *Manager) foreignRedirect(e *entry) error {
+	for _, inode := range e.inodes {
+		s := m.namespaces[inode]
+		if s == nil {
+			continue
+		}
+		rule, err := s.ForeignRedirect()
+		if err != nil {
+			m.warn(e.Cgroup, "whether another proxy has the workload is not known", err, "service", e.Service)
+		}
+		if rule != "" {
+			return fmt.Errorf("another proxy's rules redirect its connections (%s, in network namespace %d): remove them, and the workload is enrolled", rule, inode)
+		}
+	}
+	return nil
 }
 
 func (m *Manager) enroll(e *entry) {
@@ -272,10 +325,8 @@ func (m *Manager) enroll(e *entry) {
 		return
 	}
 	m.forgetWarnings(e.Cgroup)
-	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", e.Service, "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
-	if joins {
-		m.noteOlder(e)
-	}
+	m.log.Info("workload enrolled", "cgroup", e.Cgroup, "service", strings.Join(e.Services(), ","), "mesh", e.Mesh.String(), "mode", e.Mode.String(), "provider", e.Provider)
+	m.joined(e, joins)
 }
 
 // treatment is what the kernel does differently for e than for others.
@@ -314,7 +365,7 @@ func (m *Manager) nesting(e *entry) redirect.Nesting {
 // prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened or a
 // provider is silent the earlier daemon's guards stay: one of them may be theirs.
 func (m *Manager) prune() {
-	if m.pruned || m.missed || len(m.silent()) > 0 {
+	if m.pruned || m.missed || len(m.unheard) > 0 {
 		return
 	}
 	claimed := make(map[uint64]bool)
@@ -347,12 +398,13 @@ func (m *Manager) forgetWarnings(cgroup string) {
 	maps.DeleteFunc(m.warned, func(w warning, _ bool) bool { return w.cgroup == cgroup })
 }
 
-// group is the kernel's number of a service, for as long as this daemon runs.
-func (m *Manager) group(service string) uint32 {
-	if m.groups[service] == 0 {
-		m.groups[service] = uint32(len(m.groups) + 1)
+// group is the kernel's number of the workloads that have the services of w, for as long as this daemon runs.
+func (m *Manager) group(w *Workload) uint32 {
+	services := strings.Join(w.Services(), ",")
+	if m.groups[services] == 0 {
+		m.groups[services] = uint32(len(m.groups) + 1)
 	}
-	return m.groups[service]
+	return m.groups[services]
 }
 
 func (m *Manager) states() []WorkloadState {
@@ -366,11 +418,16 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
-		if m.unguarded != nil && s.State == "protected" {
-			s.State, s.Detail = "unprotected", "ports of this node's workloads may be open to strangers: "+m.unguarded.Error()
+		if s.State == "protected" && m.isUnguarded(e) {
+			s.State, s.Detail = "unprotected", "ports of it may be open to strangers: "+m.unguarded.Error()
 		}
 		s.DNS = m.dnsState(e)
 		states = append(states, s)
+	}
+	for _, e := range m.leaving {
+		if w := e.Workload; !m.isClaimed(e.cgroup) {
+			states = append(states, WorkloadState{Workload: &w, State: "leaving", Detail: "its hooks are about to be detached", Processes: e.processes})
+		}
 	}
 	slices.SortFunc(states, func(a, b WorkloadState) int { return strings.Compare(a.Workload.Cgroup, b.Workload.Cgroup) })
 	return states
@@ -385,7 +442,7 @@ func (e *entry) state(open int) (state, detail string) {
 	case e.enrolled && e.Mesh == Disabled:
 		return "disabled", ""
 	case !e.enrolled:
-		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", e.Service)
+		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", strings.Join(e.uncertified, ","))
 	case open < len(e.inodes):
 		return "unprotected", "no listener in " + strconv.Itoa(len(e.inodes)-open) + " of its network namespaces: see the daemon's log"
 	case e.processes == 0:

@@ -58,17 +58,17 @@ func (m *Manager) precedence(provider string) int {
 	return slices.IndexFunc(m.cfg.Providers, func(p Provider) bool { return p.Name() == provider })
 }
 
-// guardWorkload guards what e has in s: every port of a private namespace, the ports of its service's local instances and
+// guardWorkload guards what e has in s: every port of a private namespace, the ports of its services' local instances and
 // those that its labels name, less those that its labels exclude.
 func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Snapshot, e *entry, s *space) {
 	add := func(port uint16, action redirect.Action) {
 		if port != 0 && slices.Contains(e.claim.Exclude.InboundPorts, port) {
 			action = redirect.Untouched
 		}
-		rule := redirect.Rule{Namespace: s.Cookie, Port: port, Action: action, Workload: e.ID, Group: m.group(e.Service)}
+		rule := redirect.Rule{Namespace: s.Cookie, Port: port, Action: action, Workload: e.ID, Group: m.group(&e.Workload)}
 		if first, taken := guards[guard{s.Cookie, port}]; taken {
 			if s.Host && first.Group != rule.Group {
-				e.contests(port, m.serviceOf(first.Group))
+				e.contests(port, m.servicesOf(first.Group))
 			}
 			rule = first
 			rule.Action = min(rule.Action, action) // the stricter one holds
@@ -91,11 +91,7 @@ func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Sn
 	for _, port := range e.claim.Exclude.InboundPorts {
 		add(port, redirect.Untouched)
 	}
-	svc := snap.Services[e.Service]
-	if svc == nil {
-		return
-	}
-	for _, inst := range svc.Instances {
+	for _, inst := range e.instancesIn(snap) {
 		switch {
 		case !inst.Local:
 		case inst.Native:
@@ -114,6 +110,17 @@ func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Sn
 	}
 }
 
+// instancesIn lists the instances of e's services.
+func (e *entry) instancesIn(snap *catalog.Snapshot) []*catalog.Instance {
+	var all []*catalog.Instance
+	for _, name := range e.Services() {
+		if svc := snap.Services[name]; svc != nil {
+			all = append(all, svc.Instances...)
+		}
+	}
+	return all
+}
+
 func (e *entry) contests(port uint16, holder string) {
 	text := fmt.Sprintf("port %d of the node is guarded for service %q, whose own calls alone pass: give one of the two another port or a network namespace", port, holder)
 	if !slices.Contains(e.contested, text) {
@@ -121,10 +128,10 @@ func (e *entry) contests(port uint16, holder string) {
 	}
 }
 
-func (m *Manager) serviceOf(group uint32) string {
-	for service, g := range m.groups {
+func (m *Manager) servicesOf(group uint32) string {
+	for services, g := range m.groups {
 		if g == group {
-			return service
+			return services
 		}
 	}
 	return ""

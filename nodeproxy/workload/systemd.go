@@ -34,6 +34,8 @@ type Systemd struct {
 	log   *slog.Logger
 	dial  func(context.Context) (*dbus.Conn, error)
 	units map[string]*labelledUnit // by name, all that were looked at; Run's own
+	// While systemd reads its files again it says of every unit that it was removed, and then that it is new. Run's own.
+	reloading bool
 
 	mu      sync.Mutex
 	problem error
@@ -94,6 +96,20 @@ func (s *Systemd) report(err error) bool {
 	return news
 }
 
+// UnitClaims lists what the units that are loaded now claim. It asks systemd itself: there need not be a bus yet.
+func UnitClaims(ctx context.Context, mount string) ([]Claim, error) {
+	conn, err := systemd.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect to systemd: %w", err)
+	}
+	defer conn.Close()
+	s := &Systemd{mount: mount, units: make(map[string]*labelledUnit)}
+	if err := s.readAll(ctx, bus{conn: conn}); err != nil {
+		return nil, err
+	}
+	return s.claims(), nil
+}
+
 // session follows systemd until the connection ends.
 func (s *Systemd) session(ctx context.Context, claim func([]Claim)) error {
 	var signalling *dbus.Conn
@@ -111,6 +127,7 @@ func (s *Systemd) session(ctx context.Context, claim func([]Claim)) error {
 	if b.owner, err = subscribe(ctx, signalling); err != nil {
 		return err
 	}
+	s.reloading = false
 	if err := s.readAll(ctx, b); err != nil {
 		return err
 	}
@@ -171,15 +188,15 @@ func (s *Systemd) await(ctx context.Context, b bus, signals <-chan *dbus.Signal)
 				look[unit] = true
 			}
 		case "UnitRemoved":
-			if unit, ok := argument[string](sig, 0); ok {
+			if unit, ok := argument[string](sig, 0); ok && !s.reloading {
 				_, known := s.units[unit]
 				delete(s.units, unit)
 				delete(look, unit)
 				changed = changed || known
 			}
 		case "Reloading":
-			if begins, ok := argument[bool](sig, 0); ok && !begins {
-				reloaded = true
+			if begins, ok := argument[bool](sig, 0); ok {
+				s.reloading, reloaded = begins, reloaded || !begins
 			}
 		}
 		return nil
@@ -203,7 +220,7 @@ func (s *Systemd) await(ctx context.Context, b bus, signals <-chan *dbus.Signal)
 		}
 		break
 	}
-	if reloaded {
+	if reloaded && !s.reloading {
 		return true, s.readAll(ctx, b)
 	}
 	if len(look) == 0 {

@@ -15,7 +15,7 @@ import (
 type view struct {
 	snap    *catalog.Snapshot
 	byID    map[uint32]*Workload
-	serves  map[uint32][]string        // IDs of the instances that each workload serves, in order
+	callers map[uint32][]string        // IDs of the instances whose upstreams are each workload's own, in order
 	subtree map[uint32]map[uint64]bool // cgroup ids by workload
 	spaces  map[uint64]*space          // by cookie
 	host    []netip.Addr               // of the node, also where no workload is in its namespace
@@ -68,28 +68,27 @@ func (m *Manager) assign() *view {
 		v.spaces[s.Cookie] = s
 	}
 	for _, e := range m.workloads {
-		e.instances, e.unreachable, e.misplaced, e.contested = nil, nil, nil, nil
+		e.instances, e.callers, e.misplaced, e.contested = nil, nil, nil, nil
 	}
 	if v.snap == nil {
 		return v
 	}
 	for _, inst := range v.snap.LocalInstances() {
 		for _, e := range m.workloads {
-			switch {
-			case e.Service != inst.Service || e.Mesh != Enabled:
-			case inst.Mesh.IsValid():
-				m.assignTo(v, e, inst)
-			default: // it only calls others
-				e.unreachable = append(e.unreachable, inst.ID)
+			if e.Mesh != Enabled || !slices.Contains(e.Services(), inst.Service) {
+				continue
+			}
+			served := inst.Mesh.IsValid() && m.assignTo(v, e, inst)
+			if inst.Service == e.Service && (served || !inst.Mesh.IsValid()) { // without a mesh address it only calls others
+				e.callers = append(e.callers, inst.ID)
 			}
 		}
 	}
 	return v
 }
 
-// assignTo makes e serve inst from each of its namespaces that has the instance's address.
-func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
-	found := false
+// assignTo makes e serve inst from each of its namespaces that has the instance's address, and says whether one has.
+func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) (found bool) {
 	for _, inode := range e.inodes {
 		s := m.namespaces[inode]
 		if s == nil || !slices.Contains(s.addrs, inst.Mesh.Addr()) {
@@ -112,12 +111,13 @@ func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) {
 	} else if e.processes > 0 {
 		e.misplaced = append(e.misplaced, fmt.Sprintf("address %s of instance %s is in none of its network namespaces", inst.Mesh.Addr(), inst.ID))
 	}
+	return found
 }
 
 // index fills what depends on workload ids, and freezes the workloads that the view shows.
 func (v *view) index(workloads map[string]*entry) {
 	v.byID = make(map[uint32]*Workload)
-	v.serves = make(map[uint32][]string)
+	v.callers = make(map[uint32][]string)
 	v.subtree = make(map[uint32]map[uint64]bool)
 	frozen := make(map[*Workload]*Workload)
 	for _, e := range workloads {
@@ -125,7 +125,7 @@ func (v *view) index(workloads map[string]*entry) {
 		frozen[&e.Workload] = &w
 		if w.ID != 0 {
 			v.byID[w.ID] = &w
-			v.serves[w.ID] = slices.Sorted(slices.Values(slices.Concat(e.instances, e.unreachable)))
+			v.callers[w.ID] = slices.Sorted(slices.Values(e.callers))
 			v.subtree[w.ID] = e.subtree
 		}
 	}
@@ -173,8 +173,11 @@ func destinations(snap *catalog.Snapshot) []redirect.Destination {
 func (m *Manager) own(v *view, workloads []*entry) []redirect.Destination {
 	var all []redirect.Destination
 	for _, e := range workloads {
-		for _, id := range v.serves[e.ID] {
+		for _, id := range v.callers[e.ID] {
 			for _, up := range v.snap.Upstreams[id] {
+				if up.Socket != "" {
+					continue
+				}
 				all = append(all, redirect.Destination{Addr: up.At.Addr(), Port: up.At.Port(), Workload: e.ID})
 			}
 		}
@@ -205,7 +208,7 @@ func (m *Manager) Origin(ns *Namespace, conn *net.TCPConn) (*Origin, error) {
 		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownOrigin, Err: err}
 	}
 	return &Origin{
-		Workload: w, Instances: v.serves[w.ID], Namespace: ns, Client: client, Destination: o.Destination, PID: o.PID, Comm: o.Comm, Cookie: o.Cookie,
+		Workload: w, Instances: v.callers[w.ID], Namespace: ns, Client: client, Destination: o.Destination, PID: o.PID, Comm: o.Comm, Cookie: o.Cookie,
 	}, nil
 }
 

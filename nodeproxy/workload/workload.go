@@ -1,6 +1,6 @@
 // Package workload knows which local service owns a cgroup, a network namespace and a socket.
 //
-// A workload is one cgroup with one outbound identity. Providers claim workloads; the Manager grants the claims, finds
+// A workload is one cgroup with one outbound identity and any number of services by port. Providers claim workloads; the Manager grants the claims, finds
 // the network namespaces of the workloads' processes and keeps the kernel (package redirect) in line.
 package workload
 
@@ -44,7 +44,8 @@ func (m Mesh) String() string { return [...]string{"enabled", "observe", "disabl
 // Claim is a provider's statement that a cgroup is a workload of a service.
 type Claim struct {
 	Cgroup   string     // absolute path of a directory on cgroup2
-	Service  string     // may be "" where Mesh is Disabled
+	Service  string     // whose identity its connections have; may be "" where Mesh is Disabled
+	Also     []string   `json:",omitempty"` // further services that others reach in it, on ports of their own
 	Provider string     // "config", "enroll", "systemd", "xattr"; shown in status
 	Mode     *Mode      // nil: the node's inbound.mode
 	Access   Access     `json:",omitempty"` // to Consul's agents
@@ -63,9 +64,12 @@ type Exclusions struct {
 	OutboundNetworks []netip.Prefix // not redirected, whatever the port
 }
 
+// services are all that others reach in it.
+func (c Claim) services() []string { return append([]string{c.Service}, c.Also...) }
+
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
-	return c.Service == o.Service && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) &&
+	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
@@ -94,12 +98,16 @@ type Reporter interface {
 type Workload struct {
 	ID       uint32 // the kernel's name for it; never used again while our pins exist
 	Cgroup   string
-	Service  string
+	Service  string   // whose identity its connections have
+	Also     []string // further services that others reach in it
 	Provider string
 	Mode     Mode
 	Mesh     Mesh
 	Proxied  bool // no connection of its, either way, goes direct within the node
 }
+
+// Services are all that others reach in it, the one whose identity its connections have first.
+func (w *Workload) Services() []string { return append([]string{w.Service}, w.Also...) }
 
 // Application is where the connections of a local instance are delivered to, and whether that would succeed now.
 type Application struct {
@@ -120,10 +128,11 @@ type Namespace struct {
 // Origin is where an application's redirected connection was going, and whose it is.
 type Origin struct {
 	Workload    *Workload
-	Instances   []string // that the workload serves, by ID, in order: their upstreams are its own
+	Instances   []string // of the workload's Service that it serves, by ID, in order: their upstreams are its own
 	Namespace   *Namespace
 	Client      netip.AddrPort // the application's own address as it would have been seen by the destination
 	Destination netip.AddrPort // what the application dialled; IPv4 is never v4-mapped
+	Socket      string         // the unix socket of an upstream that it connected to instead, "" for none
 	PID         uint32
 	Comm        string
 	Cookie      uint64 // socket cookie of the application's socket
@@ -144,6 +153,9 @@ type Handler interface {
 	ServeOutbound(ns *Namespace, ln *net.TCPListener)
 	ServeInbound(ns *Namespace, ln *net.TCPListener)
 
+	// ServeUpstream accepts from ln, a unix socket of a workload, until it is closed. origin says whose a connection is.
+	ServeUpstream(ln *net.UnixListener, origin func(*net.UnixConn) (*Origin, error))
+
 	// Need says which services have workloads here, each time the set changes. It does not block.
 	Need(services []string)
 
@@ -154,7 +166,7 @@ type Handler interface {
 	Direct(c DirectConnection)
 }
 
-// KernelVerdict is a decision that a BPF program took.
+// KernelVerdict is a decision that a BPF program took, or the end of a connection older than its workload's enrolment.
 type KernelVerdict struct {
 	Inbound     bool
 	Allowed     bool // plaintext let in by permissive mode
@@ -186,7 +198,7 @@ type State struct {
 // WorkloadState is one enrolled workload.
 type WorkloadState struct {
 	Workload   *Workload
-	State      string // "protected", "empty", "waiting", "unprotected"
+	State      string // "protected", "empty", "waiting", "unprotected", "leaving"
 	Detail     string // what is wrong and what to do, when there is something
 	Namespaces []*Namespace
 	Instances  []string

@@ -14,6 +14,18 @@ import (
 // denies is allowed.
 func newDatacenters(t *testing.T) *mesh {
 	t.Helper()
+	return newClusters(t, func(m *mesh, i int) Config {
+		hcl := fmt.Sprintf("datacenter = \"dc%d\"\nprimary_datacenter = \"dc1\"\nconnect {\n  enabled = true\n}\n", i+1)
+		if i > 0 {
+			hcl += fmt.Sprintf("retry_join_wan = [%q]\nretry_interval_wan = \"1s\"\n", m.Nodes[0].IPv4)
+		}
+		return Config{HCL: hcl}
+	})
+}
+
+// newClusters is two nodes, each with a server of its own that is configured as more says.
+func newClusters(t *testing.T, more func(m *mesh, i int) Config) *mesh {
+	t.Helper()
 	Require(t)
 	if testing.Short() {
 		t.Skip("slow: end to end")
@@ -31,11 +43,9 @@ func newDatacenters(t *testing.T) *mesh {
 	for i, node := range m.Nodes {
 		cgroup, err := node.Cgroup.Child("consul")
 		m.must(err)
-		hcl := fmt.Sprintf("datacenter = \"dc%d\"\nprimary_datacenter = \"dc1\"\nconnect {\n  enabled = true\n}\n", i+1)
-		if i > 0 {
-			hcl += fmt.Sprintf("retry_join_wan = [%q]\nretry_interval_wan = \"1s\"\n", m.Nodes[0].IPv4)
-		}
-		m.agents[i], err = Start(m.ctx(), m.Lab, Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: hcl})
+		cfg := more(m, i)
+		cfg.Node, cfg.Namespace, cfg.Cgroup, cfg.Address = node.Name, node.Namespace, cgroup, node.IPv4.String()
+		m.agents[i], err = Start(m.ctx(), m.Lab, cfg)
 		m.must(err)
 	}
 	return m

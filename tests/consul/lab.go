@@ -126,7 +126,7 @@ type Config struct {
 	Address   string            // of the node, "" for loopback
 	Join      string            // the address of a server; "" makes this one the only server
 	Persist   bool              // a server that has its data again after Restart
-	Open      bool              // its HTTP API is at Address too
+	Open      bool              // its HTTP API and gRPC are at Address too
 	HCL       string            // more of its configuration
 
 	Definitions string // a directory with more, which it reads again when it is told to; "" for none
@@ -172,7 +172,7 @@ func (a *Agent) config() string {
 	if a.cfg.Open {
 		open = a.cfg.Address + " "
 	}
-	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 %sunix://%s\"\n  grpc = \"127.0.0.1 unix://%s\"\n}\nports {\n  grpc = 8502\n}\n", open, a.Socket(), a.GRPCSocket())
+	fmt.Fprintf(&b, "addresses {\n  http = \"127.0.0.1 %sunix://%s\"\n  grpc = \"127.0.0.1 %sunix://%s\"\n}\nports {\n  grpc = 8502\n}\n", open, a.Socket(), open, a.GRPCSocket())
 	if a.cfg.Join == "" && a.cfg.Persist {
 		fmt.Fprintf(&b, "server = true\nbootstrap_expect = 1\ndata_dir = %q\nconnect {\n  enabled = true\n}\nperformance {\n  raft_multiplier = 1\n}\n", filepath.Join(a.dir, "data"))
 	}

@@ -70,6 +70,12 @@ func newMesh(t *testing.T) *mesh {
 // newMeshWith is newMesh with the agents configured as more says.
 func newMeshWith(t *testing.T, more Config) *mesh {
 	t.Helper()
+	return newMeshOf(t, 2, more)
+}
+
+// newMeshOf is newMeshWith with agents on the first nodes alone.
+func newMeshOf(t *testing.T, agents int, more Config) *mesh {
+	t.Helper()
 	Require(t)
 	if testing.Short() {
 		t.Skip("slow: end to end")
@@ -83,7 +89,7 @@ func newMeshWith(t *testing.T, more Config) *mesh {
 		d.Env = []string{"GORACE=halt_on_error=0 exitcode=66"}
 	}
 	t.Cleanup(m.finish)
-	for i, node := range m.Nodes {
+	for i, node := range m.Nodes[:agents] {
 		cgroup, err := node.Cgroup.Child("consul")
 		m.must(err)
 		cfg := Config{Node: node.Name, Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), HCL: cmp.Or(more.HCL, WithACLs), Token: Management, Persist: more.Persist, Open: more.Open}
@@ -123,15 +129,22 @@ func (m *mesh) finish() {
 // rules are those that the documentation says are enough, for these services of a node.
 func rules(t *testing.T, node string, services ...string) string {
 	t.Helper()
+	return documentedRules(t, "## What the token needs", node, services...)
+}
+
+// documentedRules are those of a section: its last block of HCL.
+func documentedRules(t *testing.T, heading, node string, services ...string) string {
+	t.Helper()
 	text, err := os.ReadFile("../../docs/consul.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(text), "## What the token needs")
-	_, block, _ := strings.Cut(section, "```hcl\n")
-	block, _, found := strings.Cut(block, "```")
+	_, section, _ := strings.Cut(string(text), heading+"\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	blocks := strings.Split(section, "```hcl\n")
+	block, _, found := strings.Cut(blocks[len(blocks)-1], "```")
 	if !found {
-		t.Fatal("docs/consul.md has no rules")
+		t.Fatalf("docs/consul.md has no rules in %q", heading)
 	}
 	ofWeb := regexp.MustCompile(`service "web(-sidecar-proxy)?" \{\n[^}]*\}\n`)
 	each := strings.Join(ofWeb.FindAllString(block, -1), "")
@@ -139,7 +152,7 @@ func rules(t *testing.T, node string, services ...string) string {
 	for _, name := range services {
 		block += strings.ReplaceAll(each, `"web`, `"`+name)
 	}
-	return strings.ReplaceAll(block, `"node-1"`, fmt.Sprintf("%q", node))
+	return strings.ReplaceAll(block, `"node-1`, `"`+node)
 }
 
 // start starts both daemons, each with a token that can do what the documentation says, and waits until all is protected.

@@ -12,7 +12,7 @@ import (
 	"nodeproxy.io/tests/netlab"
 )
 
-// rounds is how often every service is taken over from its Envoy and handed back.
+// rounds is how often every service is taken over from its Envoy and handed back, in each kind of namespace.
 const rounds = 20
 
 // mover moves one service between its Envoy and nodeproxy with the commands of docs/migrate.md.

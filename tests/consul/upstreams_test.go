@@ -3,6 +3,7 @@ package consul
 import (
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -47,9 +48,10 @@ func TestExplicitUpstreamsAreTheWorkloadsOwn(t *testing.T) {
 		m.must(m.agents[0].Register(m.ctx(), s))
 	}
 	toAPI := map[string]any{"DestinationName": "api", "LocalBindPort": 9191}
-	register("spare:9192, spare:9191", toAPI, // the first of two at one port counts
+	socket := filepath.Join(m.Nodes[0].Dir, "spare.sock")
+	register("spare:9192, spare:9191, spare:"+socket, toAPI, // the first of two at one port counts
 		map[string]any{"DestinationName": "nearest", "DestinationType": "prepared_query", "LocalBindPort": 9193},
-		map[string]any{"DestinationName": "spare", "LocalBindSocketPath": "/run/spare.sock"})
+		map[string]any{"DestinationName": "spare", "LocalBindSocketPath": "run/spare.sock"})
 	m.must(m.agents[0].Register(m.ctx(), Service("batch", "batch-1", web.IPv4.String(), port+1)))
 	m.must(m.agents[0].Do(m.ctx(), http.MethodPost, "/v1/query", map[string]any{"Name": "nearest", "Service": map[string]any{"Service": "spare"}}, nil))
 	n := 2
@@ -61,6 +63,10 @@ func TestExplicitUpstreamsAreTheWorkloadsOwn(t *testing.T) {
 
 	m.eventually("web reaches api by its upstream", web, local, at(api))
 	m.eventually("web reaches spare by meta", web, meta, at(spare))
+	m.eventually("web reaches spare at a socket", web, socket, at(spare))
+	if out := m.dial(batch, socket, "peer"); reached(out) {
+		t.Errorf("another workload has web's socket: %s", out)
+	}
 	m.eventually("web reaches what the query answers", web, query, at(spare))
 	held := func(out string) bool { return strings.Contains(out, "local="+local) }
 	if out := m.dial(batch, local, "peer"); !held(out) {

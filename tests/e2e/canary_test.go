@@ -132,43 +132,66 @@ func (m *mesh) processes(of ...workload) (all string) {
 
 func TestACanaryOfEachMissingHookFailsAndSaysWhatToDo(t *testing.T) {
 	m := newMesh(t)
-	web := m.place(0, "web")
-	m.start()
-	id, err := web.Cgroup.ID()
-	m.must(err)
-	cgroup := fmt.Sprintf("cgroups/%d/", id)
-	below := func(kind ebpf.ProgramType, at ebpf.AttachType) func() func() {
-		return func() func() { return m.forbidAttaching(m.Nodes[0].Cgroup, kind, at) }
+	type missing struct {
+		*netlab.Workload
+		hook, complaint string
 	}
-	for hook, c := range map[string]struct {
-		complaint string
-		forbid    func() (allow func()) // else the daemon repairs it
-	}{
-		cgroup + "connect4":      {"a connect hook is not attached", below(ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect)},
-		cgroup + "connect6":      {"a connect hook is not attached", below(ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect)},
-		cgroup + "getpeername4":  {"a getpeername hook is not attached", below(ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetPeername)},
-		cgroup + "sockops":       {"a sockops hook is not attached", below(ebpf.SockOps, ebpf.AttachCGroupSockOps)},
-		"namespaces/*/sk_lookup": {"nothing guards its network namespace", func() func() { return m.crowdOut(web) }},
+	var all []missing
+	for hook, complaint := range map[string]string{
+		"connect4":     "a connect hook is not attached",
+		"connect6":     "a connect hook is not attached",
+		"getpeername4": "a getpeername hook is not attached",
+		"sockops":      "a sockops hook is not attached",
+		"sk_lookup":    "nothing guards its network namespace",
 	} {
-		allow := c.forbid()
-		m.detach(0, hook)
-		says(t, m.canaries(0), check.Failed, "canary web", c.complaint, "restart the daemon") // before the daemon's audit or after
-		_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
-			if s.Workloads[0].State != "unprotected" {
+		all = append(all, missing{m.place(0, strings.ReplaceAll(hook, "_", "-")), hook, complaint})
+	}
+	m.start()
+	var allow []func()
+	forbid := func(kind ebpf.ProgramType, at ebpf.AttachType) { // else the daemon repairs it
+		allow = append(allow, m.forbidAttaching(m.Nodes[0].Cgroup, kind, at))
+	}
+	forbid(ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect)
+	forbid(ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect)
+	forbid(ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetPeername)
+	forbid(ebpf.SockOps, ebpf.AttachCGroupSockOps)
+	for _, w := range all {
+		if w.hook == "sk_lookup" {
+			allow = append(allow, m.crowdOut(w.Workload))
+			continue
+		}
+		id, err := w.Cgroup.ID()
+		m.must(err)
+		m.detach(0, fmt.Sprintf("cgroups/%d/%s", id, w.hook))
+	}
+	complain := func(results []check.Result) {
+		t.Helper()
+		for _, w := range all {
+			says(t, results, check.Failed, "canary "+w.Name+" ", w.complaint, "restart the daemon")
+		}
+	}
+	complain(m.canaries(0)) // before the daemon's audit or after
+	_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+		for _, w := range s.Workloads {
+			if w.State != "unprotected" {
 				return fmt.Errorf("the workloads are %+v", s.Workloads)
 			}
-			return nil
-		})
-		m.must(err)
-		results := m.canaries(0)
-		says(t, results, check.Failed, "workload web", "was detached, by somebody else, and cannot be repaired")
-		says(t, results, check.Failed, "canary web", c.complaint, "restart the daemon")
-		allow()
-		m.stop(0)
-		m.restart(0)
-		if results := m.canaries(0); check.Worst(results) != check.OK {
-			t.Errorf("without %s, and after the restart that was advised: %s", hook, list(results))
 		}
+		return nil
+	})
+	m.must(err)
+	results := m.canaries(0)
+	complain(results)
+	for _, w := range all {
+		says(t, results, check.Failed, "workload "+w.Name+" ", "was detached, by somebody else, and cannot be repaired")
+	}
+	for _, allow := range allow {
+		allow()
+	}
+	m.stop(0)
+	m.restart(0)
+	if results := m.canaries(0); check.Worst(results) != check.OK {
+		t.Errorf("after the restart that was advised: %s", list(results))
 	}
 }
 
@@ -190,8 +213,9 @@ func (m *mesh) crowdOut(w *netlab.Workload) (allow func()) {
 	for range most - 1 {
 		m.must(crowd())
 	}
-	for m.detach(0, "namespaces/*/sk_lookup"); crowd() != nil; {
-		m.detach(0, "namespaces/*/sk_lookup") // the daemon was faster
+	guard := fmt.Sprintf("namespaces/%d/sk_lookup", w.Namespace.Cookie())
+	for m.detach(0, guard); crowd() != nil; {
+		m.detach(0, guard) // the daemon was faster
 	}
 	return func() {
 		for _, l := range links {

@@ -98,15 +98,18 @@ func TestWhatCannotBeRepairedIsAnUnprotectedWorkload(t *testing.T) {
 	}
 }
 
-func TestWorkloadsAreUnprotectedWhileARuleFindsNoRoom(t *testing.T) {
+func TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn(t *testing.T) {
 	m := newMesh(t)
-	m.place(0, "web")
+	web := m.place(0, "web")
+	m.place(1, "api")
+	m.allow("api", "web")
 	cart, err := m.Nodes[0].Workload("cart")
 	m.must(err)
 	m.serve(cart, ":8080")
 	m.define(0, "cart", port, cart.IPv4)
 	m.start()
 	m.baselines[0] = nil
+	live := m.stream(web, m.vip("api"))
 	pins, err := filepath.Glob(filepath.Join(m.Daemons[0].Pins, m.Nodes[0].Name, "v*", "maps", "rules"))
 	m.must(err)
 	rules, err := ebpf.LoadPinnedMap(pins[0], nil)
@@ -121,25 +124,28 @@ func TestWorkloadsAreUnprotectedWhileARuleFindsNoRoom(t *testing.T) {
 	m.must(m.Daemons[0].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: cart.Cgroup.Path(), Service: "cart"}))
 	state := func(want, detail string, meanwhile func()) {
 		t.Helper()
-		m.eventually("the workloads are "+want, func() error {
+		m.eventually("cart is "+want, func() error {
 			status, err := m.Daemons[0].Admin().Status(m.ctx())
 			if err != nil {
 				return err // it is taking out what is not nodeproxy's
 			}
-			if len(status.Workloads) != 2 {
-				t.Errorf("of two workloads status shows %+v", status.Workloads)
-			}
 			for _, w := range status.Workloads {
-				if w.State != want || !strings.Contains(w.Detail, detail) {
-					meanwhile()
-					return fmt.Errorf("%w: %+v", errNotYet, status.Workloads)
+				if w.Service == "web" && w.State != "protected" {
+					t.Errorf("meanwhile web is %+v", w)
+				}
+				if w.Service == "cart" && w.State == want && strings.Contains(w.Detail, detail) && (w.ID != 0) == (want == "protected") {
+					return nil
 				}
 			}
-			return nil
+			meanwhile()
+			return fmt.Errorf("%w: %+v", errNotYet, status.Workloads)
 		})
 	}
-	m.awaitWorkload(cart.Cgroup, "cart", "unprotected")
-	state("unprotected", "write to rules", fill)
+	state("unprotected", "not enrolled, because its ports cannot be guarded: write to rules", fill)
+	m.reaches(web, m.vip("api"))
+	m.goesOn("a connection of web's", live)
 	state("protected", "", func() { _, _ = rules.BatchDelete(keys, nil) })
 	m.getsNothing(m.stranger(0), "-timeout", "3s", at(cart.IPv4, port))
+	m.goesOn("a connection of web's", live)
+	live.Kill()
 }

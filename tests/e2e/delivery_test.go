@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,6 +20,28 @@ import (
 func sidecar(name, address string, port uint16, proxy string) string {
 	text := meshlab.Service(name, name+"-1", address, port, "")
 	return strings.Replace(text, "sidecar_service {}", "sidecar_service {\n proxy {\n"+proxy+"\n}\n}", 1)
+}
+
+// moves changes a definition, and waits until the instance is delivered to somewhere else, or refused there.
+func (m *mesh) moves(node int, instance string, define func()) {
+	m.t.Helper()
+	now := func() (admin.Application, error) {
+		all, err := m.Daemons[node].Admin().Applications(m.ctx())
+		i := slices.IndexFunc(all, func(a admin.Application) bool { return a.Instance == instance })
+		if err != nil || i < 0 {
+			return admin.Application{}, fmt.Errorf("%w: instance %s is served by nobody: %+v: %w", errNotYet, instance, all, err)
+		}
+		return all[i], nil
+	}
+	before, err := now()
+	m.must(err)
+	define()
+	m.eventually(instance+" is delivered to elsewhere", func() error {
+		if after, err := now(); err != nil || after == before {
+			return fmt.Errorf("%w: %+v: %w", errNotYet, before, err)
+		}
+		return nil
+	})
 }
 
 // TestADeliveryTargetThatIsNotTheWorkloadsIsRefused writes definitions of api that name somebody else's socket.
@@ -54,8 +77,7 @@ func TestADeliveryTargetThatIsNotTheWorkloadsIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := m.in(t)
-			m.must(m.Define(1, "api", sidecar("api", api.IPv4.String(), port, proxy)))
-			m.awaitGeneration(1)
+			m.moves(1, "api-1", func() { m.must(m.Define(1, "api", sidecar("api", api.IPv4.String(), port, proxy))) })
 			m.getsNothing(web, m.vip("api"))
 			c := traced.await("refused delivery", func(c admin.Connection) bool { return c.Verdict == admin.Denied && c.Direction == admin.Inbound })
 			if c.Reason != catalog.ReasonNotTheWorkloads {
@@ -68,8 +90,7 @@ func TestADeliveryTargetThatIsNotTheWorkloadsIsRefused(t *testing.T) {
 			t.Errorf("a foreign listener was dialled: %s", p.Output())
 		}
 	}
-	m.define(1, "api", port, api.IPv4) // the delivery port of the last definition has a guard of its own
-	m.awaitGeneration(1)
+	m.moves(1, "api-1", func() { m.define(1, "api", port, api.IPv4) }) // the delivery port of the last definition has a guard of its own
 	m.reaches(web, m.vip("api"))
 }
 

@@ -88,12 +88,15 @@ func TestWithinANodeBothPathsShowTheSame(t *testing.T) {
 
 func TestWithinANodeADenyCutsLiveConnectionsAndRefusesNewOnes(t *testing.T) {
 	eachPath(t, func(t *testing.T, m *mesh, web, _ *netlab.Workload, path admin.Path) {
+		traced := m.traced(0)
 		ends := map[string]func() string{
 			"download": m.background(web, "a line", m.vip("api"), "stream"),
 			"idle":     m.background(web, "held", m.vip("api"), "hold"),
 			"upload":   m.background(web, "connected", "-payload", "1000000000000", m.vip("api"), "sum"),
 		}
-		traced := m.traced(0)
+		for range ends { // an application is connected before its connection is allowed
+			traced.await("open connection", outboundOf(admin.EventOpen, web, path))
+		}
 		written := time.Now()
 		m.deny("api", "web")
 		for name, ended := range ends {
@@ -387,6 +390,11 @@ func TestTenThousandDirectConnectionsLeaveNothing(t *testing.T) {
 		}
 		return nil
 	})
+	now, err := measure(m.ctx(), m.Daemons[0])
+	m.must(err)
+	if n := now.entries["granted"]; n != 0 { // not only once the daemon reaps
+		t.Errorf("%d connections are still in the map once all are told to be closed", n)
+	}
 }
 
 // eventuallyEnds waits for a client of many connections.
@@ -427,7 +435,7 @@ func TestFlipsOfAnIntentionAgainstDirectConnectionsNeverGoBack(t *testing.T) {
 		if i%2 == 0 {
 			m.deny("api", "web")
 			m.awaitGeneration(0)
-			m.ceasesToReach(web, m.vip("api")) // status shows the policy a moment before the kernel's grants are gone
+			m.getsNothing(web, m.vip("api"))
 			continue
 		}
 		m.allow("api", "web")

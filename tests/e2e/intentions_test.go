@@ -199,16 +199,31 @@ func TestAFlipOfAnotherPairsIntentionLeavesAConnectionAlone(t *testing.T) {
 	m.allow("api", "web")
 }
 
-// awaitGeneration waits until a node has applied what the mesh directory says now, by adding an intention of its own.
+// awaitGeneration waits until a node has in force what the mesh directory says now, by adding an intention of its own. With
+// Consul it is intentions alone that are in force then: what it says of services comes by another way.
 func (m *mesh) awaitGeneration(node int) {
 	m.t.Helper()
-	status, err := m.Daemons[node].Admin().Status(m.ctx())
-	m.must(err)
-	m.markers.Add(1)
-	m.must(m.Intentions("*", meshlab.Deny(fmt.Sprintf("marker-%d", m.markers.Load())), meshlab.Deny("*")))
-	_, err = m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
-		if s.Policy.Generation <= status.Policy.Generation {
-			return fmt.Errorf("policy %d is in force: %s", s.Policy.Generation, s.Source.Error)
+	caller := fmt.Sprintf("marker-%d", m.markers.Add(1))
+	m.must(m.Intentions("*", meshlab.Deny(caller), meshlab.Deny("*")))
+	admins := m.Daemons[node].Admin()
+	var generation uint64
+	m.eventually("node decides by the newest intention", func() error {
+		status, err := admins.Status(m.ctx())
+		if err != nil || len(status.Services) == 0 {
+			return fmt.Errorf("%w: there is no service: %w", errNotYet, err)
+		}
+		explanation, err := admins.Explain(m.ctx(), caller, status.Services[0].Name)
+		if err != nil {
+			return err
+		}
+		if generation = explanation.Generation; !slices.ContainsFunc(explanation.Considered, func(i string) bool { return strings.HasPrefix(i, caller+" => ") }) {
+			return fmt.Errorf("%w: in generation %d %q: %s", errNotYet, generation, explanation.Considered, status.Source.Error)
+		}
+		return nil
+	})
+	_, err := m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.Policy.Generation < generation {
+			return fmt.Errorf("policy %d is in force, and not %d: %s", s.Policy.Generation, generation, s.Source.Error)
 		}
 		return nil
 	})

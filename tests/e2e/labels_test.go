@@ -122,18 +122,7 @@ func TestALabelNamesTheIdentityAndItsRemovalTakesItAway(t *testing.T) {
 	m.unlabel(web.Cgroup, "mesh")
 	m.unlabel(web.Cgroup, "service")
 	m.awaitWorkload(web.Cgroup, "", "")
-	m.ceasesToReach(web, "-timeout", "2s", m.vip("api")) // the hooks go a reconciliation later
-}
-
-// ceasesToReach asserts that a workload reaches nothing there any more, in a while.
-func (m *mesh) ceasesToReach(w *netlab.Workload, args ...string) {
-	m.t.Helper()
-	m.eventually(w.Name+" ceases to reach "+args[len(args)-1], func() error {
-		if out := m.dial(w, append(slices.Clone(args), "peer")...); strings.Contains(out, "accept=") {
-			return errNotYet
-		}
-		return nil
-	})
+	m.getsNothing(web, "-timeout", "2s", m.vip("api"))
 }
 
 func TestALabelThatTheOwnerOfADelegatedCgroupSetsFetchesNoCertificate(t *testing.T) {

@@ -44,6 +44,7 @@ var eitherSource = []string{
 	"TestADaemonThatStopsLetsLiveConnectionsEndAndRefusesNewOnes",
 	"TestWithOnFailureOpenADeadDaemonLetsInstanceAddressesPassAndNoVirtualIP",
 	"TestARestartedDaemonKeepsVirtualIPsAndMeshPorts",
+	"TestCallsFollowServiceResolvers",
 }
 
 // fileOnly are the others, by reason.
@@ -71,6 +72,7 @@ var fileOnly = map[string][]string{
 		"TestOfNestedWorkloadsTheNearestGivesTheIdentity",
 		"TestACgroupWithTwoNamespacesIsServedInBoth",
 		"TestTwoWorkloadsInTheNodesNamespaceAreNotTakenForEachOther",
+		"TestAWorkloadServesSeveralServicesByPort",
 		"TestAnAddressThatTwoNamespacesHaveIsGuardedInTheWorkloadsAlone",
 		"TestAWorkloadUnenrolledJustBeforeTheDaemonStopsIsLetGo",
 		"TestAnInnerWorkloadThatIsUnenrolledFailsNoConnection",
@@ -93,7 +95,7 @@ var fileOnly = map[string][]string{
 		"TestTheCommandsShowWhatTheDaemonKnows",
 		"TestACommandEndsWithItsStatus",
 		"TestTheTraceSaysWhoCalledWhomHowAndWhy",
-		"TestWorkloadsAreUnprotectedWhileARuleFindsNoRoom",
+		"TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn",
 		"TestTenThousandConnectionsLeaveNothingBehind",
 		"TestTheTraceShowsWhatItsFiltersLetThrough",
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
@@ -155,7 +157,7 @@ var fileOnly = map[string][]string{
 		"TestWhatAWorkloadAcceptedBeforeItsEnrolmentIsResetIfConfigured",
 		"TestWhatGoesDirectIsNoConnectionOlderThanTheEnrolment",
 		"TestAnObservedWorkloadKeepsWhatItHasOpen",
-		"TestOlderConnectionsGoOnForAsLongAsConfigured",
+		"TestOlderConnectionsGoOnForAsLongAsConfiguredWhicheverDaemonRuns",
 		"TestARestartedDaemonLeavesConnectionsAlone",
 	},
 	"is about these lists": {"TestEveryTestSaysWithWhichSourcesItRuns"},

@@ -149,11 +149,11 @@ func (l *Lab) Leaks() []string {
 	return leaks
 }
 
-// elsewhere lists the threads that are in another network namespace than this process, as PID/TID, with its inode.
+// elsewhere lists the threads that are in another network namespace than the caller, as PID/TID, with its inode.
 func elsewhere() map[string]uint64 {
 	found := make(map[string]uint64)
 	var home, st unix.Stat_t
-	if unix.Stat("/proc/self/ns/net", &home) != nil {
+	if unix.Stat("/proc/thread-self/ns/net", &home) != nil { // the process's first thread may be the starter's, which is anywhere
 		return found
 	}
 	links, _ := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")

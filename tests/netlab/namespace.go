@@ -117,6 +117,9 @@ func (n *Namespace) close() error {
 // Inode identifies the namespace, as /proc/PID/ns/net does.
 func (n *Namespace) Inode() uint64 { return n.inode }
 
+// Cookie identifies the namespace, as SO_NETNS_COOKIE does.
+func (n *Namespace) Cookie() uint64 { return n.cookie }
+
 // Path names the namespace for other programs (nsenter --net=PATH) while the Lab is open.
 func (n *Namespace) Path() string {
 	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.file.Fd())

@@ -113,7 +113,7 @@ func TestAProcessStartsInItsCgroupAndNamespace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if mine, _ := os.Readlink("/proc/self/ns/net"); strings.TrimSpace(outside) != mine {
+	if mine, _ := os.Readlink("/proc/thread-self/ns/net"); strings.TrimSpace(outside) != mine {
 		t.Errorf("a process without a namespace is in %s, not in ours, %s", outside, mine)
 	}
 }
@@ -159,7 +159,7 @@ func blockedReader(t *testing.T) *os.File {
 
 func TestDoLeavesTheCallersNamespaceAlone(t *testing.T) {
 	lab := newTwoNodes(t)
-	before, _ := os.Readlink("/proc/self/ns/net")
+	before, _ := os.Readlink("/proc/thread-self/ns/net")
 	var inside string
 	if err := lab.Nodes[0].Namespace.Do(func() (err error) {
 		inside, err = os.Readlink("/proc/thread-self/ns/net")

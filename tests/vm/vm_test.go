@@ -95,6 +95,7 @@ func TestTheMeshWorksUnderStockKernels(t *testing.T) {
 	b := compile(t)
 	for _, meta := range stock {
 		t.Run(meta, func(t *testing.T) {
+			t.Parallel() // one waits for its emulated processors, not for the other
 			err := b.boot(within(t, patience), t, meta,
 				vm.Program{Args: []string{"/bin/nodeproxy", "check"}},
 				vm.Program{Args: []string{"/bin/redirect.test", "-test.v", "-test.timeout=15m", "-test.skip=TestArchitecture" /* it reads the repository */}, Env: []string{"REQUIRE_PRIVILEGED=1"}},

@@ -49,13 +49,16 @@ func dial(args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	to, err := netip.ParseAddrPort(flags.Arg(0))
-	if err != nil {
-		return err
-	}
 	command := flags.Arg(1)
 	if command != "" {
 		command += "\n"
+	}
+	if path := flags.Arg(0); strings.HasPrefix(path, "/") {
+		return o.dialUnix(path, command)
+	}
+	to, err := netip.ParseAddrPort(flags.Arg(0))
+	if err != nil {
+		return err
 	}
 	conn, err := o.connect(to, command)
 	if err != nil {
@@ -70,7 +73,21 @@ func dial(args []string) error {
 	return o.talk(conn, command)
 }
 
-func (o *options) talk(conn *net.TCPConn, command string) error {
+func (o *options) dialUnix(path, command string) error {
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		fmt.Printf("refused: %s\n", errorName(err))
+		return nil
+	}
+	defer conn.Close()
+	fmt.Printf("connected peer=%s\n", path)
+	return o.talk(conn.(*net.UnixConn), command)
+}
+
+func (o *options) talk(conn interface {
+	net.Conn
+	CloseWrite() error
+}, command string) error {
 	_ = conn.SetDeadline(time.Now().Add(o.timeout))
 	sent := make(chan error, 1)
 	go func() {
@@ -85,8 +102,8 @@ func (o *options) talk(conn *net.TCPConn, command string) error {
 	}()
 	if o.reset || o.close {
 		_, _ = conn.Read(make([]byte, 1500))
-		if o.reset {
-			_ = conn.SetLinger(0)
+		if tcp, ok := conn.(*net.TCPConn); ok && o.reset {
+			_ = tcp.SetLinger(0)
 		}
 		return conn.Close()
 	}
