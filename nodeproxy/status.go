@@ -109,7 +109,7 @@ func (p *Proxy) Status() admin.Status {
 		s.Workloads = append(s.Workloads, workloadStatus(w))
 	}
 	for _, r := range kernel.Refused {
-		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Service: r.Claim.Service, Also: r.Claim.Also, Provider: r.Claim.Provider, Why: r.Why})
+		s.Refused = append(s.Refused, admin.Refused{Cgroup: r.Claim.Cgroup, Name: r.Claim.Name, Service: r.Claim.Service, Also: r.Claim.Also, Provider: r.Claim.Provider, Why: r.Why})
 	}
 	for _, p := range kernel.Providers {
 		s.Problems = append(s.Problems, admin.Problem{Kind: p.Provider, Text: fmt.Sprintf("workloads labelled there may not be seen: %v", p.Err)})
@@ -187,7 +187,7 @@ func (p *Proxy) sourceStatus() admin.SourceStatus {
 
 func workloadStatus(w workload.WorkloadState) admin.Workload {
 	s := admin.Workload{
-		ID: w.Workload.ID, Service: w.Workload.Service, Also: w.Workload.Also, Cgroup: w.Workload.Cgroup, Provider: w.Workload.Provider,
+		ID: w.Workload.ID, Service: w.Workload.Service, Also: w.Workload.Also, Cgroup: w.Workload.Cgroup, Name: w.Workload.Name, Provider: w.Workload.Provider,
 		Mesh: w.Workload.Mesh.String(), Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
 		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS,
 	}

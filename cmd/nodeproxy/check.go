@@ -84,6 +84,7 @@ func (c *checkCommand) configured(ctx context.Context) []check.Result {
 		return results
 	}
 	results = append(results, check.Host(cfg)...)
+	results = append(results, podsPreflight(ctx, cfg)...)
 	asked := preflight(ctx, cfg)
 	results = append(results, asked...)
 	if len(asked) == 1 && asked[0].Verdict == check.Failed {

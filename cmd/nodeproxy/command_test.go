@@ -163,10 +163,12 @@ func exampleStatus() admin.Status {
 		Policy: admin.PolicyStatus{Generation: 7, Default: "deny", Intentions: 12},
 		Workloads: []admin.Workload{
 			{Service: "web", Cgroup: "/sys/fs/cgroup/demo/web", Provider: "config", Mode: "strict", State: "protected", Processes: 3, Instances: []string{"web-1"}},
+			{Service: "web", Cgroup: "/sys/fs/cgroup/kubepods/pod1", Name: "pod shop/web-1", State: "protected"},
 			{Service: "batch", Cgroup: "/sys/fs/cgroup/demo/batch", State: "waiting", Detail: "no certificate yet"},
 			{Service: "idle", Cgroup: "/sys/fs/cgroup/demo/idle", State: "empty", Detail: "no process"},
 		},
-		Refused:  []admin.Refused{{Cgroup: "/c/x", Service: "bank", Provider: "enroll", Why: "not allowed here"}},
+		Refused: []admin.Refused{{Cgroup: "/c/x", Service: "bank", Provider: "enroll", Why: "not allowed here"},
+			{Cgroup: "/c/y", Name: "pod shop/web-2", Service: "bank", Provider: "kubernetes", Why: "it is none"}},
 		Services: []admin.Service{{Name: "web", Virtual: []string{"240.0.0.9"}, Instances: []admin.Instance{{ID: "web-1", Node: "node-1", Local: true, Address: "10.0.0.5:80", Mesh: "10.0.0.5:21500", Healthy: true}}}},
 		Certificates: []admin.Certificate{
 			{Service: "web", Identity: "spiffe://td/svc/web", NotAfter: now.Add(71*time.Hour + time.Minute)},
@@ -184,6 +186,7 @@ func TestStatusShowsWhatAnOperatorLooksFor(t *testing.T) {
 	wantText(t, r.stdout, "node-1", "1.2.3", "/etc/mesh.d", "generation 7", "3s ago", "default deny", "12 intentions",
 		"7 links pinned at /sys/fs/bpf/nodeproxy/node-1/v1", "240.0.0.9", "10.0.0.5:21500", "in 71h", "expired 1h0m ago", "rules",
 		"workload /sys/fs/cgroup/demo/batch (batch) is waiting: no certificate yet", "/c/x may not be bank (enroll): not allowed here",
+		"pod shop/web-1", "claim refused: pod shop/web-2 may not be bank (kubernetes): it is none",
 		"service-router web is ignored")
 	if strings.Contains(r.stdout, "idle) is empty") {
 		t.Error("an empty workload is no problem")
@@ -233,7 +236,7 @@ func TestStatusAsJSONIsTheWireType(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.stdout), &got); err != nil {
 		t.Fatal(err)
 	}
-	if got.Node != want.Node || len(got.Workloads) != 3 || got.Kernel.Links != 7 {
+	if got.Node != want.Node || len(got.Workloads) != 4 || got.Kernel.Links != 7 {
 		t.Errorf("status = %+v, want %+v", got, want)
 	}
 }

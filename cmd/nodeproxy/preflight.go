@@ -2,12 +2,31 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"slices"
 
 	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
 )
+
+// podsPreflight asks the Kubernetes API server, if pods are workloads.
+func podsPreflight(ctx context.Context, cfg *config.Config) []check.Result {
+	if cfg.Pods == nil {
+		return nil
+	}
+	const name = "kubernetes"
+	cluster, err := newCluster(cfg, slog.New(slog.DiscardHandler))
+	if err == nil {
+		ctx, cancel := context.WithTimeout(ctx, readTimeout)
+		defer cancel()
+		err = cluster.Check(ctx)
+	}
+	if err != nil {
+		return []check.Result{{Name: name, Verdict: check.Failed, Text: err.Error()}}
+	}
+	return []check.Result{{Name: name, Verdict: check.OK, Text: "the API server tells of the pods of node " + cfg.Pods.Node}}
+}
 
 // preflight asks the Consul agent, if the source is one, about what the configured workloads need.
 func preflight(ctx context.Context, cfg *config.Config) []check.Result {

@@ -163,7 +163,7 @@ func (v *statusView) workloads() {
 			dns = cell{"off", v.yellow} // why is among the problems
 		}
 		t.add(cell{w.Services(), nil}, state, cell{w.Mode, nil}, dns, cell{fmt.Sprint(w.Processes), nil},
-			cell{cmp.Or(strings.Join(w.Instances, ","), "-"), nil}, cell{w.Provider, nil}, cell{w.Cgroup, nil})
+			cell{cmp.Or(strings.Join(w.Instances, ","), "-"), nil}, cell{w.Provider, nil}, cell{w.Known(), nil})
 	}
 	v.section("Workloads", &t)
 }
@@ -247,19 +247,19 @@ func (v *statusView) problems() {
 	}
 	for _, w := range v.s.Workloads {
 		if w.Unprotected() || w.Detail != "" && w.State != "empty" {
-			say("workload %s (%s) is %s: %s", w.Cgroup, w.Services(), w.State, w.Detail)
+			say("workload %s (%s) is %s: %s", w.Known(), w.Services(), w.State, w.Detail)
 		}
 	}
 	for _, w := range v.s.Workloads {
 		if why, off := strings.CutPrefix(w.DNS, "off: "); off && w.State == "protected" {
-			say("name queries of workload %s (%s) are not answered: %s", w.Cgroup, w.Services(), why)
+			say("name queries of workload %s (%s) are not answered: %s", w.Known(), w.Services(), why)
 		}
 	}
 	if n := v.s.Kernel.Counters[admin.CounterEventsLost]; n > 0 {
 		say("kernel: %d verdicts were lost since its maps were made: trace and counters do not show them", n)
 	}
 	for _, r := range v.s.Refused {
-		say("claim refused: %s may not be %s (%s): %s", r.Cgroup, r.Services(), r.Provider, r.Why)
+		say("claim refused: %s may not be %s (%s): %s", r.Known(), r.Services(), r.Provider, r.Why)
 	}
 	for _, p := range v.s.Problems {
 		say("%s: %s", strings.Join(slices.DeleteFunc([]string{p.Service, p.Kind}, func(s string) bool { return s == "" }), ", "), p.Text)

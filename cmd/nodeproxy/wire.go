@@ -21,6 +21,7 @@ import (
 	"nodeproxy.io/nodeproxy/file"
 	"nodeproxy.io/nodeproxy/keep"
 	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/nodeproxy/workload/kubernetes"
 	"nodeproxy.io/redirect"
 )
 
@@ -33,6 +34,7 @@ type node struct {
 	server   *admin.Server
 	metrics  *admin.MetricsServer // nil for none
 	kept     *keep.Source         // nil: the source needs no store
+	pods     *kubernetes.Cluster  // nil: pods are no workloads
 	log      *slog.Logger
 }
 
@@ -56,21 +58,28 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if err := d.listen(cfg.Admin); err != nil {
 		return nil, err
 	}
-	source, err := newSource(cfg, log, func(ctx context.Context, instance, network, address string) (net.Conn, error) {
+	if d.pods, err = newCluster(cfg, log); err != nil {
+		return nil, err
+	}
+	source, err := newSource(cfg, log, d.pods, func(ctx context.Context, instance, network, address string) (net.Conn, error) {
 		return d.manager.DialCheck(ctx, instance, network, address)
 	})
 	if err != nil {
 		return nil, err
 	}
-	if d.manager, err = newManager(cfg, log, d.manual); err != nil {
+	if d.manager, err = newManager(cfg, log, d.manual, d.pods); err != nil {
 		return nil, err
+	}
+	caller, _ := source.(catalog.Caller)
+	if d.pods != nil {
+		source = d.pods.Destinations(source)
 	}
 	if source, ok := source.(keep.Restorable); ok {
 		d.kept = keep.New(source, d.manager.Store(), log)
 	}
 	var observer nodeproxy.Observer = d.recorder
-	if source, ok := source.(catalog.Caller); ok {
-		observer = callers{d.recorder, source}
+	if caller != nil {
+		observer = callers{d.recorder, caller}
 	}
 	if fit := check.FittingConnections(cfg.Limits.Connections); fit < cfg.Limits.Connections {
 		log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE", "from", cfg.Limits.Connections, "to", fit)
@@ -119,17 +128,20 @@ func (d *node) listen(cfg config.Admin) (err error) {
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
 		probers.Agent = cfg.Consul.Address
 	}
+	if cfg.Pods != nil {
+		probers.Kubelet = netip.AddrPortFrom(cfg.Node.Address, kubernetes.KubeletPort).String()
+	}
 	var names *dns.Server
 	if cfg.DNS {
 		names = dns.NewServer(log)
 	}
-	labelled, err := labelProviders(cfg, log)
+	labelled, err := labelProviders(cfg, log, pods)
 	if err != nil {
 		return nil, err
 	}
@@ -147,10 +159,7 @@ func configuredClaims(cfg *config.Config) (all workload.Configured) {
 }
 
 // labelProviders lists the enabled ones, in order of precedence.
-func labelProviders(cfg *config.Config, log *slog.Logger) (providers []workload.Provider, err error) {
-	if !cfg.Systemd && !cfg.Xattr {
-		return nil, nil
-	}
+func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster) (providers []workload.Provider, err error) {
 	mount, err := redirect.CgroupMount()
 	if err != nil {
 		return nil, err
@@ -161,7 +170,25 @@ func labelProviders(cfg *config.Config, log *slog.Logger) (providers []workload.
 	if cfg.Xattr {
 		providers = append(providers, workload.NewXattr(mount, log))
 	}
+	if pods != nil {
+		providers = append(providers, pods)
+	}
 	return providers, nil
+}
+
+// newCluster is nil where pods are no workloads.
+func newCluster(cfg *config.Config, log *slog.Logger) (*kubernetes.Cluster, error) {
+	if cfg.Pods == nil {
+		return nil, nil
+	}
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		return nil, err
+	}
+	return kubernetes.New(kubernetes.Config{
+		Node: cfg.Pods.Node, Kubeconfig: cfg.Pods.Kubeconfig, Namespaces: cfg.Pods.Namespaces, Mount: mount, Log: log,
+		StateFile: filepath.Join(cfg.State.Dir, "pods.json"),
+	})
 }
 
 // notDirect says why the configuration keeps connections within the node on the proxy, or "".
@@ -192,13 +219,16 @@ func modeOf[M ~string](m M) *workload.Mode {
 // dialFunc dials for a check of an instance.
 type dialFunc = func(ctx context.Context, instance, network, address string) (net.Conn, error)
 
-// newSource makes the configured source. With a nil dial it only reads.
-func newSource(cfg *config.Config, log *slog.Logger, dial dialFunc) (catalog.Source, error) {
+// newSource makes the configured source. With a nil dial it only reads, and of no pods.
+func newSource(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster, dial dialFunc) (catalog.Source, error) {
 	if cfg.Consul != nil {
 		c := consulConfig(cfg)
 		c.Log = log
 		if len(c.Servers) > 0 {
-			c.Definitions = file.NewLocal(cfg.Consul.ServicesDir, dial, log)
+			c.Definitions = []consul.Definitions{file.NewLocal(cfg.Consul.ServicesDir, dial, log)}
+			if pods != nil {
+				c.Definitions = append(c.Definitions, pods.Definitions())
+			}
 		}
 		if dial != nil { // the daemon's: it registers what it serves
 			c.StateFile = filepath.Join(cfg.State.Dir, "state.json")
@@ -328,7 +358,7 @@ const (
 
 // readSource returns the source's first snapshot, or what keeps it from making one.
 func readSource(ctx context.Context, cfg *config.Config) (*catalog.Snapshot, error) {
-	source, err := newSource(cfg, nil, nil)
+	source, err := newSource(cfg, nil, nil, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -11,11 +11,11 @@ import (
 type collector struct {
 	m *Metrics
 
-	opened, closed, active, bytes, denied, handshake     *prometheus.Desc
-	certificateExpiry, sourceAge, unprotected, l7Ignored *prometheus.Desc
-	dnsAnswered, dnsForwarded, dnsFailed                 *prometheus.Desc
-	unprotectedUDP, eventsLost, repairs, observed        *prometheus.Desc
-	idleTunnels, sourceAddressRejected                   *prometheus.Desc
+	opened, closed, active, bytes, denied, handshake              *prometheus.Desc
+	certificateExpiry, sourceAge, unprotected, l7Ignored, refused *prometheus.Desc
+	dnsAnswered, dnsForwarded, dnsFailed                          *prometheus.Desc
+	unprotectedUDP, eventsLost, repairs, observed                 *prometheus.Desc
+	idleTunnels, sourceAddressRejected                            *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -38,6 +38,7 @@ func newCollector(m *Metrics) *collector {
 		certificateExpiry: desc("certificate_expiry_seconds", "Seconds until the certificate of a local service expires.", "source_service"),
 		sourceAge:         desc("source_age_seconds", "Age of the control plane's data; since the start of the daemon while there is none."),
 		unprotected:       desc("unprotected_workloads", "Claimed workloads that are not protected now."),
+		refused:           desc("refused_claims", "Claims of workloads that are not granted now."),
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
 		unprotectedUDP: desc("unprotected_udp_total", "Datagrams to the ports of workloads, which are let in."),
@@ -56,7 +57,7 @@ func newCollector(m *Metrics) *collector {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed,
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.refused, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed,
 		c.idleTunnels, c.sourceAddressRejected} {
 		ch <- d
 	}
@@ -119,6 +120,7 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 		}
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
+	ch <- gauge(c.refused, float64(len(status.Refused)))
 	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Outbound), string(Outbound))
 	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Inbound), string(Inbound))
 	ch <- counter(c.sourceAddressRejected, status.Connections.SourceAddressRejected)

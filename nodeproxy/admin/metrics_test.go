@@ -172,6 +172,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 		DNS:          &Queries{Answered: 5, Forwarded: 6, Failed: 7},
 		Kernel:       Kernel{Counters: map[string]uint64{CounterUnprotectedUDP: 3, CounterEventsLost: 4}},
 		Workloads:    []Workload{{State: "protected"}, {State: "empty"}, {State: "waiting"}, {State: "unprotected"}},
+		Refused:      []Refused{{Service: "web"}, {Service: "api"}, {Service: "db"}},
 	}
 	m := NewMetrics(func() Status { return status }, func() []Connection { return nil })
 	snap := snapshotOf("api")
@@ -179,6 +180,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 	m.Apply(snap)
 	text := scrape(t, m)
 	wantSample(t, text, "nodeproxy_unprotected_workloads 2")
+	wantSample(t, text, "nodeproxy_refused_claims 3")
 	wantSample(t, text, "nodeproxy_unprotected_udp_total 3")
 	wantSample(t, text, "nodeproxy_kernel_events_lost_total 4")
 	wantSample(t, text, "nodeproxy_dns_answered_total 5")

@@ -6,6 +6,7 @@
 package admin
 
 import (
+	"cmp"
 	"strings"
 	"time"
 
@@ -161,6 +162,7 @@ type Workload struct {
 	Service    string   `json:"service"`               // whose identity its connections have
 	Also       []string `json:"also_serves,omitempty"` // further services that others reach in it
 	Cgroup     string   `json:"cgroup"`
+	Name       string   `json:"name,omitempty"` // what people know it by, where that is not the cgroup: "pod shop/web-1"
 	Provider   string   `json:"provider"`
 	Mesh       string   `json:"mesh"` // "enabled", "observe", "disabled"
 	Mode       string   `json:"mode"`
@@ -177,17 +179,24 @@ func (w *Workload) Services() string {
 	return strings.Join(append([]string{w.Service}, w.Also...), ",")
 }
 
+// Known is what people know w by.
+func (w *Workload) Known() string { return cmp.Or(w.Name, w.Cgroup) }
+
 // Unprotected says whether processes of w run outside the mesh although they were claimed for it.
 func (w *Workload) Unprotected() bool { return w.State == "unprotected" || w.State == "waiting" }
 
 // Refused is a claim that was not granted.
 type Refused struct {
 	Cgroup   string   `json:"cgroup"`
+	Name     string   `json:"name,omitempty"`
 	Service  string   `json:"service"`
 	Also     []string `json:"also_serves,omitempty"`
 	Provider string   `json:"provider"`
 	Why      string   `json:"why"`
 }
+
+// Known is what people know the workload by.
+func (r *Refused) Known() string { return cmp.Or(r.Name, r.Cgroup) }
 
 // Services names all that the claim asked for, Service first, with commas.
 func (r *Refused) Services() string { return strings.Join(append([]string{r.Service}, r.Also...), ",") }

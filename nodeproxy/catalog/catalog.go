@@ -76,6 +76,9 @@ type Snapshot struct {
 	// is refused, so that it never leaves the node in plaintext.
 	VirtualRanges []netip.Prefix
 
+	// ClusterIPs are those of their Services' Ports that come from Kubernetes, with the services that they stand for.
+	ClusterIPs map[netip.AddrPort]string
+
 	// Contested are addresses that several services claim as their own virtual one: connections to them are refused.
 	Contested []netip.AddrPort
 
@@ -115,7 +118,7 @@ type Service struct {
 	Name       string
 	Protocol   string // service-defaults Protocol, "tcp" when unset
 	Virtual    []netip.Addr
-	Ports      []netip.AddrPort // addresses that stand for the service on one port each: tagged "virtual"
+	Ports      []netip.AddrPort // addresses that stand for the service on one port each: tagged "virtual", or ClusterIPs
 	Instances  []*Instance
 	MaxInbound int // MaxInboundConnections per instance, 0 is no limit
 
@@ -168,7 +171,7 @@ type Instance struct {
 // Problem is one thing in the mesh's configuration that an operator should know.
 type Problem struct {
 	Service string // "" when it concerns no single service
-	Kind    string // "l7-ignored", "refused", "unsupported"
+	Kind    string // "l7-ignored", "refused", "unsupported", "cluster-ip"
 	Text    string // one sentence: what, where (file:line), and what to do
 }
 

@@ -51,6 +51,7 @@ func (c *checker) config() *Config {
 		Cgroups:      c.cgroups(),
 		Systemd:      r.Workloads.Systemd.Enabled,
 		Xattr:        r.Workloads.Xattr.Enabled,
+		Pods:         c.kubernetes(),
 		Inbound:      c.inbound(),
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
 		Tunnels:      r.Tunnels,
@@ -76,7 +77,7 @@ func (c *checker) notLanded() {
 		c.fail(path, "is not supported by this version yet: %s", instead)
 	}
 	c.consulNotLanded(refuse)
-	for _, provider := range []string{"kubernetes", "containers", "consul"} {
+	for _, provider := range []string{"containers", "consul"} {
 		if c.keys.has("workloads", provider) {
 			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
 		}
@@ -114,7 +115,7 @@ func (c *checker) existing() *time.Duration {
 }
 
 func (c *checker) node() Node {
-	r := c.raw.Node
+	r := c.raw.Node.fromEnvironment()
 	if !dnsLabel.MatchString(r.Name) {
 		c.fail(key("node", "name"), `is %q: set it to this node's name: letters, digits and hyphens, at most 63, as in node { name = "node-1" }`, r.Name)
 	}

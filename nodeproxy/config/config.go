@@ -27,6 +27,7 @@ type Config struct {
 	Cgroups []Cgroup      // the workloads.cgroup blocks, by label
 	Systemd bool          // units with a section [X-NodeProxy] are workloads
 	Xattr   bool          // cgroups with attributes trusted.nodeproxy.* are workloads
+	Pods    *Kubernetes   // labelled pods are workloads; nil: they are not
 	Inbound Inbound
 
 	VirtualCIDRs []netip.Prefix // where addresses tagged "virtual" are believed, with Consul
@@ -87,6 +88,14 @@ type Cgroup struct {
 	Also    []string // also_serves: further services that others reach in it
 	Mode    Mode     // "" is the node's
 	Consul  string   // consul_access: "allow", "refuse", or "" for what fits
+}
+
+// Kubernetes is the workloads.kubernetes block.
+type Kubernetes struct {
+	Node       string // this node's name in the cluster
+	Kubeconfig string // "" is what Kubernetes gives to a pod
+	// Namespaces are the services that pods of each namespace may be. A pod's is its service account's name.
+	Namespaces map[string][]string
 }
 
 // Inbound is how connections from other nodes come in.

@@ -168,6 +168,53 @@ func TestLabelsAreOffUnlessTheyAreEnabled(t *testing.T) {
 	}
 }
 
+func TestPods(t *testing.T) {
+	const pods = `
+kubernetes {
+  enabled = true
+  namespace "shop" { services = ["web", "cart"] }
+  namespace "billing" { services = ["invoices"] }
+}`
+	t.Setenv("NODE_NAME", "ip-10-0-0-5.internal")
+	c, err := load(t, minimal+"\nworkloads { "+pods+" }")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Kubernetes{Node: "ip-10-0-0-5.internal", Namespaces: map[string][]string{"shop": {"web", "cart"}, "billing": {"invoices"}}}
+	if !reflect.DeepEqual(c.Pods, want) {
+		t.Errorf("pods = %+v, want %+v", c.Pods, want)
+	}
+	if c, err := load(t, minimal+"\nworkloads { "+strings.ReplaceAll(pods, "true", "false")+" }"); err != nil || c.Pods != nil {
+		t.Errorf("not enabled: %+v, %v", c.Pods, err)
+	}
+	for text, want := range map[string]string{
+		`kubernetes { enabled = true  namespace "shop" {} }`:                      "allows nothing",
+		`kubernetes { enabled = true  namespace "Shop" { services = ["web"] } }`:  "no name of a namespace",
+		`kubernetes { enabled = true  namespace "shop" { services = ["we/b"] } }`: `has "we/b"`,
+		`kubernetes { enabled = true  namespace "shop" { service = ["web"] } }`:   "service",
+		`kubernetes { enabled = true  kubeconfig = "here" }`:                      "absolute path",
+	} {
+		if _, err := load(t, minimal+"\nworkloads {\n"+text+"\n}"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want one with %q", text, err, want)
+		}
+	}
+}
+
+func TestTheNodeIsFoundInTheEnvironment(t *testing.T) {
+	t.Setenv("NODE_NAME", "ip-10-0-0-5.internal")
+	t.Setenv("NODE_ADDRESS", "10.0.0.5")
+	c, err := load(t, `source "file" { path = "/etc/nodeproxy/mesh.d" }`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Node.Name != "ip-10-0-0-5-internal" || c.Node.Address.String() != "10.0.0.5" {
+		t.Errorf("node = %+v", c.Node)
+	}
+	if c, err = load(t, minimal); err != nil || c.Node.Name != "node-1" {
+		t.Errorf("what is configured holds: %+v, %v", c, err)
+	}
+}
+
 func TestExistingConnections(t *testing.T) {
 	const never = -1
 	for text, want := range map[string]time.Duration{
@@ -196,7 +243,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	notYet := "is not supported by this version yet"
 	for _, want := range []string{
 		"c.hcl:8: there is another source at ",
-		"c.hcl:11: workloads.kubernetes " + notYet,
 		"c.hcl:13: workloads.containers " + notYet,
 		"c.hcl:14: workloads.consul " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",

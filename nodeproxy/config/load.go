@@ -23,17 +23,18 @@ func Load(path string) (*Config, error) {
 	raw := defaults()
 	keys := &positions{whole: hclfile.Pos{File: path}, found: make(map[string]hclfile.Pos)}
 	var errs []error
-	cgroups := make(map[string]rawCgroup)
+	cgroups, namespaces := make(map[string]rawCgroup), make(map[string]rawNamespace)
 	for _, f := range files {
-		raw.Workloads.Cgroup = nil // a file replaces the map; all of them are wanted
+		raw.Workloads.Cgroup, raw.Workloads.Kubernetes.Namespace = nil, nil // a file replaces the maps; all of them are wanted
 		if err := f.Decode(&raw); err != nil {
 			errs = append(errs, err)
 			continue
 		}
 		maps.Copy(cgroups, raw.Workloads.Cgroup)
+		maps.Copy(namespaces, raw.Workloads.Kubernetes.Namespace)
 		errs = append(errs, keys.add(f))
 	}
-	raw.Workloads.Cgroup = cgroups
+	raw.Workloads.Cgroup, raw.Workloads.Kubernetes.Namespace = cgroups, namespaces
 	if err := hclfile.Join(errs...); err != nil {
 		return nil, fmt.Errorf("read config: %w", err)
 	}

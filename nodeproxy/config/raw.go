@@ -56,7 +56,7 @@ type rawFile struct {
 }
 
 type rawWorkloads struct {
-	Kubernetes any                  `hcl:"kubernetes"`
+	Kubernetes rawKubernetes        `hcl:"kubernetes"`
 	Systemd    rawLabelled          `hcl:"systemd"`
 	Containers any                  `hcl:"containers"`
 	Consul     any                  `hcl:"consul"`
@@ -66,6 +66,16 @@ type rawWorkloads struct {
 
 type rawLabelled struct {
 	Enabled bool `hcl:"enabled"`
+}
+
+type rawKubernetes struct {
+	Enabled    bool                    `hcl:"enabled"`
+	Kubeconfig string                  `hcl:"kubeconfig"`
+	Namespace  map[string]rawNamespace `hcl:"namespace"`
+}
+
+type rawNamespace struct {
+	Services []string `hcl:"services"`
 }
 
 type rawCgroup struct {

@@ -40,10 +40,10 @@ type Config struct {
 	Address string
 
 	// Servers are addresses of the HTTP API of Consul's servers, for a node without an agent: Address is not used then. The
-	// next is asked where one does not answer. The node's services are what Definitions says; they are registered in the
-	// catalog on a node of our own, Node with "-nodeproxy", and nothing else is touched.
+	// next is asked where one does not answer. The node's services are what all Definitions say, once each has; they are
+	// registered in the catalog on a node of our own, Node with "-nodeproxy", and nothing else is touched.
 	Servers     []string
-	Definitions Definitions
+	Definitions []Definitions
 
 	// TokenFile holds the token for everything but the certificates of services that have one of their own: a file of the
 	// service's name in TokenDir. Both may be "". Files are read again when they change.

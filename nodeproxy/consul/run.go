@@ -123,7 +123,10 @@ func (r *run) askAll(ctx context.Context) {
 	tasks.Go(func() { r.ask.watch(ctx, r.rootsTopic()) })
 	tasks.Go(func() { r.ask.watch(ctx, r.namesTopic()) })
 	if r.cfg.agentless() {
-		tasks.Go(func() { r.cfg.Definitions.Run(ctx, r.define) })
+		origins := newOrigins(len(r.cfg.Definitions), r.define)
+		for i, d := range r.cfg.Definitions {
+			tasks.Go(func() { d.Run(ctx, func(defs catalog.Definitions) { origins.define(i, defs) }) })
+		}
 	} else {
 		tasks.Go(func() { r.ask.watch(ctx, r.registrationsTopic()) })
 	}

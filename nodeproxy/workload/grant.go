@@ -50,6 +50,8 @@ func (m *Manager) refuses(c Claim) string {
 	switch {
 	case c.Invalid != "":
 		return c.Invalid
+	case c.Denied != "":
+		return c.Denied
 	case !within(c.Cgroup, m.mount):
 		return fmt.Sprintf("it is not on cgroup2, which is mounted at %s", m.mount)
 	case c.Cgroup == m.mount:
@@ -101,7 +103,11 @@ func (m *Manager) follow() {
 	granted, refused := m.grants()
 	m.refused = refused
 	for _, r := range refused {
-		m.warn(r.Claim.Cgroup, "workload claim refused", errors.New(r.Why), "service", r.Claim.Service, "provider", r.Claim.Provider)
+		args := []any{"service", r.Claim.Service, "provider", r.Claim.Provider}
+		if r.Claim.Name != "" {
+			args = append(args, "name", r.Claim.Name)
+		}
+		m.warn(r.Claim.Cgroup, "workload claim refused", errors.New(r.Why), args...)
 	}
 	wanted := enrolments(granted)
 	invalid := invalidClaims(refused)
@@ -122,7 +128,7 @@ func (m *Manager) follow() {
 		if _, known := m.workloads[path]; known {
 			continue
 		}
-		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Service: c.Service, Also: c.Also, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh, Proxied: c.Proxied}}
+		e := &entry{claim: c, access: c.Access, Workload: Workload{Cgroup: path, Name: c.Name, Service: c.Service, Also: c.Also, Provider: c.Provider, Mode: m.mode(c), Mesh: c.Mesh, Proxied: c.Proxied}}
 		e.cgroup, _ = redirect.CgroupID(path) // not there yet: it may come
 		m.workloads[path] = e
 	}

@@ -170,6 +170,7 @@ func NewManager(cfg Config) (*Manager, error) {
 	for _, e := range r.Enrolled() {
 		m.adopted[e.Cgroup] = true
 	}
+	m.probers.listening = cfg.Probers.listening()
 	m.view.Store(&view{})
 	return m, nil
 }

@@ -19,8 +19,8 @@ import (
 	"nodeproxy.io/redirect"
 )
 
-// agentLook is how often it is looked who listens at the agent's address.
-const agentLook = 2 * time.Second
+// proberLook is how often it is looked who listens where probers do.
+const proberLook = 2 * time.Second
 
 // Probers says who on this node checks applications by connecting to them in plaintext. They may connect to the ports for
 // which a check is registered, and are never workloads.
@@ -31,16 +31,37 @@ type Probers struct {
 	// Agent is where the Consul agent answers: host:port or unix:///path. If a process of this node listens there, its cgroup
 	// is a prober's. "" for none.
 	Agent string
+
+	// Kubelet is the same of the kubelet: host:port.
+	Kubelet string
 }
 
 // probers is what a Manager knows of them. Only reconcile changes it.
 type probers struct {
-	agent  atomic.Pointer[string] // the cgroup of the agent; nil where it is not on this node, or was not running yet
-	looked time.Time
-	lost   error // why the agent's cgroup is not known, nil when it is or is nowhere here
+	listening []*listeningProber
+	looked    time.Time
 
 	admitted []string
 	problems []catalog.Problem
+}
+
+// listeningProber is one that is found by where it listens.
+type listeningProber struct {
+	name    string // as in "the Consul agent"
+	address string
+	outside bool                   // it is in no pod
+	cgroup  atomic.Pointer[string] // nil where it is not on this node, or was not running yet
+	lost    error                  // why its cgroup is not known, nil when it is or is nowhere here
+}
+
+func (p Probers) listening() (all []*listeningProber) {
+	if p.Agent != "" {
+		all = append(all, &listeningProber{name: "the Consul agent", address: p.Agent})
+	}
+	if p.Kubelet != "" {
+		all = append(all, &listeningProber{name: "the kubelet", address: p.Kubelet, outside: true})
+	}
+	return all
 }
 
 // isProbers says which prober's cgroup is dir or below it, "" for none. Such a cgroup cannot be a workload.
@@ -53,49 +74,58 @@ func (m *Manager) isProbers(dir string) string {
 	return ""
 }
 
-// proberCgroups are the configured ones and the agent's.
+// proberCgroups are the configured ones and those of who listens.
 func (m *Manager) proberCgroups() []string {
 	all := slices.Clone(m.cfg.Probers.Cgroups)
-	if agent := m.probers.agent.Load(); agent != nil && !slices.Contains(all, *agent) {
-		all = append(all, *agent)
+	for _, p := range m.probers.listening {
+		if cgroup := p.cgroup.Load(); cgroup != nil && !slices.Contains(all, *cgroup) {
+			all = append(all, *cgroup)
+		}
 	}
 	return all
 }
 
-// findAgent looks who listens at the agent's address. While nobody does, the last one stays known: its cgroup must not
+// findProbers looks who listens at the probers' addresses. While nobody does, the last one stays known: its cgroup must not
 // become a workload because the agent restarts. Nor does a workload stop being one because it listens there.
-func (m *Manager) findAgent() {
-	if m.cfg.Probers.Agent == "" || time.Since(m.probers.looked) < agentLook {
+func (m *Manager) findProbers() {
+	if time.Since(m.probers.looked) < proberLook {
 		return
 	}
 	m.probers.looked = time.Now()
-	dir, err := m.agentCgroup(m.cfg.Probers.Agent)
-	known := m.probers.agent.Load()
-	if err == nil && dir != "" && (known == nil || *known != dir) {
-		if err = m.notEnrolled(dir); err == nil {
-			m.probers.agent.Store(&dir)
+	for _, p := range m.probers.listening {
+		dir, err := m.listenerCgroup(p)
+		known := p.cgroup.Load()
+		if err == nil && dir != "" && (known == nil || *known != dir) {
+			if err = m.mayProbe(p, dir); err == nil {
+				p.cgroup.Store(&dir)
+			}
 		}
+		p.lost = err
 	}
-	m.probers.lost = err
 }
 
-// notEnrolled makes sure that dir is in no cgroup that is enrolled, by this daemon or by an earlier one.
-func (m *Manager) notEnrolled(dir string) error {
+// mayProbe makes sure that dir is in no cgroup that is enrolled, by this daemon or by an earlier one, and not a pod's that has
+// taken the kubelet's port.
+func (m *Manager) mayProbe(p *listeningProber, dir string) error {
+	if p.outside && strings.Contains(dir, "kubepods") {
+		return fmt.Errorf("what listens at %s is a pod, in %s: see why %s does not", p.address, dir, p.name)
+	}
 	for _, e := range m.redirect.Enrolled() {
 		if path, err := redirect.CgroupPath(e.Cgroup); err == nil && within(dir, path) {
-			return fmt.Errorf("what listens at %s is in %s, which is a workload: un-enroll that, or start the agent in another cgroup", m.cfg.Probers.Agent, path)
+			return fmt.Errorf("what listens at %s is in %s, which is a workload: un-enroll that, or start %s in another cgroup", p.address, path, p.name)
 		}
 	}
 	return nil
 }
 
-func (m *Manager) agentCgroup(address string) (string, error) {
+func (m *Manager) listenerCgroup(p *listeningProber) (string, error) {
+	address := p.address
 	if path, ok := strings.CutPrefix(address, "unix://"); ok {
 		return unixListenerCgroup(path)
 	}
 	host, port, err := net.SplitHostPort(strings.TrimPrefix(strings.TrimPrefix(address, "https://"), "http://"))
 	if err != nil {
-		return "", fmt.Errorf("find the agent at %q: %w", address, err)
+		return "", fmt.Errorf("find %s at %q: %w", p.name, address, err)
 	}
 	if host == "localhost" {
 		host = "127.0.0.1"
@@ -152,12 +182,14 @@ func (m *Manager) judgeProbers(needed bool) (admitted []string, problems []catal
 		}
 		admitted = append(admitted, dir)
 	}
-	switch {
-	case !needed || m.cfg.Probers.Agent == "" || m.probers.lost == nil && m.probers.agent.Load() != nil:
-	case m.probers.lost != nil:
-		problem("the Consul agent's health checks of strict services may fail: %v", m.probers.lost)
-	default:
-		problem("the Consul agent's health checks of strict services fail: no process of this node listens at %s, where it should be: name its cgroup in inbound.probers", m.cfg.Probers.Agent)
+	for _, p := range m.probers.listening {
+		switch {
+		case !needed || p.lost == nil && p.cgroup.Load() != nil:
+		case p.lost != nil:
+			problem("%s's health checks of strict services may fail: %v", p.name, p.lost)
+		default:
+			problem("%s's health checks of strict services fail: no process of this node listens at %s, where it should be: name its cgroup in inbound.probers", p.name, p.address)
+		}
 	}
 	return admitted, problems
 }
@@ -166,17 +198,17 @@ func (m *Manager) judgeProbers(needed bool) (admitted []string, problems []catal
 func (m *Manager) refusesProber(dir string) string {
 	switch {
 	case dir == m.mount:
-		return "the root cgroup holds every process of the node: start the agent in a cgroup of its own"
+		return "the root cgroup holds every process of the node: start what checks in a cgroup of its own"
 	case within(m.cgroup, dir):
-		return "nodeproxy itself runs in it: start the agent in a cgroup of its own"
+		return "nodeproxy itself runs in it: start what checks in a cgroup of its own"
 	case within(dir, filepath.Join(m.mount, "user.slice")):
-		return "it is a user's: start the agent as a service of the system"
+		return "it is a user's: start what checks as a service of the system"
 	case !ownedByRoot(dir):
 		return "it is not root's: whoever owns it could put any process there"
 	}
 	for _, e := range m.workloads {
 		if within(e.Cgroup, dir) || within(dir, e.Cgroup) {
-			return fmt.Sprintf("workload %s of service %q shares it: start the agent in a cgroup of its own", e.Cgroup, e.Service)
+			return fmt.Sprintf("workload %s of service %q shares it: start what checks in a cgroup of its own", e.Cgroup, e.Service)
 		}
 	}
 	return ""
@@ -199,11 +231,14 @@ func (m *Manager) probeTargets(snap *catalog.Snapshot, ready []*entry) []redirec
 			if s == nil {
 				continue
 			}
+			ports := slices.Clone(e.claim.Probed)
 			for _, inst := range e.instancesIn(snap) {
-				for _, port := range inst.Probed {
-					for _, ip := range s.probeAddrs() {
-						all = append(all, redirect.ProbeTarget{Addr: netip.AddrPortFrom(ip, port), Namespace: s.Cookie, Workload: e.ID})
-					}
+				ports = append(ports, inst.Probed...)
+			}
+			slices.Sort(ports)
+			for _, port := range slices.Compact(ports) {
+				for _, ip := range s.probeAddrs() {
+					all = append(all, redirect.ProbeTarget{Addr: netip.AddrPortFrom(ip, port), Namespace: s.Cookie, Workload: e.ID})
 				}
 			}
 		}

@@ -23,7 +23,7 @@ func (m *Manager) reconcile(h Handler) {
 	m.missed = false
 	m.unheard = m.silent() // before claims are read: what is said meanwhile counts from the next reconciliation on
 	known := m.complete()
-	m.findAgent()
+	m.findProbers()
 	m.follow()
 	for _, e := range m.workloads {
 		m.scan(e)

@@ -46,7 +46,8 @@ type Claim struct {
 	Cgroup   string     // absolute path of a directory on cgroup2
 	Service  string     // whose identity its connections have; may be "" where Mesh is Disabled
 	Also     []string   `json:",omitempty"` // further services that others reach in it, on ports of their own
-	Provider string     // "config", "enroll", "systemd", "xattr"; shown in status
+	Name     string     `json:",omitempty"` // what people know it by, where that is not the cgroup: "pod shop/web-1"
+	Provider string     // "config", "enroll", "systemd", "xattr", "kubernetes"; shown in status
 	Mode     *Mode      // nil: the node's inbound.mode
 	Access   Access     `json:",omitempty"` // to Consul's agents
 	Mesh     Mesh       `json:",omitzero"`
@@ -54,7 +55,9 @@ type Claim struct {
 	Exclude  Exclusions `json:",omitzero"`
 	DNS      *bool      `json:",omitempty"` // whether names of the mesh are answered; nil: as dns.enabled says
 	Proxied  bool       `json:",omitempty"` // no connection of its, either way, goes direct within the node
+	Probed   []uint16   `json:",omitempty"` // to which probers may connect besides those of its service's instances
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
+	Denied   string     `json:",omitempty"` // why it may not be that service: it is refused, and ends an enrolment
 }
 
 // Exclusions is what of a workload's connections is as if it were not enrolled.
@@ -69,7 +72,7 @@ func (c Claim) services() []string { return append([]string{c.Service}, c.Also..
 
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
-	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) &&
+	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) && slices.Equal(c.Probed, o.Probed) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
@@ -98,6 +101,7 @@ type Reporter interface {
 type Workload struct {
 	ID       uint32 // the kernel's name for it; never used again while our pins exist
 	Cgroup   string
+	Name     string   // what people know it by; "" where that is the cgroup
 	Service  string   // whose identity its connections have
 	Also     []string // further services that others reach in it
 	Provider string
