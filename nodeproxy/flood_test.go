@@ -2,13 +2,18 @@ package nodeproxy
 
 import (
 	"crypto/tls"
+	"encoding/binary"
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/catalog"
 )
 
 // TestAFloodOfWholeHellosHarmsNoNeighbour lets 200 addresses begin handshakes with api, each of which costs a signature, as fast as
@@ -82,6 +87,50 @@ func sayHello(from *net.TCPAddr, to netip.AddrPort, hello []byte) bool {
 	}
 	n, _ := conn.Read(make([]byte, 1<<10))
 	return n > 0
+}
+
+// A hello without a key share costs an answer and the next one another, of which only the first has a turn.
+func TestAHelloWithoutAKeyShareIsNotAskedForAnother(t *testing.T) {
+	m := newMesh(t)
+	at := m.instance("api", "api-1", m.app().addr()).Mesh
+	m.publish()
+	hello := wholeHello(t)
+	from := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
+	if !sayHello(from, at, hello) {
+		t.Error("a hello with key shares is not answered")
+	}
+	if sayHello(from, at, withoutKeyShares(t, hello)) {
+		t.Error("a hello without a key share is answered")
+	}
+	m.events.wait(t, "refusal of a hello without a key share", func(c admin.Connection) bool {
+		return c.Reason == catalog.ReasonHandshakeFailed && strings.Contains(c.Detail, "no key share")
+	})
+}
+
+// withoutKeyShares is a hello in one record with an empty extension key_share (RFC 8446, 4.2.8).
+func withoutKeyShares(t *testing.T, hello []byte) []byte {
+	t.Helper()
+	const headers, extension = 5 + 4, 51
+	at := headers + 2 + 32
+	at += 1 + int(hello[at])                           // session id
+	at += 2 + int(binary.BigEndian.Uint16(hello[at:])) // cipher suites
+	at += 1 + int(hello[at])                           // compression
+	lengths, end := at, at+2+int(binary.BigEndian.Uint16(hello[at:]))
+	for at += 2; at < end; {
+		kind, size := binary.BigEndian.Uint16(hello[at:]), int(binary.BigEndian.Uint16(hello[at+2:]))
+		if kind != extension {
+			at += 4 + size
+			continue
+		}
+		cut := size - 2
+		short := slices.Concat(hello[:at+2], []byte{0, 2, 0, 0}, hello[at+4+size:])
+		binary.BigEndian.PutUint16(short[3:], binary.BigEndian.Uint16(short[3:])-uint16(cut))
+		binary.BigEndian.PutUint16(short[7:], binary.BigEndian.Uint16(short[7:])-uint16(cut))
+		binary.BigEndian.PutUint16(short[lengths:], binary.BigEndian.Uint16(short[lengths:])-uint16(cut))
+		return short
+	}
+	t.Fatal("the hello has no key_share")
+	return nil
 }
 
 // wholeHello is what a TLS client sends first.

@@ -1,6 +1,8 @@
 package nodeproxy
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -15,6 +17,19 @@ const maxRecord = 16 << 10
 
 // errTruncated is a peer that closed TCP without a close_notify: what it sent may not be all that it meant to send.
 var errTruncated = errors.New("the peer closed the connection without a TLS close_notify")
+
+// errNoKeyShare is a client whose hello has a key share of no group that we have. TLS 1.3 would ask it for another hello, which
+// then would be answered whoever's turn it is.
+var errNoKeyShare = errors.New("the hello has no key share of a supported group, and no HelloRetryRequest (RFC 8446, 4.1.4) is sent")
+
+// retryRequest is the random of a HelloRetryRequest (RFC 8446, 4.1.3).
+var retryRequest = sha256.Sum256([]byte("HelloRetryRequest"))
+
+// isRetryRequest says whether a record begins with a HelloRetryRequest.
+func isRetryRequest(record []byte) bool {
+	const handshake, serverHello, random = 22, 2, 11
+	return len(record) >= random+len(retryRequest) && record[0] == handshake && record[5] == serverHello && bytes.Equal(record[random:][:len(retryRequest)], retryRequest[:])
+}
 
 // wire is the net.Conn below a tls.Conn. crypto/tls reads and writes a record at a time; wire makes one system call of
 // many records, and holds a buffer only while there are bytes in it.
@@ -93,6 +108,9 @@ func (w *wire) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.first != nil {
+		if isRetryRequest(p) {
+			return 0, errNoKeyShare
+		}
 		w.first()
 		w.first = nil
 	}
