@@ -75,13 +75,14 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@echo '── compile the tests'
 	@$(MAKE) build $(GOTESTSUM) consul vault kubernetes
 	@go test -race -run '^$$' ./... | $(FAILURES)
-	@go -C tests/bench test -race -run '^$$' . | $(FAILURES)
+	@go -C tests/bench test -run '^$$' . | $(FAILURES)
 	@go -C deploy/dist vet ./...
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
 	@echo '── tests'
-	@cd tests/bench && $(GOTESTSUM) --format pkgname -- -race -count 1 -timeout 15m .
 	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m ./...
+	@echo '── the benchmark, tiny'
+	@cd tests/bench && $(GOTESTSUM) --format pkgname -- -count 1 -timeout 15m .
 	@echo '── end to end once more, with Consul as the source'
 	@$(GOTESTSUM) --format pkgname -- -race -count 1 -timeout 15m ./tests/e2e -source consul
 

@@ -55,7 +55,7 @@ func TestSmoke(t *testing.T) {
 	if want := len(kinds()) * 2 * (5 + len(peers())); len(r.Samples) != want {
 		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over five paths and those of the peers", len(r.Samples), want)
 	}
-	if want := 2 * (len(goals()) + 2); len(r.Goals) != want {
+	if want := 2*len(goals()) + 2; len(r.Goals) != want { // with two numbers of connections each, and memory with tunnels and without
 		t.Errorf("%d goals, want %d", len(r.Goals), want)
 	}
 	for _, f := range figures() {
