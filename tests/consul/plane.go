@@ -19,11 +19,12 @@ type Plane struct {
 	lab     *netlab.Lab
 	agents  [2]*Agent
 	defined map[string]map[string]int // by node and name of a definition: how many instances of each service
+	ports   map[string]int            // of sidecars, by node and instance
 }
 
 // NewPlane starts the agents of a mesh.
 func NewPlane(ctx context.Context, m *meshlab.Mesh) (*Plane, error) {
-	p := &Plane{lab: m.Lab, defined: make(map[string]map[string]int)}
+	p := &Plane{lab: m.Lab, defined: make(map[string]map[string]int), ports: make(map[string]int)}
 	for i, node := range m.Nodes {
 		cgroup, err := node.Cgroup.Child("consul")
 		if err != nil {
@@ -91,7 +92,7 @@ func (p *Plane) Define(i int, name, hcl string) error {
 		if fields["id"] == "" {
 			fields["id"] = fields["name"]
 		}
-		check := fmt.Sprintf("sidecar_service {\n      check {\n        name = \"application\"\n        alias_service = %q\n      }\n", fields["id"])
+		check := fmt.Sprintf("sidecar_service {\n      port = %d\n      check {\n        name = \"application\"\n        alias_service = %q\n      }\n", p.port(i, fields["id"]), fields["id"])
 		block = strings.Replace(block, "sidecar_service {", check, 1)
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s.%d.hcl", name, n)), []byte(block), 0o600); err != nil {
 			return err
@@ -102,6 +103,19 @@ func (p *Plane) Define(i int, name, hcl string) error {
 	defer cancel()
 	return p.agents[i].Do(ctx, http.MethodPut, "/v1/agent/reload", nil, nil)
 }
+
+// port is that of an instance's sidecar, the same for as long as p is there. Where the agent chooses it, it may choose another at the next
+// reload, which Consul 1.19.2 then does not tell the catalog for a minute or two.
+func (p *Plane) port(node int, instance string) int {
+	key := fmt.Sprint(node, "/", instance)
+	if p.ports[key] == 0 {
+		p.ports[key] = firstSidecarPort + len(p.ports)
+	}
+	return p.ports[key]
+}
+
+// firstSidecarPort begins the range of the agent's own choice.
+const firstSidecarPort = 21000
 
 // Instances says how many instances of each service are defined.
 func (p *Plane) Instances() map[string]int {
