@@ -327,14 +327,19 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 			errs = append(errs, err)
 		}
 	}
-	change := func(service, id, path string, body any) {
-		operators, err := r.isOperators(ctx, service, id)
-		if operators {
+	// change replaces what is registered by reg, which may be nil, if that is needed by now: the last look may be old.
+	change := func(service, id string, reg *api.AgentServiceRegistration) {
+		now, err := r.registered(ctx, service, id)
+		switch {
+		case err != nil:
+			errs = append(errs, err)
+		case now != nil && !isOurs(now), reg == nil && now == nil, reg != nil && same(now, reg):
 			changed = true // since it was looked
-		} else if err == nil {
-			put(service, path, body)
+		case reg == nil:
+			put(service, "/v1/agent/service/deregister/"+escape(id), nil)
+		default:
+			put(service, replace, reg)
 		}
-		errs = append(errs, err)
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
 		if local[id] != nil && !isOurs(local[id]) {
@@ -342,7 +347,7 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		}
 		want := w.sidecars[id]
 		if reg := want.registration(); !same(local[id], reg) {
-			change(want.app.Service, id, replace, reg)
+			change(want.app.Service, id, reg)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(local)) {
@@ -351,7 +356,7 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 			continue
 		}
 		if r.forsaken(w, s, settled) {
-			change(s.Proxy.DestinationServiceName, id, "/v1/agent/service/deregister/"+escape(id), nil)
+			change(s.Proxy.DestinationServiceName, id, nil)
 		}
 	}
 	if changed {
@@ -360,18 +365,18 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 	return errors.Join(errs...)
 }
 
-// isOperators asks the agent whether a service is registered by now, and not by us: its next look may be seconds away. What is
-// registered between the answer and a change of ours is lost: agents compare nothing.
-func (r *run) isOperators(ctx context.Context, service, id string) (bool, error) {
+// registered asks the agent what is registered by that ID, nil if nothing is. What an operator registers between the answer
+// and a change of ours is lost: agents compare nothing.
+func (r *run) registered(ctx context.Context, service, id string) (*api.AgentService, error) {
 	got, err := r.client.request(ctx, question{path: "/v1/agent/service/" + escape(id), service: service})
 	if hasStatus(err, http.StatusNotFound) {
-		return false, nil
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
 	}
 	var s api.AgentService
-	if err == nil {
-		err = decode(got, &s)
-	}
-	return err == nil && !isOurs(&s), err
+	return &s, decode(got, &s)
 }
 
 // forsaken says whether a sidecar of ours that is not wanted is to go.

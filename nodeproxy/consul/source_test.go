@@ -8,12 +8,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -743,4 +745,61 @@ func TestHTTPSWithClientCertificatesThatAreReplaced(t *testing.T) {
 	w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
 	w.await("the intention is in force", denied("web", "api"))
 	w.awaitHealth("no error", func(h catalog.Health) bool { return h.Err == nil })
+}
+
+// TestWhatIsRegisteredSinceTheLastLookIsNotReplaced shows an old list of registrations to the source while it is asked to
+// register again, as it is while its own last change is not seen yet.
+func TestWhatIsRegisteredSinceTheLastLookIsNotReplaced(t *testing.T) {
+	const registrations, register, sidecar = "/v1/agent/services", "/v1/agent/service/register", "/v1/agent/service/api-1-sidecar-proxy"
+	w := newWorld(t, lab.Config{})
+	plain := lab.Service("api", "api-1", "10.1.2.3", 8080)
+	delete(plain, "Connect")
+	w.must(w.agent.Register(w.ctx(), plain))
+	w.config.StateFile, w.config.Ports = filepath.Join(t.TempDir(), "ports.json"), consul.Ports{First: 21500, Last: 21999}
+	var old sync.Map
+	w.front.Misbehave(func(rw http.ResponseWriter, req *http.Request) bool {
+		if body, stale := old.Load(registrations); stale && req.URL.Path == registrations {
+			_, _ = rw.Write(body.([]byte))
+			return true
+		}
+		return false
+	})
+	var before, sidecars map[string]any
+	w.must(w.agent.Do(w.ctx(), http.MethodGet, registrations, nil, &before))
+	w.run("api")
+	registered := func() error {
+		return w.agent.Do(w.ctx(), http.MethodGet, sidecar, nil, &sidecars)
+	}
+	w.must(w.agent.Await(w.ctx(), "a sidecar", registered))
+	body, err := json.Marshal(before)
+	w.must(err)
+	old.Store(registrations, body)
+
+	own := maps.Clone(plain)
+	own["Connect"] = map[string]any{"SidecarService": map[string]any{"Port": 21234}}
+	w.must(w.agent.Register(w.ctx(), own))
+	requests := func(path string) int {
+		w.front.Lock()
+		defer w.front.Unlock()
+		return w.front.Requests[path]
+	}
+	changes, asked := requests(register), requests(sidecar)
+	for range 3 { // each change makes a pass over the registrations
+		w.must(w.agent.Intentions(w.ctx(), "api", map[string]string{"web": "deny"}))
+		w.must(w.agent.Await(w.ctx(), "a look at the sidecar", func() error {
+			if requests(sidecar) == asked {
+				return errors.New("none")
+			}
+			return nil
+		}))
+		w.must(w.agent.Remove(w.ctx(), "service-intentions", "api"))
+		asked = requests(sidecar)
+	}
+	if n := requests(register); n != changes {
+		t.Errorf("registered %d times over the operator's", n-changes)
+	}
+	w.must(registered())
+	if sidecars["Port"] != 21234.0 {
+		t.Errorf("the operator's sidecar was replaced: %v", sidecars)
+	}
 }
