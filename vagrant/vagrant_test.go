@@ -14,7 +14,7 @@ import (
 
 func TestTheVagrantfileIsValid(t *testing.T) {
 	if _, err := exec.LookPath("vagrant"); err != nil {
-		t.Skip("missing: vagrant (apt-get install vagrant)")
+		netlab.Lacks(t, "vagrant (apt-get install vagrant)")
 	}
 	cmd := exec.CommandContext(t.Context(), "vagrant", "validate", "--ignore-provider")
 	cmd.Env = append(os.Environ(), "VAGRANT_HOME="+t.TempDir(), "VAGRANT_DOTFILE_PATH="+t.TempDir())

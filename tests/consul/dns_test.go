@@ -23,7 +23,7 @@ func (m *mesh) dig(w *netlab.Workload, args ...string) string {
 
 func TestNamesAreAnsweredFromConsulAsConsulDoes(t *testing.T) {
 	if _, err := exec.LookPath("dig"); err != nil {
-		t.Skipf("missing: bind9-dnsutils: %v", err)
+		netlab.Lacks(t, "dig (apt-get install bind9-dnsutils)")
 	}
 	m := newMesh(t)
 	web, api := m.place(0, "web"), m.place(1, "api")

@@ -103,18 +103,12 @@ func required(file, prefix string) (string, error) {
 	}
 }
 
-// Require ends the test unless agents can be run here: it skips and names what is missing, or fails if the environment
-// says REQUIRE_PRIVILEGED=1.
+// Require ends the test as netlab.Lacks does unless agents can be run here.
 func Require(tb netlab.TB) {
 	tb.Helper()
 	netlab.Require(tb)
-	_, err := Native() // built last
-	switch {
-	case err == nil:
-	case os.Getenv("REQUIRE_PRIVILEGED") == "1":
-		tb.Fatalf("REQUIRE_PRIVILEGED=1, and: %v", err)
-	default:
-		tb.Skipf("%v", err)
+	if _, err := Native(); err != nil { // built last
+		netlab.Lacks(tb, err.Error())
 	}
 }
 

@@ -54,12 +54,7 @@ func newHost(t *testing.T) *host {
 	if testing.Short() {
 		t.Skip("slow: boots systemd")
 	}
-	if missing := systemdlab.Missing(); len(missing) > 0 {
-		if os.Getenv("REQUIRE_PRIVILEGED") == "1" {
-			t.Fatalf("missing: %s", missing)
-		}
-		t.Skipf("missing: %s", missing)
-	}
+	netlab.Lacks(t, systemdlab.Missing()...)
 	lab, err := netlab.New()
 	if err != nil {
 		t.Fatal(err)

@@ -7,18 +7,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TB is the part of testing.TB that Require needs, so that the package does not link the testing package.
+// TB is the part of testing.TB that Lacks needs, so that the package does not link the testing package.
 type TB interface {
 	Helper()
 	Skipf(format string, args ...any)
 	Fatalf(format string, args ...any)
 }
 
-// Require ends the test unless a Lab can be made here: it skips and names what is missing, or fails if the environment
-// says REQUIRE_PRIVILEGED=1.
+// Require ends the test as Lacks does unless a Lab can be made here.
 func Require(tb TB) {
 	tb.Helper()
-	missing := Missing()
+	Lacks(tb, Missing()...)
+}
+
+// Lacks ends the test unless nothing is missing: it skips and names what is, or fails if the environment says
+// REQUIRE_PRIVILEGED=1.
+func Lacks(tb TB, missing ...string) {
+	tb.Helper()
 	switch {
 	case len(missing) == 0:
 	case os.Getenv("REQUIRE_PRIVILEGED") == "1":

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"nodeproxy.io/tests/netlab"
 	"nodeproxy.io/tests/vm"
 )
 
@@ -24,15 +25,6 @@ var stock = []string{"linux-image-amd64", "linux-image-6.12-amd64"}
 // modules are what package netlab needs of a kernel that loads none by itself: the links it makes, and sock_diag(7).
 var modules = []string{"veth", "bridge", "dummy", "inet_diag", "tcp_diag"}
 
-// missing skips the test, or fails it if the environment says REQUIRE_PRIVILEGED=1.
-func missing(t *testing.T, what string) {
-	t.Helper()
-	if os.Getenv("REQUIRE_PRIVILEGED") == "1" {
-		t.Fatalf("REQUIRE_PRIVILEGED=1, and missing: %s", what)
-	}
-	t.Skipf("missing: %s", what)
-}
-
 // binaries are paths of static programs.
 type binaries struct{ guest, nodeproxy, redirectTest string }
 
@@ -44,9 +36,7 @@ func compile(t *testing.T) binaries {
 	if runtime.GOARCH != "amd64" {
 		t.Skip("the machines are amd64, and so must this one be to build for them")
 	}
-	if packages := vm.Missing(); packages != nil {
-		missing(t, strings.Join(packages, ", "))
-	}
+	netlab.Lacks(t, vm.Missing()...)
 	dir := t.TempDir()
 	b := binaries{filepath.Join(dir, "guest"), filepath.Join(dir, "nodeproxy"), filepath.Join(dir, "redirect.test")}
 	for _, args := range [][]string{
@@ -69,7 +59,7 @@ func (b binaries) boot(ctx context.Context, t *testing.T, meta string, programs 
 	kernel, err := vm.FetchKernel(t.Context(), meta, t.Output())
 	switch {
 	case errors.Is(err, vm.ErrNotOffered) && meta == stock[0]:
-		missing(t, err.Error())
+		netlab.Lacks(t, err.Error())
 	case errors.Is(err, vm.ErrNotOffered):
 		t.Skip(err)
 	case err != nil:
