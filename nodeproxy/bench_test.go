@@ -103,7 +103,7 @@ func (m *mesh) echo() string {
 			}
 			go func() {
 				defer conn.Close()
-				io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn})
+				io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}, make([]byte, 512))
 			}()
 		}
 	}()

@@ -28,6 +28,7 @@ type Credentials struct {
 	leaves map[string]*tls.Certificate
 	roots  *x509.CertPool
 	peers  map[string]*x509.CertPool // the roots of other trust domains, each for itself
+	known  known
 }
 
 // New returns the credentials of snap, with leaves as the certificates of the local services.
@@ -223,11 +224,17 @@ func base(leaf *tls.Certificate, limits catalog.TLSLimits) *tls.Config {
 // verify checks a peer's certificate: chain with the intermediates it sent, key usage, and exactly one URI SAN that is
 // the SPIFFE ID of a service in our trust domain, or a peer's, by the roots of just that domain. Every error has ReasonPeerIdentity.
 func (c *Credentials) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (Peer, error) {
+	key := keyOf(chain, usage)
+	if peer, ok := c.known.find(key); ok {
+		return peer, nil
+	}
 	id, until, err := c.identify(chain, usage)
 	if err != nil {
 		return Peer{}, refuse(catalog.ReasonPeerIdentity, "verify the peer's certificate: %w", err)
 	}
-	return Peer{Identity: id, until: until}, nil
+	peer := Peer{Identity: id, until: until}
+	c.known.add(key, peer)
+	return peer, nil
 }
 
 func (c *Credentials) identify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (id policy.Identity, until time.Time, err error) {
