@@ -190,6 +190,15 @@ func TestWhatCannotGoDirectTakesTheProxyAndExplainSaysWhy(t *testing.T) {
 			},
 			listen: []string{"127.0.0.1:8080"}, why: "on loopback alone",
 		},
+		"source NAT between the workloads": {
+			prepare: func(m *mesh, _ *netlab.Workload) {
+				_, err := m.Lab.Run(m.ctx(), netlab.Command{
+					Path: "/usr/sbin/iptables-nft", Args: strings.Fields("-t nat -A POSTROUTING -p tcp --dport 8080 -j MASQUERADE"), Namespace: m.Nodes[0].Namespace,
+				})
+				m.must(err)
+			},
+			listen: []string{":8080"}, why: "translated on the way",
+		},
 		"MaxInboundConnections": {
 			prepare: func(m *mesh, _ *netlab.Workload) {
 				m.must(m.ConfigEntry("defaults-api", "Kind = \"service-defaults\"\nName = \"api\"\nMaxInboundConnections = 50\n"))
