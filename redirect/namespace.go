@@ -35,6 +35,8 @@ type Namespace struct {
 	prog   *ebpf.Program // what it runs
 	dir    string        // of its pins
 	r      *Redirect
+
+	foreign foreign // ForeignRedirect's own
 }
 
 // OpenNamespace listens in the network namespace that file stands for (/proc/PID/ns/net), guards it with sk_lookup and

@@ -171,7 +171,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 		Certificates: []Certificate{{Service: "web", NotAfter: time.Now().Add(2 * time.Hour)}, {Service: "none"}},
 		DNS:          &Queries{Answered: 5, Forwarded: 6, Failed: 7},
 		Kernel:       Kernel{Counters: map[string]uint64{CounterUnprotectedUDP: 3, CounterEventsLost: 4}},
-		Workloads:    []Workload{{State: "protected"}, {State: "empty"}, {State: "waiting"}, {State: "unprotected"}},
+		Workloads:    []Workload{{State: "protected"}, {State: "empty"}, {State: "waiting"}, {State: "unprotected", Service: "web", Foreign: "ISTIO_"}},
 		Refused:      []Refused{{Service: "web"}, {Service: "api"}, {Service: "db"}},
 	}
 	m := NewMetrics(func() Status { return status }, func() []Connection { return nil })
@@ -180,6 +180,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 	m.Apply(snap)
 	text := scrape(t, m)
 	wantSample(t, text, "nodeproxy_unprotected_workloads 2")
+	wantSample(t, text, `nodeproxy_foreign_redirects{rule="ISTIO_",source_service="web"} 1`)
 	wantSample(t, text, "nodeproxy_refused_claims 3")
 	wantSample(t, text, "nodeproxy_unprotected_udp_total 3")
 	wantSample(t, text, "nodeproxy_kernel_events_lost_total 4")

@@ -109,6 +109,7 @@ type entry struct {
 	inodes      []uint64        // of the network namespaces its processes are in
 	subtree     map[uint64]bool // ids of its cgroup and those below
 	problem     error
+	foreign     foreignRules
 	access      Access
 	left        bool     // was released before the last reconciliation
 	steered     uint64   // the cgroup whose name queries are

@@ -132,7 +132,7 @@ func (m *Manager) isUnguarded(e *entry) bool {
 // scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
 func (m *Manager) scan(e *entry) {
 	last := e.inodes
-	e.processes, e.inodes, e.subtree = 0, nil, make(map[uint64]bool)
+	e.processes, e.inodes, e.subtree, e.foreign = 0, nil, make(map[uint64]bool), foreignRules{}
 	err := filepath.WalkDir(e.Cgroup, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return skipGone(err)
@@ -289,25 +289,6 @@ func (m *Manager) enrollable(v *view) []*entry {
 	return ready
 }
 
-// foreignRedirect says whose rules redirect what e sends already: two proxies must not have one workload. Whoever sets such
-// rules later has a workload that is enrolled, and stays so.
-func (m *Manager) foreignRedirect(e *entry) error {
-	for _, inode := range e.inodes {
-		s := m.namespaces[inode]
-		if s == nil {
-			continue
-		}
-		rule, err := s.ForeignRedirect()
-		if err != nil {
-			m.warn(e.Cgroup, "whether another proxy has the workload is not known", err, "service", e.Service)
-		}
-		if rule != "" {
-			return fmt.Errorf("another proxy's rules redirect its connections (%s, in network namespace %d): remove them, and the workload is enrolled", rule, inode)
-		}
-	}
-	return nil
-}
-
 func (m *Manager) enroll(e *entry) {
 	if e.ID == 0 {
 		return
@@ -418,6 +399,7 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
+		s.Foreign = e.foreign.rule.Kind
 		if err := m.shortfall(e); err != nil && s.State == "protected" {
 			s.State, s.Detail = "unprotected", err.Error()
 		}
@@ -464,6 +446,9 @@ func (e *entry) state(open int) (state, detail string) {
 	var remarks []string
 	if len(e.misplaced) > 0 {
 		remarks = append(remarks, "not served from here: "+strings.Join(e.misplaced, "; "))
+	}
+	if e.foreign.err != nil {
+		remarks = append(remarks, "whether another proxy's rules redirect its connections is not known: "+e.foreign.err.Error())
 	}
 	detail = strings.Join(append(remarks, e.contested...), "; ")
 	if e.Mesh == Observe {

@@ -204,6 +204,7 @@ type WorkloadState struct {
 	Workload   *Workload
 	State      string // "protected", "empty", "waiting", "unprotected", "leaving"
 	Detail     string // what is wrong and what to do, when there is something
+	Foreign    string // what kind of another proxy's rules redirect what it sends: redirect.ForeignRule's
 	Namespaces []*Namespace
 	Instances  []string
 	Processes  int
