@@ -32,6 +32,8 @@ type run struct {
 	built      bool // a snapshot of what the agent said was delivered
 	compiled   compiled
 	rejected   string // the error of the last snapshot that could not be built, logged
+
+	undefined string // why this node's definitions are not applied, logged; define's own
 }
 
 // loop builds and delivers snapshots until ctx ends.
