@@ -203,7 +203,10 @@ func (b *builder) addUnserved(s *api.AgentService) {
 	}
 	svc := b.service(s.Service)
 	svc.Instances = append(svc.Instances, inst)
-	switch port := b.given[s.ID]; {
+	port, other := b.given[s.ID], b.data.namesake(s)
+	switch {
+	case other != nil:
+		b.problem(s.Service, "unreachable", "instance %q of %q has no sidecar and gets none: %q, as it would be called, is the ID of an instance of %q already; rename one of the two", s.ID, s.Service, other.ID, other.Service)
 	case port != 0:
 		inst.Mesh = b.place(inst, place{s.Address, int(port)}, b.data.agent.address)
 	case s.Port != 0 || s.SocketPath != "":

@@ -35,6 +35,20 @@ func TestNothingIsDefinedBeforeEveryOriginHasSpoken(t *testing.T) {
 	}
 }
 
+func TestADefinitionWithTheIDOfAnothersSidecarIsRefused(t *testing.T) {
+	var last catalog.Definitions
+	o := newOrigins(1, func(defs catalog.Definitions) { last = defs })
+	o.define(0, catalog.Definitions{All: []catalog.Definition{
+		{ID: "web-1-sidecar-proxy", Service: "squatter"}, {ID: "web-1", Service: "web"}, {ID: "db-sidecar-proxy", Service: "db"},
+	}})
+	if len(last.All) != 2 || last.All[0].ID != "web-1" || last.All[1].ID != "db-sidecar-proxy" {
+		t.Errorf("defined are %+v", last.All)
+	}
+	if len(last.Problems) != 1 || last.Problems[0].Service != "squatter" || !strings.Contains(last.Problems[0].Text, `the sidecar of instance "web-1"`) {
+		t.Errorf("the problems are %+v", last.Problems)
+	}
+}
+
 func TestWhyDefinitionsAreNotAppliedIsLoggedOncePerChange(t *testing.T) {
 	var log strings.Builder
 	s, err := New(Config{Node: "node-1", NodeAddress: netip.MustParseAddr("10.0.0.1"), Servers: []string{"127.0.0.1:1"}, Log: slog.New(slog.NewTextHandler(&log, nil))})

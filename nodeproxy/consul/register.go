@@ -81,6 +81,14 @@ func unserved(d *data, needed []string) []*api.AgentService {
 	return all
 }
 
+// namesake is what the operator has registered by the ID that a sidecar of ours for app would have, nil if nothing: it is not replaced.
+func (d *data) namesake(app *api.AgentService) *api.AgentService {
+	if s := d.local[app.ID+sidecarSuffix]; s != nil && !isOurs(s) {
+		return s
+	}
+	return nil
+}
+
 // givePorts assigns mesh ports to the instances that need a sidecar of ours.
 func (r *run) givePorts(d *data, needed []string) map[string]uint16 {
 	if r.ports == nil {
@@ -179,7 +187,7 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	w := &wanted{sidecars: make(map[string]wantedSidecar), needed: needed}
 	for _, app := range unserved(d, needed) {
 		id := app.ID + sidecarSuffix
-		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
+		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil && d.namesake(app) == nil {
 			w.sidecars[id] = wantedSidecar{app, given[app.ID]}
 		}
 	}
