@@ -344,7 +344,8 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		case now != nil && !isOurs(now), reg == nil && now == nil, reg != nil && same(now, reg):
 			changed = true // since it was looked
 		case reg == nil:
-			put(service, "/v1/agent/service/deregister/"+escape(id), nil)
+			changed = true
+			errs = append(errs, r.client.withdraw(ctx, service, id))
 		default:
 			put(service, replace, reg)
 		}
@@ -371,6 +372,15 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		wake(r.lookNow)
 	}
 	return errors.Join(errs...)
+}
+
+// withdraw removes a registration from the agent, with the token of service. One that is gone already is no error.
+func (c *client) withdraw(ctx context.Context, service, id string) error {
+	err := c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil)
+	if hasStatus(err, http.StatusNotFound) {
+		return nil
+	}
+	return err
 }
 
 // registered asks the agent what is registered by that ID, nil if nothing is. What an operator registers between the answer
