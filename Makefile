@@ -98,12 +98,13 @@ test-vm: ## run the kernel tests and the demonstration under stock Debian kernel
 	@go test -v -count 1 -timeout 30m ./tests/vm
 
 .PHONY: bench
-bench: ## run the benchmarks, beside plain TCP and other mTLS proxies where they cross the kernel (root; about half an hour)
+bench: ## run the benchmarks, beside plain TCP and other mTLS proxies, and on a node of a large mesh (root; about three quarters of an hour)
 	@.ci/prerequisites bench
 	@.ci/packages $(BENCH_PACKAGES)
 	@$(MAKE) build consul
 	@go test -run '^$$' -bench . -benchmem -p 1 -timeout 30m ./...
 	@go -C tests/bench run . -nodeproxy $(CURDIR)/build/nodeproxy -out $(CURDIR)/docs/benchmarks
+	@go -C tests/bench run . scale -nodeproxy $(CURDIR)/build/nodeproxy -out $(CURDIR)/docs/benchmarks
 
 FUZZTIME ?= 10s
 
