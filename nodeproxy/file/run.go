@@ -26,6 +26,7 @@ type run struct {
 
 	generation  uint64
 	world       *world // the last good one, nil at first
+	parts       parts  // of the directory when it was last read
 	fingerprint string // of the directory when it was last read; "" to read it again in any case
 	readErr     error  // what is wrong with the directory
 	caErr       error  // what is wrong with the CA, while an older one is in force
@@ -136,7 +137,9 @@ func (r *run) reread(ctx context.Context) error {
 // read reads all of the directory.
 func (r *run) read(ctx context.Context) (*world, error) {
 	r.caErr = nil
-	m, err := readMesh(r.cfg.Dir, r.cfg.Datacenter)
+	var m *mesh
+	var err error
+	m, r.parts, err = readMesh(r.cfg.Dir, r.cfg.Datacenter, r.parts)
 	if err != nil {
 		return nil, err
 	}
