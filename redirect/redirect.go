@@ -59,6 +59,7 @@ type Redirect struct {
 	mu         sync.Mutex
 	enrolled   map[uint64]*enrolment                               // by cgroup id
 	namespaces map[uint64]*Namespace                               // by cookie
+	programs   map[*ebpf.Program]ebpf.ProgramID                    // the numbers of those that were asked for
 	inherited  map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
 	unclaimed  map[uint32]bool                                     // workloads that an earlier daemon enrolled and this one has not, yet
 	dests      shadow[outboundDestinationKey, outboundDestination] // those for all workloads
@@ -84,6 +85,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		dir:        filepath.Join(cfg.Pins, cfg.Node, fmt.Sprintf("v%d", MapABI)),
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
+		programs:   make(map[*ebpf.Program]ebpf.ProgramID),
 		inherited:  make(map[uint64]bool),
 		unclaimed:  make(map[uint32]bool),
 		treated:    make(map[uint32]uint32),

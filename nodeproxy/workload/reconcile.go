@@ -294,11 +294,11 @@ func (m *Manager) enroll(e *entry) {
 		return
 	}
 	e.enrolled = true // counts in the nesting of the others already
-	m.settleNesting()
+	nesting := m.settleNesting()
 	joins := e.Mesh == Enabled && !m.redirect.Redirects(e.cgroup)
 	err := m.redirect.Treat(e.ID, e.treatment())
 	if err == nil {
-		err = m.redirect.Enroll(e.Cgroup, e.ID, m.nesting(e))
+		err = m.redirect.Enroll(e.Cgroup, e.ID, nesting[e.Cgroup])
 	}
 	if err != nil {
 		e.enrolled, e.problem, e.ID = false, err, 0
@@ -319,28 +319,40 @@ func (e *entry) treatment() redirect.Treatment {
 	return redirect.Treatment{Ports: x.OutboundPorts, Networks: x.OutboundNetworks, Observe: e.Mesh == Observe}
 }
 
-// settleNesting tells every enrolled cgroup what is enrolled around it.
-func (m *Manager) settleNesting() {
+// settleNesting tells every enrolled cgroup what is enrolled around it, and returns that.
+func (m *Manager) settleNesting() map[string]redirect.Nesting {
+	all := m.nesting()
 	for _, e := range m.workloads {
 		if !e.enrolled {
 			continue
 		}
-		if err := m.redirect.SetNesting(e.cgroup, m.nesting(e)); err != nil {
+		if err := m.redirect.SetNesting(e.cgroup, all[e.Cgroup]); err != nil {
 			m.log.Error("nested workloads may be taken for each other", "cgroup", e.Cgroup, "error", err)
 		}
 	}
+	return all
 }
 
-func (m *Manager) nesting(e *entry) redirect.Nesting {
-	var n redirect.Nesting
-	for _, other := range slices.AppendSeq(slices.Clone(m.leaving), maps.Values(m.workloads)) {
-		if other.Cgroup == e.Cgroup || !other.enrolled {
-			continue
+// nesting says of each enrolled cgroup what is enrolled around it.
+func (m *Manager) nesting() map[string]redirect.Nesting {
+	all := make(map[string]redirect.Nesting)
+	for _, e := range slices.AppendSeq(slices.Clone(m.leaving), maps.Values(m.workloads)) {
+		if e.enrolled {
+			all[e.Cgroup] = redirect.Nesting{}
 		}
-		n.Outer = n.Outer || within(e.Cgroup, other.Cgroup)
-		n.Inner = n.Inner || within(other.Cgroup, e.Cgroup)
 	}
-	return n
+	for path := range all {
+		for dir := filepath.Dir(path); len(dir) > 1; dir = filepath.Dir(dir) {
+			outer, enrolled := all[dir]
+			if !enrolled {
+				continue
+			}
+			inner := all[path]
+			inner.Outer, outer.Inner = true, true
+			all[path], all[dir] = inner, outer
+		}
+	}
+	return all
 }
 
 // prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened or a
