@@ -71,7 +71,11 @@ workloads {
       services = ["web", "cart"] # what its pods may be. A pod is what its service account is called
     }
   }
-  # not yet: containers { enabled = true  allow = ["web"] }
+  containers {
+    enabled = false # containers with labels nodeproxy.io/<key>: see docs/labels.md
+    allow   = ["web", "cart"]    # example: what containers may be, whatever their labels say
+    socket  = "/run/docker.sock" # of Docker, or of podman: "/run/podman/podman.sock"
+  }
   # not yet: consul { enabled = true }
 }
 

@@ -21,6 +21,7 @@ import (
 	"nodeproxy.io/nodeproxy/file"
 	"nodeproxy.io/nodeproxy/keep"
 	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/nodeproxy/workload/containers"
 	"nodeproxy.io/nodeproxy/workload/kubernetes"
 	"nodeproxy.io/redirect"
 )
@@ -173,7 +174,14 @@ func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Clust
 	if pods != nil {
 		providers = append(providers, pods)
 	}
+	if cfg.Containers != nil {
+		providers = append(providers, newEngine(cfg, mount, log))
+	}
 	return providers, nil
+}
+
+func newEngine(cfg *config.Config, mount string, log *slog.Logger) *containers.Engine {
+	return containers.New(containers.Config{Socket: cfg.Containers.Socket, Allow: cfg.Containers.Allow, Mount: mount, Log: log})
 }
 
 // newCluster is nil where pods are no workloads.

@@ -52,6 +52,7 @@ func (c *checker) config() *Config {
 		Systemd:      r.Workloads.Systemd.Enabled,
 		Xattr:        r.Workloads.Xattr.Enabled,
 		Pods:         c.kubernetes(),
+		Containers:   c.containers(),
 		Inbound:      c.inbound(),
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
 		Tunnels:      r.Tunnels,
@@ -77,10 +78,8 @@ func (c *checker) notLanded() {
 		c.fail(path, "is not supported by this version yet: %s", instead)
 	}
 	c.consulNotLanded(refuse)
-	for _, provider := range []string{"containers", "consul"} {
-		if c.keys.has("workloads", provider) {
-			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
-		}
+	if c.keys.has("workloads", "consul") {
+		refuse(key("workloads", "consul"), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
 	}
 	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
 		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")

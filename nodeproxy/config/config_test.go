@@ -243,7 +243,6 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	notYet := "is not supported by this version yet"
 	for _, want := range []string{
 		"c.hcl:8: there is another source at ",
-		"c.hcl:13: workloads.containers " + notYet,
 		"c.hcl:14: workloads.consul " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 	} {
@@ -253,6 +252,25 @@ func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
 	}
 	if strings.Contains(err.Error(), "unknown key") {
 		t.Errorf("a documented key is unknown:\n%v", err)
+	}
+}
+
+func TestContainersAreWhatIsAllowed(t *testing.T) {
+	c, err := load(t, minimal+"\nworkloads { containers { enabled = true  allow = [\"web\", \"cart\"] } }")
+	if want := (&Containers{Allow: []string{"web", "cart"}, Socket: "/run/docker.sock"}); err != nil || !reflect.DeepEqual(c.Containers, want) {
+		t.Errorf("%+v, %v", c.Containers, err)
+	}
+	if c, err := load(t, minimal+"\nworkloads { containers { allow = [\"web\"] } }"); err != nil || c.Containers != nil {
+		t.Errorf("they are not enabled: %+v, %v", c.Containers, err)
+	}
+	for text, want := range map[string]string{
+		"":                                       "workloads.containers.allow is empty",
+		"allow = [\"a b\"]":                      "has \"a b\"",
+		"allow = [\"web\"]  socket = \"d.sock\"": "it must be an absolute path",
+	} {
+		if _, err := load(t, minimal+"\nworkloads { containers { enabled = true  "+text+" } }"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", text, err)
+		}
 	}
 }
 

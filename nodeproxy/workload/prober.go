@@ -260,12 +260,12 @@ var loopbacks = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6L
 // an address connects to 127.0.0.1.
 func probeRules(s *served) []redirect.Rule {
 	mesh := s.instance.Mesh
-	if !s.space.Host || !slices.Contains(s.instance.Probed, mesh.Port()) {
+	if !s.Namespace.Host || !slices.Contains(s.instance.Probed, mesh.Port()) {
 		return nil
 	}
 	var all []redirect.Rule
 	for _, ip := range loopbacks {
-		all = append(all, redirect.Rule{Namespace: s.space.Cookie, Addr: ip, Port: mesh.Port(), Action: redirect.Steer, Workload: s.Workloads[0].ID})
+		all = append(all, redirect.Rule{Namespace: s.Namespace.Cookie, Addr: ip, Port: mesh.Port(), Action: redirect.Steer, Workload: s.Workloads[0].ID})
 	}
 	return all
 }
