@@ -28,7 +28,7 @@ import (
 
 const (
 	retry       = time.Second           // between two attempts to connect
-	answers     = 10 * time.Second      // within which an engine answers a question
+	answers     = 5 * time.Second       // within which an engine answers a question
 	pingEvery   = 5 * time.Second       // so that one that hangs is noticed
 	lookEvery   = time.Second           // at what nobody tells of
 	changesLast = 20 * time.Millisecond // what changes together is looked at together
@@ -86,7 +86,7 @@ func (e *Engine) unheard(err error) error {
 }
 
 func (e *Engine) connect() (*client.Client, error) {
-	transport := &http.Transport{ResponseHeaderTimeout: answers}
+	transport := &http.Transport{ResponseHeaderTimeout: 2 * answers} // for the stream of events, which ask does not bound
 	return client.New(client.WithHTTPClient(&http.Client{Transport: transport, CheckRedirect: client.CheckRedirect}), client.WithHost("unix://"+e.cfg.Socket), client.WithScheme("http"))
 }
 
@@ -126,6 +126,9 @@ func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) erro
 		return err
 	}
 	defer c.Close()
+	if err := alive(ctx, c); err != nil {
+		return err
+	}
 	changes := c.Events(ctx, client.EventsListOptions{Filters: make(client.Filters).
 		Add("type", string(events.ContainerEventType), string(events.NetworkEventType)).
 		Add("event", "create", "start", "die", "destroy", "rename", "connect", "disconnect")})
@@ -147,7 +150,7 @@ func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) erro
 		case err := <-changes.Err:
 			return cmp.Or(err, errors.New("it ended the stream of its events"))
 		case <-ping.C:
-			if err := ask(ctx, func(ctx context.Context) error { _, err := c.Ping(ctx, client.PingOptions{}); return err }); err != nil {
+			if err := alive(ctx, c); err != nil {
 				return err
 			}
 			continue
@@ -172,6 +175,13 @@ func ask(ctx context.Context, question func(context.Context) error) error {
 		return cmp.Or(context.Cause(ctx), err)
 	}
 	return nil
+}
+
+func alive(ctx context.Context, c *client.Client) error {
+	return ask(ctx, func(ctx context.Context) error {
+		_, err := c.Ping(ctx, client.PingOptions{})
+		return err
+	})
 }
 
 // together lists the containers of which first and the events that follow closely tell.

@@ -226,7 +226,7 @@ func TestClaimsOutliveTheEngine(t *testing.T) {
 	l.await("first=web@"+first, "second=web@"+second)
 
 	l.must(l.Freeze())
-	l.awaitProblem(func(err error) bool { return err != nil && strings.Contains(err.Error(), "answer") })
+	l.awaitProblem(func(err error) bool { return err != nil && strings.Contains(err.Error(), "it has not answered") })
 	l.must(l.Thaw())
 	l.docker("rm", "--force", "second")
 	l.await("first=web@" + first)
