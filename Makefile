@@ -37,7 +37,8 @@ ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
 # The peers that nodeproxy is measured beside, with Consul's built-in proxy and Envoy.
 BENCH_PACKAGES := haproxy nginx-light libnginx-mod-stream stunnel4
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus etcd-server rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
+# docker.io: tests/enginelab runs /usr/sbin/dockerd of it, by hand; nothing else that is called docker is used.
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus etcd-server rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables docker.io $(ENVOY_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
 
 .PHONY: help
 help: ## list the targets

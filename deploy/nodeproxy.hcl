@@ -23,4 +23,9 @@ workloads {
   xattr {
     enabled = true # cgroups with extended attributes trusted.nodeproxy.*
   }
+  # containers with labels nodeproxy.io/<key>, of Docker or podman:
+  # containers {
+  #   enabled = true
+  #   allow   = ["web"] # what they may be
+  # }
 }
