@@ -76,7 +76,9 @@ workloads {
     allow   = ["web", "cart"]    # example: what containers may be, whatever their labels say
     socket  = "/run/docker.sock" # of Docker, or of podman: "/run/podman/podman.sock"
   }
-  # not yet: consul { enabled = true }
+  consul {
+    enabled = false # instances registered in Consul with meta nodeproxy = "enabled", tasks of Nomad among them: see docs/labels.md
+  }
 }
 
 # What connections to workloads meet.

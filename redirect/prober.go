@@ -130,9 +130,7 @@ func (r *Redirect) ListenerCgroup(at netip.AddrPort) (uint64, error) {
 	}
 	var cgroup uint64
 	for _, s := range found {
-		ip := s.Local.Addr()
-		covers := ip == at.Addr() || ip.IsUnspecified() && (ip.Is4() == at.Addr().Is4() || ip.Is6() && !s.V6Only)
-		if !covers {
+		if !s.Listens(at) {
 			continue
 		}
 		if cgroup != 0 && cgroup != s.Cgroup {

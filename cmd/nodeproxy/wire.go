@@ -23,6 +23,7 @@ import (
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/nodeproxy/workload/containers"
 	"nodeproxy.io/nodeproxy/workload/kubernetes"
+	"nodeproxy.io/nodeproxy/workload/registered"
 	"nodeproxy.io/redirect"
 )
 
@@ -36,6 +37,7 @@ type node struct {
 	metrics  *admin.MetricsServer // nil for none
 	kept     *keep.Source         // nil: the source needs no store
 	pods     *kubernetes.Cluster  // nil: pods are no workloads
+	finder   *registered.Finder   // nil: what is registered is no workload
 	log      *slog.Logger
 }
 
@@ -68,7 +70,10 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if err != nil {
 		return nil, err
 	}
-	if d.manager, err = newManager(cfg, log, d.manual, d.pods); err != nil {
+	if d.finder, err = newFinder(cfg, log); err != nil {
+		return nil, err
+	}
+	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder); err != nil {
 		return nil, err
 	}
 	caller, _ := source.(catalog.Caller)
@@ -77,6 +82,10 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	}
 	if source, ok := source.(keep.Restorable); ok {
 		d.kept = keep.New(source, d.manager.Store(), log)
+	}
+	apply := []func(*catalog.Snapshot){metrics.Apply}
+	if d.finder != nil {
+		apply = append(apply, d.finder.Apply)
 	}
 	var observer nodeproxy.Observer = d.recorder
 	if caller != nil {
@@ -87,7 +96,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 		cfg.Limits.Connections = fit
 	}
 	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
-		Node: cfg.Node.Name, Source: &meteredSource{d.keeping(source), metrics}, Kernel: d.manager, Observer: observer, Log: log,
+		Node: cfg.Node.Name, Source: &toldSource{d.keeping(source), apply}, Kernel: d.manager, Observer: observer, Log: log,
 		Limits: nodeproxy.Limits{
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
@@ -129,7 +138,7 @@ func (d *node) listen(cfg config.Admin) (err error) {
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -142,7 +151,7 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, p
 	if cfg.DNS {
 		names = dns.NewServer(log)
 	}
-	labelled, err := labelProviders(cfg, log, pods)
+	labelled, err := labelProviders(cfg, log, pods, finder)
 	if err != nil {
 		return nil, err
 	}
@@ -160,7 +169,7 @@ func configuredClaims(cfg *config.Config) (all workload.Configured) {
 }
 
 // labelProviders lists the enabled ones, in order of precedence.
-func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster) (providers []workload.Provider, err error) {
+func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster, finder *registered.Finder) (providers []workload.Provider, err error) {
 	mount, err := redirect.CgroupMount()
 	if err != nil {
 		return nil, err
@@ -177,7 +186,22 @@ func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Clust
 	if cfg.Containers != nil {
 		providers = append(providers, newEngine(cfg, mount, log))
 	}
+	if finder != nil {
+		providers = append(providers, finder)
+	}
 	return providers, nil
+}
+
+// newFinder is nil where what is registered is no workload.
+func newFinder(cfg *config.Config, log *slog.Logger) (*registered.Finder, error) {
+	if !cfg.Registered {
+		return nil, nil
+	}
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		return nil, err
+	}
+	return registered.New(registered.Config{Mount: mount, Log: log}), nil
 }
 
 func newEngine(cfg *config.Config, mount string, log *slog.Logger) *containers.Engine {
@@ -276,15 +300,17 @@ func (c callers) Observe(e admin.Connection) {
 	c.Recorder.Observe(e)
 }
 
-// meteredSource tells the metrics which services there are.
-type meteredSource struct {
+// toldSource tells others of its snapshots first: the metrics, and who looks for what is registered.
+type toldSource struct {
 	catalog.Source
-	metrics *admin.Metrics
+	apply []func(*catalog.Snapshot)
 }
 
-func (s *meteredSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
+func (s *toldSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
 	return s.Source.Run(ctx, func(snap *catalog.Snapshot) {
-		s.metrics.Apply(snap)
+		for _, apply := range s.apply {
+			apply(snap)
+		}
 		deliver(snap)
 	})
 }

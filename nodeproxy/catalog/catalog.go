@@ -98,6 +98,9 @@ type Snapshot struct {
 	// Upstreams are addresses at which workloads that serve an instance, one of this node, reach services: by its ID.
 	Upstreams map[string][]*Upstream
 
+	// Labelled are the instances of this node that ask, in their registration, to be workloads.
+	Labelled []Registered
+
 	TLS TLS
 
 	// Agents are where Consul's agents answer, which hand out identities: to everybody, unless ACLs are on.
@@ -167,6 +170,17 @@ type Instance struct {
 	Tags       []string
 	Meta       map[string]string
 }
+
+// Registered is an instance as it is registered, whether or not it is in the mesh.
+type Registered struct {
+	ID      string
+	Service string
+	Address netip.AddrPort // of the application
+	Meta    map[string]string
+}
+
+// MetaMesh is the key of an instance's meta that asks for it to be a workload.
+const MetaMesh = "nodeproxy"
 
 // Problem is one thing in the mesh's configuration that an operator should know.
 type Problem struct {

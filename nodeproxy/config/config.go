@@ -31,6 +31,7 @@ type Config struct {
 	Inbound Inbound
 
 	Containers *Containers // labelled containers are workloads; nil: they are not
+	Registered bool        // instances whose meta in Consul says so are workloads
 
 	VirtualCIDRs []netip.Prefix // where addresses tagged "virtual" are believed, with Consul
 

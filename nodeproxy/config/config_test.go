@@ -235,23 +235,34 @@ func TestExistingConnections(t *testing.T) {
 	}
 }
 
-func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
+func TestEveryDocumentedKeyIsKnown(t *testing.T) {
 	_, err := load(t, documented)
 	if err == nil {
 		t.Fatal("no error")
 	}
-	notYet := "is not supported by this version yet"
 	for _, want := range []string{
 		"c.hcl:8: there is another source at ",
-		"c.hcl:14: workloads.consul " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in\n%v", want, err)
 		}
 	}
-	if strings.Contains(err.Error(), "unknown key") {
+	if strings.Contains(err.Error(), "unknown key") || strings.Contains(err.Error(), "not supported by this version") {
 		t.Errorf("a documented key is unknown:\n%v", err)
+	}
+}
+
+func TestInstancesAreFoundWhereConsulIsTheSource(t *testing.T) {
+	const node, enabled = "node { name = \"n\"  address = \"10.0.0.1\" }\n", "\nworkloads { consul { enabled = true } }"
+	if c, err := load(t, node+"source \"consul\" {}"+enabled); err != nil || !c.Registered {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if c, err := load(t, node+"source \"consul\" {}"); err != nil || c.Registered {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if _, err := load(t, minimal+enabled); err == nil || !strings.Contains(err.Error(), "workloads.consul is for what is registered in Consul") {
+		t.Errorf("with the file source: %v", err)
 	}
 }
 

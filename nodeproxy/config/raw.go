@@ -59,7 +59,7 @@ type rawWorkloads struct {
 	Kubernetes rawKubernetes        `hcl:"kubernetes"`
 	Systemd    rawLabelled          `hcl:"systemd"`
 	Containers rawContainers        `hcl:"containers"`
-	Consul     any                  `hcl:"consul"`
+	Consul     rawLabelled          `hcl:"consul"`
 	Xattr      rawLabelled          `hcl:"xattr"`
 	Cgroup     map[string]rawCgroup `hcl:"cgroup"`
 }

@@ -31,6 +31,7 @@ type builder struct {
 	services  map[string]*catalog.Service
 	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
 	contested []netip.AddrPort
+	labelled  []catalog.Registered
 	peers     []catalog.Peer
 	agentless map[*catalog.Instance]bool // unhealthy because of their agents
 }
@@ -78,7 +79,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
 		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(), Gateways: b.gateways(), Peers: b.peers,
-		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
+		Contested: b.contested, Labelled: b.labelled, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
 		Problems: b.sortedProblems(),
 		Agents:   b.data.agents(), ACLs: b.data.agent.acls,
 	})
@@ -89,6 +90,7 @@ func (b *builder) sortedProblems() []catalog.Problem {
 	slices.SortFunc(all, func(x, y catalog.Problem) int {
 		return cmp.Or(cmp.Compare(x.Service, y.Service), cmp.Compare(x.Kind, y.Kind), cmp.Compare(x.Text, y.Text))
 	})
+	all = slices.Compact(all)
 	if more := len(all) - maxProblems; more > 0 {
 		all = append(all[:maxProblems:maxProblems], catalog.Problem{Kind: "unsupported", Text: fmt.Sprintf("%d more are not listed", more)})
 	}
@@ -145,8 +147,15 @@ func (b *builder) addLocal() {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(b.data.local)) {
-		if s := b.data.local[id]; s.Kind == api.ServiceKindTypical && !served[id] && slices.Contains(b.needed, s.Service) {
+		s := b.data.local[id]
+		if s.Kind != api.ServiceKindTypical {
+			continue
+		}
+		if !served[id] && slices.Contains(b.needed, s.Service) {
 			b.addUnserved(s)
+		}
+		if s.Meta[catalog.MetaMesh] != "" && s.Service != proxyService && isDefault(s.Namespace) && isDefault(s.Partition) {
+			b.labelled = append(b.labelled, catalog.Registered{ID: id, Service: s.Service, Address: b.applicationPlace(b.localInstance(s, s.Service), s), Meta: s.Meta})
 		}
 	}
 }
