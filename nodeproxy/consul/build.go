@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 	"time"
 
@@ -21,12 +20,12 @@ const maxProblems = 500
 
 // builder makes one snapshot.
 type builder struct {
-	cfg      *Config
-	data     *data
-	certs    map[string]*tls.Certificate
-	needed   []string          // services that workloads of this node run as
-	given    map[string]uint16 // mesh ports of instances that have no sidecar of the operator's, by ID
-	compiled *compiled
+	cfg    *Config
+	data   *data
+	certs  map[string]*tls.Certificate
+	needed []string          // services that workloads of this node run as
+	given  map[string]uint16 // mesh ports of instances that have no sidecar of the operator's, by ID
+	last   *policy.Policy    // nil: none
 	*settings
 	services  map[string]*catalog.Service
 	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
@@ -38,7 +37,7 @@ type builder struct {
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
 	return &builder{
-		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, compiled: &r.compiled,
+		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, last: r.policy,
 		settings: d.entries.settings(), services: make(map[string]*catalog.Service), upstreams: make(map[string][]*catalog.Upstream),
 	}
 }
@@ -353,10 +352,11 @@ func keeper(all []claim) int {
 
 // policy compiles the intentions, or returns the last policy if they are the same.
 func (b *builder) policy(generation uint64) (*policy.Policy, error) {
-	from := rules{trustDomain: b.data.roots.trustDomain, httpLike: make(map[string]bool)}
+	local, httpLike, def := policy.Identity{TrustDomain: b.data.roots.trustDomain}, make(map[string]bool), policy.Deny
 	if cmp.Or(b.data.agent.defaultIntention, b.data.defaultACL) == "allow" {
-		from.def = policy.Allow
+		def = policy.Allow
 	}
+	var intentions []policy.Intention
 	seen := make(map[policy.Intention]bool)
 	names := b.data.resolved() // of which some are in other datacenters only
 	for name := range b.services {
@@ -364,11 +364,11 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		if isHTTP(b.protocol(name)) {
-			from.httpLike[name] = true
+			httpLike[name] = true
 		}
 		all, read := b.data.intentions[name]
 		if !read { // until it is known who may connect, nobody may
-			from.intentions = append(from.intentions, policy.Intention{
+			intentions = append(intentions, policy.Intention{
 				Source: policy.Wildcard, Destination: name, Action: policy.Deny, Origin: "the intentions are not known yet",
 			})
 		}
@@ -387,22 +387,18 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 					b.problem(rule.Destination, "unsupported", "intention %s => %s: the trust domain of peer %q is not known, so it matches nobody", rule.Source, rule.Destination, rule.SourcePeer)
 				}
 			}
-			from.intentions = append(from.intentions, rule.Intention)
+			intentions = append(intentions, rule.Intention)
 		}
 	}
-	if b.compiled.policy != nil && reflect.DeepEqual(from, b.compiled.from) {
-		return b.compiled.policy, nil
+	if b.last != nil && b.last.IsOf(def, local, httpLike, intentions) {
+		return b.last, nil
 	}
-	p, err := policy.Compile(generation, from.def, policy.Identity{TrustDomain: from.trustDomain}, from.httpLike, from.intentions)
-	if err != nil {
-		return nil, err
-	}
-	*b.compiled = compiled{from, p}
-	return p, nil
+	return policy.Compile(generation, def, local, httpLike, intentions)
 }
 
 func (b *builder) reportIntention(rule rule) {
-	if rule.why == "" {
+	why := rule.why()
+	if why == "" {
 		return
 	}
 	kind := "unsupported"
@@ -412,5 +408,5 @@ func (b *builder) reportIntention(rule rule) {
 			svc.IgnoredL7 = append(svc.IgnoredL7, "service-intentions")
 		}
 	}
-	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, rule.why)
+	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, why)
 }

@@ -158,25 +158,10 @@ func (r *run) forgetIntentions(wanted [][]string) {
 	})
 }
 
-// compiled is a policy and what it was made of.
-type compiled struct {
-	from   rules
-	policy *policy.Policy
-}
-
-// rules are what a policy is made of.
-type rules struct {
-	def         policy.Action
-	trustDomain string
-	httpLike    map[string]bool
-	intentions  []policy.Intention
-}
-
 // rule is an intention in the policy's form. The library's takes five times the memory.
 type rule struct {
 	policy.Intention
-	why      string // what about it cannot be honoured, "" for nothing
-	sameness bool   // its source is a sameness group
+	sameness bool // its source is a sameness group
 }
 
 // rulesOf turns the intentions of destination into rules. They share the text of their origin.
@@ -205,15 +190,20 @@ func (in *intention) rule(destination string) rule {
 	if in.Action == api.IntentionActionAllow {
 		r.Action = policy.Allow
 	}
+	return r
+}
+
+// why says what about r cannot be honoured, "" for nothing.
+func (r *rule) why() string {
 	switch {
 	case r.Permissions:
-		r.why = "its Permissions cannot be checked at L4, so the pair is denied"
+		return "its Permissions cannot be checked at L4, so the pair is denied"
 	case r.JWT:
-		r.why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
+		return "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
 	case r.sameness:
-		r.why = "sameness groups are not supported, so it matches nobody"
+		return "sameness groups are not supported, so it matches nobody"
 	case strings.Contains(r.SourceNamespace, policy.Wildcard), strings.Contains(r.SourcePartition, policy.Wildcard):
-		r.why = "its source is a wildcard of namespaces or partitions, so it matches nobody"
+		return "its source is a wildcard of namespaces or partitions, so it matches nobody"
 	}
-	return r
+	return ""
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
 )
 
 const (
@@ -29,9 +30,9 @@ type run struct {
 	// These belong to the goroutine of loop.
 	revision   uint64 // of the data that the last snapshot was made of, or could not be
 	generation uint64
-	built      bool // a snapshot of what the agent said was delivered
-	compiled   compiled
-	rejected   string // the error of the last snapshot that could not be built, logged
+	built      bool           // a snapshot of what the agent said was delivered
+	policy     *policy.Policy // of the last snapshot
+	rejected   string         // the error of the last snapshot that could not be built, logged
 
 	undefined string // why this node's definitions are not applied, logged; define's own
 }
@@ -73,6 +74,7 @@ func (r *run) send() {
 		r.world.failed("a consistent catalog", time.Now(), err)
 		return
 	}
+	r.policy = snap.Policy
 	r.world.answered("a consistent catalog")
 	r.rejected = ""
 	r.generation++
