@@ -47,7 +47,7 @@ type Claim struct {
 	Service  string     // whose identity its connections have; may be "" where Mesh is Disabled
 	Also     []string   `json:",omitempty"` // further services that others reach in it, on ports of their own
 	Name     string     `json:",omitempty"` // what people know it by, where that is not the cgroup: "pod shop/web-1"
-	Provider string     // "config", "enroll", "systemd", "xattr", "kubernetes", "containers"; shown in status
+	Provider string     // "config", "enroll", "systemd", "xattr", "kubernetes", "containers", "consul"; shown in status
 	Mode     *Mode      // nil: the node's inbound.mode
 	Access   Access     `json:",omitempty"` // to Consul's agents
 	Mesh     Mesh       `json:",omitzero"`

@@ -129,7 +129,9 @@ func TestTasksOfNomadAreFoundByMetaAlone(t *testing.T) {
 	m.start([]string{"web"}, []string{"api", "second"})
 
 	m.awaitFound(api.Cgroup, "api", "protected")
-	onPort := func(out string) bool { return strings.Contains(out, fmt.Sprintf(":%d\n", port)) && strings.Contains(out, "end: eof") }
+	onPort := func(out string) bool {
+		return strings.Contains(out, fmt.Sprintf(":%d\n", port)) && strings.Contains(out, "end: eof")
+	}
 	m.eventually("web reaches api", web, m.vip(0, "api"), onPort)
 	m.eventually("web reaches api by its registered address", web, at, onPort)
 	m.eventually("api reaches web", api, m.vip(1, "web"), reached)
