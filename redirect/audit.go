@@ -46,6 +46,7 @@ func (r *Redirect) Audit(maps bool) []Drift {
 		auditMap(&a, "exclusions", r.obj.Exclusions, r.exclusions)
 		auditMap(&a, "grants", r.obj.Grants, r.grants)
 		auditMap(&a, "probes", r.obj.Probes, r.probes)
+		auditMap(&a, "mapped_probes", r.obj.MappedProbes, r.mappedProbes)
 	}
 	return a.found
 }

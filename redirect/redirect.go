@@ -56,23 +56,24 @@ type Redirect struct {
 	own    link.Link // proxy_sockops on it
 	events *ringbuf.Reader
 
-	mu         sync.Mutex
-	enrolled   map[uint64]*enrolment                               // by cgroup id
-	namespaces map[uint64]*Namespace                               // by cookie
-	programs   map[*ebpf.Program]ebpf.ProgramID                    // the numbers of those that were asked for
-	inherited  map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
-	unclaimed  map[uint32]bool                                     // workloads that an earlier daemon enrolled and this one has not, yet
-	dests      shadow[outboundDestinationKey, outboundDestination] // those for all workloads
-	single     shadow[outboundDestinationKey, outboundDestination] // those for one
-	ranges     shadow[outboundRangeKey, uint32]                    // of virtual IPs
-	outside    shadow[outboundRangeKey, uint32]                    // the others
-	plaintext  shadow[outboundRangeKey, uint32]
-	rules      shadow[outboundRuleKey, outboundRule]
-	exclusions shadow[outboundExclusionKey, uint32]
-	treated    map[uint32]uint32 // member flags by workload, from Treat
-	probes     shadow[outboundProbeKey, outboundProbe]
-	grants     shadow[outboundGrantKey, outboundGrant]
-	probers    map[uint64]link.Link // by cgroup id
+	mu           sync.Mutex
+	enrolled     map[uint64]*enrolment                               // by cgroup id
+	namespaces   map[uint64]*Namespace                               // by cookie
+	programs     map[*ebpf.Program]ebpf.ProgramID                    // the numbers of those that were asked for
+	inherited    map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
+	unclaimed    map[uint32]bool                                     // workloads that an earlier daemon enrolled and this one has not, yet
+	dests        shadow[outboundDestinationKey, outboundDestination] // those for all workloads
+	single       shadow[outboundDestinationKey, outboundDestination] // those for one
+	ranges       shadow[outboundRangeKey, uint32]                    // of virtual IPs
+	outside      shadow[outboundRangeKey, uint32]                    // the others
+	plaintext    shadow[outboundRangeKey, uint32]
+	rules        shadow[outboundRuleKey, outboundRule]
+	exclusions   shadow[outboundExclusionKey, uint32]
+	treated      map[uint32]uint32 // member flags by workload, from Treat
+	probes       shadow[outboundProbeKey, outboundProbe]
+	mappedProbes shadow[outboundProbeKey, outboundProbeKey]
+	grants       shadow[outboundGrantKey, outboundGrant]
+	probers      map[uint64]link.Link // by cgroup id
 }
 
 // Open loads the programs, creates the maps or takes over the pinned ones, and attaches to the daemon's own cgroup. The

@@ -205,7 +205,10 @@ func (r *Redirect) loadShadows() error {
 	if r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules); err != nil {
 		return err
 	}
-	r.probes, err = loadShadow[outboundProbeKey, outboundProbe](r.obj.Probes)
+	if r.probes, err = loadShadow[outboundProbeKey, outboundProbe](r.obj.Probes); err != nil {
+		return err
+	}
+	r.mappedProbes, err = loadShadow[outboundProbeKey, outboundProbeKey](r.obj.MappedProbes)
 	return err
 }
 

@@ -2,6 +2,7 @@ package consul
 
 import (
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
 	"strings"
@@ -110,6 +111,28 @@ func (m *mesh) awaitClaimRefused(instance, service, why string) {
 	}
 }
 
+// checkedAgain returns what is nil once the agent's check of an instance passes and more of its probes were let in.
+func (m *mesh) checkedAgain(id string) func() error {
+	probed := func() float64 {
+		s, err := m.Daemons[1].Admin().Status(m.ctx())
+		m.must(err)
+		return float64(s.Kernel.Counters["probed"])
+	}
+	before := probed()
+	return func() error {
+		var checks map[string]struct{ ServiceID, Name, Status, Output string }
+		if err := m.agents[1].Do(m.ctx(), http.MethodGet, "/v1/agent/checks", nil, &checks); err != nil {
+			return err
+		}
+		for _, c := range checks {
+			if c.ServiceID == id && c.Name == "port" && c.Status == "passing" && probed() > before+2 {
+				return nil
+			}
+		}
+		return fmt.Errorf("checks are %+v, %v probes were let in", checks, probed()-before)
+	}
+}
+
 func TestTasksOfNomadAreFoundByMetaAlone(t *testing.T) {
 	m := marked(t)
 	const allocation, other, mapped = "2fd0a1c6-7f3f-4b8e-9d35-3f1f0c9a6b11", "9c0de5f2-1111-4222-8333-444455556666", 23456
@@ -124,6 +147,7 @@ func TestTasksOfNomadAreFoundByMetaAlone(t *testing.T) {
 	m.eventually("the port is mapped", stranger, at, reached)
 	id := "_nomad-task-" + allocation + "-group-api-api-http"
 	m.enlist("api", id, mapped, "nodeproxy", "enabled")
+	m.must(m.agents[1].Do(m.ctx(), http.MethodPut, "/v1/agent/check/register", map[string]any{"Name": "port", "ServiceID": id, "TCP": at, "Interval": "200ms"}, nil))
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
 	m.must(m.agents[0].Intentions(m.ctx(), "web", map[string]string{"api": "allow"}))
 	m.start([]string{"web"}, []string{"api", "second"})
@@ -138,6 +162,8 @@ func TestTasksOfNomadAreFoundByMetaAlone(t *testing.T) {
 	if out := m.dial(stranger, "-timeout", "3s", at, "peer"); reached(out) {
 		t.Errorf("a stranger reaches api in plaintext: %s", out)
 	}
+
+	m.must(m.agents[1].Await(m.ctx(), "has checked api since it is protected", m.checkedAgain(id)))
 
 	second := m.task(other, "second")
 	for _, p := range []string{":8001", ":8002"} {
