@@ -241,6 +241,13 @@ func New(s Snapshot) (*Snapshot, error) {
 	return &s, nil
 }
 
+// WithPolicy is s with other intentions, as a newer snapshot. All else is shared.
+func (s *Snapshot) WithPolicy(p *policy.Policy, generation uint64, taken time.Time) *Snapshot {
+	next := *s
+	next.Policy, next.Generation, next.Taken = p, generation, taken
+	return &next
+}
+
 func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {
 	var errs []error
 	if inst.Service != svc.Name {

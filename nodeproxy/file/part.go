@@ -1,7 +1,6 @@
 package file
 
 import (
-	"fmt"
 	"io/fs"
 	"maps"
 	"slices"
@@ -13,7 +12,7 @@ import (
 
 // part is what one file says by itself. It is not changed any more.
 type part struct {
-	stamp   string // what the file looked like, "" if another content could look the same
+	stamp   stamp // of the file, zero if another content could have the same
 	mesh    *mesh
 	origins []hclfile.Pos
 	kind    [2]string   // and name of the config entry; none: it is no entry
@@ -24,23 +23,28 @@ type part struct {
 // parts are those of a directory, by path.
 type parts map[string]*part
 
+// stamp changes with a file, as far as the file system tells.
+type stamp struct {
+	dev, ino                uint64
+	size, modified, changed int64
+}
+
 // coarse is more than the step of a file system's clock: two contents that follow each other within it may bear one time.
 const coarse = time.Second
 
-// stampOf changes with the file, as far as the file system tells.
-func stampOf(info fs.FileInfo, now time.Time) string {
+func stampOf(info fs.FileInfo, now time.Time) stamp {
 	st := info.Sys().(*syscall.Stat_t)
 	changed := time.Unix(st.Ctim.Unix())
 	if now.Sub(changed) < coarse {
-		return ""
+		return stamp{}
 	}
-	return fmt.Sprint(st.Dev, st.Ino, info.Size(), info.ModTime().UnixNano(), changed.UnixNano())
+	return stamp{uint64(st.Dev), st.Ino, info.Size(), info.ModTime().UnixNano(), changed.UnixNano()}
 }
 
 // part is what the file at path says: as it was read last if it looks the same and was good, else as read lets a reader of its own have it.
 func (r *reader) part(path string, info fs.FileInfo, read func(*reader, *hclfile.File)) *part {
-	stamp := stampOf(info, time.Now())
-	if p := r.known[path]; p != nil && p.stamp == stamp && stamp != "" && len(p.errs) == 0 {
+	seen := stampOf(info, time.Now())
+	if p := r.known[path]; p != nil && p.stamp == seen && seen != (stamp{}) && len(p.errs) == 0 {
 		return p
 	}
 	own := newReader(r.dir, r.datacenter)
@@ -50,7 +54,7 @@ func (r *reader) part(path string, info fs.FileInfo, read func(*reader, *hclfile
 		read(own, f)
 	}
 	own.mesh.entries.forgetEmpty()
-	p := &part{stamp: stamp, mesh: own.mesh, origins: own.origins, errs: own.errs}
+	p := &part{stamp: seen, mesh: own.mesh, origins: own.origins, errs: own.errs}
 	for kind, pos := range own.byKind {
 		p.kind, p.pos = kind, pos
 	}

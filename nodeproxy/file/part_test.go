@@ -47,7 +47,7 @@ func TestOnlyWhatChangedIsReadAgain(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				all = all && stampOf(info, time.Now()) != ""
+				all = all && stampOf(info, time.Now()) != (stamp{})
 			}
 			if all {
 				return
