@@ -40,7 +40,7 @@ func scale(ctx context.Context, args []string, out io.Writer, p *progress) error
 }
 
 func parseScale(args []string) (s scaling, dir string, err error) {
-	s = scaling{full: fullSize(), factors: []float64{0.1, 0.2, 0.5, 1}, changes: 10, settle: 15 * time.Second, idle: 10 * time.Second}
+	s = scaling{full: fullSize(), factors: []float64{0.1, 0.2, 0.5, 1}, changes: 7, settle: 10 * time.Second, idle: 5 * time.Second}
 	flags := flag.NewFlagSet("bench scale", flag.ContinueOnError)
 	flags.StringVar(&s.binary, "nodeproxy", "build/nodeproxy", "the executable to measure")
 	flags.StringVar(&dir, "out", "", "directory for scale.json, scale.md and scale.svg; empty: none are written")
