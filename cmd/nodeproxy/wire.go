@@ -134,7 +134,7 @@ func (d *node) listen(cfg config.Admin) (err error) {
 	if err != nil || cfg.Metrics == "" {
 		return err
 	}
-	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.recorder.Metrics, d.log)
+	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.recorder.Metrics, func() error { return alive(time.Now(), d.manager.Health()) }, d.log)
 	return err
 }
 
@@ -219,7 +219,7 @@ func newCluster(cfg *config.Config, log *slog.Logger) (*kubernetes.Cluster, erro
 	}
 	return kubernetes.New(kubernetes.Config{
 		Node: cfg.Pods.Node, Kubeconfig: cfg.Pods.Kubeconfig, Namespaces: cfg.Pods.Namespaces, Mount: mount, Log: log,
-		StateFile: filepath.Join(cfg.State.Dir, "pods.json"),
+		StateFile: filepath.Join(cfg.State.Dir, "pods.json"), DaemonSet: kubernetes.DaemonSet{Namespace: cfg.Pods.DaemonSetNamespace, Name: cfg.Pods.DaemonSet},
 	})
 }
 

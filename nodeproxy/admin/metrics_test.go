@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -200,14 +201,14 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 
 func TestMetricsServerServesTwoPathsOnly(t *testing.T) {
 	m := newTestMetrics()
-	srv, err := ListenMetrics("127.0.0.1:0", m, slog.New(slog.DiscardHandler))
+	srv, err := ListenMetrics("127.0.0.1:0", m, func() error { return errors.New("hung") }, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(ctx) }()
-	for path, want := range map[string]int{"/metrics": 200, "/healthz": 503, "/": 404, "/debug/pprof/": 404, "/v1/status": 404} {
+	for path, want := range map[string]int{"/metrics": 200, "/healthz": 503, "/livez": 503, "/": 404, "/debug/pprof/": 404, "/v1/status": 404} {
 		resp, err := http.Get("http://" + srv.Addr().String() + path)
 		if err != nil {
 			t.Fatal(err)

@@ -14,21 +14,30 @@ import (
 // maxScrapes is how many are answered at a time; the next gets 503.
 const maxScrapes = 4
 
-// MetricsServer serves /metrics and /healthz, and nothing else, over plain HTTP.
+// MetricsServer serves /metrics, /healthz and /livez, and nothing else, over plain HTTP.
 type MetricsServer struct {
 	ln  net.Listener
 	srv *http.Server
 }
 
-// ListenMetrics binds address. The caller calls Serve, or Close if it never gets that far.
-func ListenMetrics(address string, m *Metrics, log *slog.Logger) (*MetricsServer, error) {
+// ListenMetrics binds address. /livez answers 200 while alive returns nil. The caller calls Serve, or Close if it never gets that far.
+func ListenMetrics(address string, m *Metrics, alive func() error, log *slog.Logger) (*MetricsServer, error) {
 	ln, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("listen on admin.metrics %s: %w (set admin.metrics to another address, or to \"\" for none)", address, err)
 	}
+	mux := http.NewServeMux()
+	mux.Handle("/", m.Handler())
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		if err := alive(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = fmt.Fprintln(w, "ok")
+	})
 	guarded := &guardedListener{Listener: ln, log: log, max: maxClients}
 	return &MetricsServer{ln: guarded, srv: &http.Server{
-		Handler:           m.Handler(),
+		Handler:           mux,
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      3 * writeTimeout,

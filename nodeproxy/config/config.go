@@ -99,6 +99,8 @@ type Kubernetes struct {
 	Kubeconfig string // "" is what Kubernetes gives to a pod
 	// Namespaces are the services that pods of each namespace may be. A pod's is its service account's name.
 	Namespaces map[string][]string
+	// DaemonSet is of which the daemon is a pod, "" where it is none.
+	DaemonSet, DaemonSetNamespace string
 }
 
 // Containers is the workloads.containers block.

@@ -184,6 +184,12 @@ kubernetes {
 	if !reflect.DeepEqual(c.Pods, want) {
 		t.Errorf("pods = %+v, want %+v", c.Pods, want)
 	}
+	t.Setenv("POD_NAMESPACE", "mesh")
+	t.Setenv("DAEMONSET_NAME", "nodeproxy")
+	want.DaemonSetNamespace, want.DaemonSet = "mesh", "nodeproxy"
+	if c, err = load(t, minimal+"\nworkloads { "+pods+" }"); err != nil || !reflect.DeepEqual(c.Pods, want) {
+		t.Errorf("as a pod: %+v, %v, want %+v", c, err, want)
+	}
 	if c, err := load(t, minimal+"\nworkloads { "+strings.ReplaceAll(pods, "true", "false")+" }"); err != nil || c.Pods != nil {
 		t.Errorf("not enabled: %+v, %v", c.Pods, err)
 	}
