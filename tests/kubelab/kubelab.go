@@ -12,13 +12,16 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -260,11 +263,32 @@ func (c *Cluster) startControl(ctx context.Context) error {
 
 // Kubectl runs kubectl as the cluster's administrator, and returns its output.
 func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
-	path, err := program("kubectl")
+	p, err := c.StartKubectl(nil, args...)
 	if err != nil {
 		return "", err
 	}
-	return c.Lab.Run(ctx, netlab.Command{Path: path, Args: append([]string{"--kubeconfig", c.Kubeconfig, "--cache-dir", filepath.Join(c.dir, "kubectl")}, args...), Namespace: c.Nodes[0].Namespace})
+	if err = p.Wait(ctx); err != nil {
+		p.Kill()
+	}
+	return p.Output(), err
+}
+
+// StartKubectl is Kubectl, and does not wait for its end.
+func (c *Cluster) StartKubectl(stdin io.Reader, args ...string) (*netlab.Process, error) {
+	path, err := program("kubectl")
+	if err != nil {
+		return nil, err
+	}
+	return c.Lab.Start(netlab.Command{
+		Path: path, Args: append([]string{"--kubeconfig", c.Kubeconfig, "--cache-dir", filepath.Join(c.dir, "kubectl")}, args...),
+		Namespace: c.Nodes[0].Namespace, Stdin: stdin,
+	})
+}
+
+// SignalAPIServer sends sig to the API server: SIGSTOP has it answer no more, until SIGCONT.
+func (c *Cluster) SignalAPIServer(ctx context.Context, sig syscall.Signal) error {
+	_, err := c.Members[0].Run(ctx, "sh", "-c", `kill -"$0" $(cat /sys/fs/cgroup/kube-apiserver.service/cgroup.procs)`, strconv.Itoa(int(sig)))
+	return err
 }
 
 // Logs are the last lines of what the cluster's programs said.

@@ -83,6 +83,11 @@ func (n *Node) Pods() netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, n.IPv4.As4()[3], 200, 0}), 24)
 }
 
+// Inside is where a path of the node is for those who are outside.
+func (n *Node) Inside(path string) string {
+	return filepath.Join("/proc", strconv.Itoa(n.init), "root", path)
+}
+
 func (n *Node) boot(ctx context.Context) error {
 	hierarchies := ""
 	if n.Hybrid {

@@ -216,7 +216,7 @@ func (m *mesh) await(what string, check func() error) {
 type pod struct {
 	name, namespace, account string
 	node                     string // "": the first
-	labels                   map[string]string
+	labels, annotations      map[string]string
 	more                     string // of its spec, as JSON members
 	args                     []string
 }
@@ -232,12 +232,13 @@ func (p pod) manifest() string {
 		p.args = []string{"serve", fmt.Sprintf(":%d", port)}
 	}
 	labels, _ := json.Marshal(p.labels)
+	annotations, _ := json.Marshal(p.annotations)
 	args, _ := json.Marshal(p.args)
 	_, first, _ := strings.Cut(p.args[1], ":")
-	return fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": %q, "namespace": %q, "labels": %s},
+	return fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": %q, "namespace": %q, "labels": %s, "annotations": %s},
 "spec": {"nodeName": %q, "serviceAccountName": %q, "terminationGracePeriodSeconds": 1, %s "containers": [{"name": "app", "image": "app:lab", "args": %s,
-"ports": [{"containerPort": %[8]s}], "readinessProbe": {"tcpSocket": {"port": %[8]s}, "periodSeconds": 1}}]}}`,
-		p.name, p.namespace, labels, p.node, p.account, p.more, args, first)
+"ports": [{"containerPort": %[9]s}], "readinessProbe": {"tcpSocket": {"port": %[9]s}, "periodSeconds": 1}}]}}`,
+		p.name, p.namespace, labels, annotations, p.node, p.account, p.more, args, first)
 }
 
 // meshed is what has a pod in the mesh.

@@ -6,17 +6,19 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// load makes a fixed number of connections, so many at a time, each of which asks "peer". It prints "done N failed F" and
-// the first failures.
+// load makes a fixed number of connections, or as many as it can until its stdin ends, so many at a time, each of which asks
+// "peer". It prints "done N failed F" and the first failures.
 func load(args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
-	n := flags.Int64("n", 100, "connections")
+	n := flags.Int64("n", 100, "connections; 0: until stdin ends")
+	pause := flags.Duration("pause", 0, "of each that is made at a time, before the next")
 	workers := flags.Int("c", 2, "at a time")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -25,19 +27,28 @@ func load(args []string) error {
 	if err != nil {
 		return err
 	}
-	var next, failed atomic.Int64
+	var next, made, failed atomic.Int64
+	var ended atomic.Bool
+	if *n == 0 {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			ended.Store(true)
+		}()
+	}
 	var working sync.WaitGroup
 	for range *workers {
 		working.Go(func() {
-			for next.Add(1) <= *n {
+			for !ended.Load() && (*n == 0 || next.Add(1) <= *n) {
+				made.Add(1)
 				if err := ask(to); err != nil && failed.Add(1) <= 3 {
 					fmt.Printf("failed at %s: %v\n", time.Now().Format(time.StampMilli), err)
 				}
+				time.Sleep(*pause)
 			}
 		})
 	}
 	working.Wait()
-	fmt.Printf("done %d failed %d\n", *n, failed.Load())
+	fmt.Printf("done %d failed %d\n", made.Load(), failed.Load())
 	return nil
 }
 
