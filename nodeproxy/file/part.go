@@ -38,7 +38,7 @@ func stampOf(info fs.FileInfo, now time.Time) stamp {
 	if now.Sub(changed) < coarse {
 		return stamp{}
 	}
-	return stamp{uint64(st.Dev), st.Ino, info.Size(), info.ModTime().UnixNano(), changed.UnixNano()}
+	return stamp{st.Dev, st.Ino, info.Size(), info.ModTime().UnixNano(), changed.UnixNano()}
 }
 
 // part is what the file at path says: as it was read last if it looks the same and was good, else as read lets a reader of its own have it.
