@@ -138,6 +138,6 @@ admin {
 }
 
 state {
-  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars; with Kubernetes, the pods
+  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars; with Kubernetes, the pods; the containers
   pins = "/sys/fs/bpf/nodeproxy"  # on a bpffs. "nodeproxy cleanup" takes it as --pins
 }

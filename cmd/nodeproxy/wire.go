@@ -205,7 +205,10 @@ func newFinder(cfg *config.Config, log *slog.Logger) (*registered.Finder, error)
 }
 
 func newEngine(cfg *config.Config, mount string, log *slog.Logger) *containers.Engine {
-	return containers.New(containers.Config{Socket: cfg.Containers.Socket, Allow: cfg.Containers.Allow, Mount: mount, Log: log})
+	return containers.New(containers.Config{
+		Socket: cfg.Containers.Socket, Allow: cfg.Containers.Allow, Mount: mount, Log: log,
+		StateFile: filepath.Join(cfg.State.Dir, "containers.json"),
+	})
 }
 
 // newCluster is nil where pods are no workloads.

@@ -198,7 +198,7 @@ func TestAContainerThatNamesAServiceItMayNotBeGetsNoCertificate(t *testing.T) {
 	m.allow("web", "bank", "shop")
 	thief := e.run("thief", "bank", ":80", "--publish", fmt.Sprintf("%d:80", port))
 	m.start()
-	m.baselines[1] = nil
+	m.baselines = [2]*footprint{}
 	m.must(m.Define(1, "bank", meshlab.Service("bank", "bank-1", m.Nodes[1].IPv4.String(), port, "")))
 	shop := e.run("shop", "shop", ":80")
 	e.awaitState(shop, "shop", "protected") // by then the other was judged

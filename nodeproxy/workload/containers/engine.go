@@ -36,10 +36,11 @@ const (
 
 // Config is what an Engine needs.
 type Config struct {
-	Socket string   // path of the engine's
-	Allow  []string // the services that containers may be
-	Mount  string   // of cgroup2
-	Log    *slog.Logger
+	Socket    string   // path of the engine's
+	Allow     []string // the services that containers may be
+	Mount     string   // of cgroup2
+	StateFile string   // keeps what is claimed, for a daemon that starts while the engine is away
+	Log       *slog.Logger
 }
 
 // Engine is what runs this node's containers. It implements workload.Provider.
@@ -92,10 +93,21 @@ func (e *Engine) connect() (*client.Client, error) {
 
 // Run implements workload.Provider.
 func (e *Engine) Run(ctx context.Context, claim func([]workload.Claim)) error {
+	heard := false
 	for {
-		err := e.session(ctx, claim)
+		err := e.session(ctx, func(claims []workload.Claim) {
+			heard = true
+			claim(claims)
+			e.remember()
+		})
 		if ctx.Err() != nil {
 			return nil
+		}
+		if !heard {
+			heard = true
+			if e.recall(); len(e.containers) > 0 {
+				claim(e.claims())
+			}
 		}
 		if e.report(e.unheard(err)) {
 			e.cfg.Log.Warn("workload provider has a problem; its workloads stay as they are", "provider", e.Name(), "error", err)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -27,6 +28,7 @@ type labelled struct {
 	*enginelab.Engine
 	t        *testing.T
 	provider *Engine
+	stop     func()
 	claims   chan []workload.Claim
 	last     []workload.Claim
 }
@@ -78,12 +80,12 @@ func (l *labelled) must(err error) {
 	}
 }
 
-// follow runs the provider until the test ends.
+// follow runs the provider until stop, or the end of the test.
 func (l *labelled) follow(allow ...string) {
 	l.t.Helper()
 	mount, err := netlab.Cgroup2()
 	l.must(err)
-	l.provider = New(Config{Socket: l.Socket, Allow: allow, Mount: mount, Log: slog.New(slog.DiscardHandler)})
+	l.provider = New(Config{Socket: l.Socket, Allow: allow, Mount: mount, StateFile: filepath.Join(filepath.Dir(l.Socket), "containers.json"), Log: slog.New(slog.DiscardHandler)})
 	l.run()
 }
 
@@ -91,12 +93,13 @@ func (l *labelled) run() {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- l.provider.Run(ctx, func(c []workload.Claim) { l.claims <- c }) }()
-	l.t.Cleanup(func() {
+	l.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			l.t.Error(err)
 		}
 	})
+	l.t.Cleanup(l.stop)
 }
 
 // container runs a container that listens on port 80 and returns its ID.
@@ -225,6 +228,21 @@ func TestClaimsOutliveTheEngine(t *testing.T) {
 	second := l.container("second", web)
 	l.await("first=web@"+first, "second=web@"+second)
 
+	// A daemon that starts while the engine is away knows the containers, as far as they may still be what they were.
+	l.must(l.Stop(l.ctx()))
+	l.awaitProblem(func(err error) bool { return err != nil })
+	l.stop()
+	l.follow("other")
+	l.awaitProblem(func(err error) bool { return err != nil })
+	l.stop()
+	if len(l.claims) > 0 {
+		t.Errorf("claimed what is not allowed any more: %v", <-l.claims)
+	}
+	l.follow("web")
+	l.await("first=web@"+first, "second=web@"+second)
+	l.must(l.Start(l.ctx()))
+	l.awaitProblem(func(err error) bool { return err == nil })
+
 	l.must(l.Freeze())
 	l.awaitProblem(func(err error) bool { return err != nil && strings.Contains(err.Error(), "it has not answered") })
 	l.must(l.Thaw())
@@ -235,7 +253,7 @@ func TestClaimsOutliveTheEngine(t *testing.T) {
 func TestChurnOfContainersIsFollowedToTheEnd(t *testing.T) {
 	l := bootEngine(t)
 	l.follow("web")
-	for i := range 10 {
+	for i := range 5 {
 		name := fmt.Sprintf("job-%d", i)
 		l.container(name, web)
 		l.container(name + "-plain")
