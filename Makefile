@@ -38,8 +38,8 @@ VM_PACKAGES := qemu-system-x86 xz-utils
 # The peers that nodeproxy is measured beside, with Consul's built-in proxy and Envoy.
 BENCH_PACKAGES := haproxy nginx-light libnginx-mod-stream stunnel4
 KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins iproute2
-# docker.io: tests/enginelab runs /usr/sbin/dockerd of it, by hand; nothing else that is called docker is used.
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables docker.io $(ENVOY_PACKAGES) $(KUBERNETES_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
+# docker.io, podman: tests run /usr/sbin/dockerd and /usr/bin/podman of them, by hand; nothing else of these names is used.
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables docker.io podman $(ENVOY_PACKAGES) $(KUBERNETES_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
 
 .PHONY: help
 help: ## list the targets

@@ -137,11 +137,11 @@ func (e *Engine) docker(ctx context.Context, stdin []byte, args ...string) (stri
 	return strings.TrimSpace(out), err
 }
 
-// Import makes an image of one static program, which is /app in it.
-func (e *Engine) Import(ctx context.Context, image, program string) error {
+// Layer is the file system of an image, as engines import it: one static program, which is /app.
+func Layer(program string) ([]byte, error) {
 	text, err := os.ReadFile(program)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var layer bytes.Buffer
 	w := tar.NewWriter(&layer)
@@ -150,9 +150,17 @@ func (e *Engine) Import(ctx context.Context, image, program string) error {
 		_, err = w.Write(text)
 	}
 	if err = errors.Join(err, w.Close()); err != nil {
-		return fmt.Errorf("make image %s: %w", image, err)
+		return nil, fmt.Errorf("make an image of %s: %w", program, err)
 	}
-	_, err = e.docker(ctx, layer.Bytes(), "import", "-", image)
+	return layer.Bytes(), nil
+}
+
+// Import makes an image of a program.
+func (e *Engine) Import(ctx context.Context, image, program string) error {
+	layer, err := Layer(program)
+	if err == nil {
+		_, err = e.docker(ctx, layer, "import", "-", image)
+	}
 	return err
 }
 

@@ -143,7 +143,7 @@ func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) erro
 	}
 	changes := c.Events(ctx, client.EventsListOptions{Filters: make(client.Filters).
 		Add("type", string(events.ContainerEventType), string(events.NetworkEventType)).
-		Add("event", "create", "start", "die", "destroy", "rename", "connect", "disconnect")})
+		Add("event", "create", "start", "die", "destroy", "remove", "rename", "connect", "disconnect")}) // podman says remove
 	if err := e.lookAtAll(ctx, c); err != nil {
 		return err
 	}

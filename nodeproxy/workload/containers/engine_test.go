@@ -57,14 +57,20 @@ func bootEngine(t *testing.T) *labelled {
 	l.Engine, err = enginelab.New(nodes.Lab, nodes.Nodes[0])
 	l.must(err)
 	l.must(l.Start(l.ctx()))
-	program := filepath.Join(nodes.Dir(), "app")
+	l.must(l.Import(l.ctx(), "app", buildApp(t, nodes.Dir())))
+	return l
+}
+
+// buildApp builds the test application, static, into a directory.
+func buildApp(t *testing.T, dir string) string {
+	t.Helper()
+	program := filepath.Join(dir, "app")
 	build := exec.Command("go", "build", "-o", program, "nodeproxy.io/tests/e2e/app")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	l.must(l.Import(l.ctx(), "app", program))
-	return l
+	return program
 }
 
 func (l *labelled) ctx() context.Context {
