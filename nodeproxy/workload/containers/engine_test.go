@@ -235,6 +235,7 @@ func TestClaimsOutliveTheEngine(t *testing.T) {
 	l.await("first=web@"+first, "second=web@"+second)
 
 	// A daemon that starts while the engine is away knows the containers, as far as they may still be what they were.
+	l.docker("stop", "--time=0", "second")
 	l.must(l.Stop(l.ctx()))
 	l.awaitProblem(func(err error) bool { return err != nil })
 	l.stop()

@@ -26,8 +26,8 @@ func (e *Engine) remember() {
 	}
 }
 
-// recall claims what an earlier daemon did, of containers whose cgroup is there, as far as they may still be what they were: the
-// cgroup has the container's ID in its path, and is never another's.
+// recall claims what an earlier daemon did, as far as containers may still be what they were: a cgroup has the container's ID in
+// its path, and is never another's. It need not be there yet: after a boot the engine makes it again.
 func (e *Engine) recall() {
 	text, err := os.ReadFile(e.cfg.StateFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -42,7 +42,7 @@ func (e *Engine) recall() {
 		return
 	}
 	for id, claim := range all {
-		if _, err := os.Stat(claim.Cgroup); err == nil && e.refuses(claim) == "" {
+		if e.refuses(claim) == "" {
 			e.containers[id] = &container{claim: claim}
 		}
 	}
