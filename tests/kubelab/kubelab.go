@@ -287,7 +287,8 @@ func (c *Cluster) StartKubectl(stdin io.Reader, args ...string) (*netlab.Process
 
 // SignalAPIServer sends sig to the API server: SIGSTOP has it answer no more, until SIGCONT.
 func (c *Cluster) SignalAPIServer(ctx context.Context, sig syscall.Signal) error {
-	_, err := c.Members[0].Run(ctx, "sh", "-c", `kill -"$0" $(cat /sys/fs/cgroup/kube-apiserver.service/cgroup.procs)`, strconv.Itoa(int(sig)))
+	// Who is outside the node's process namespace, as nsenter is, is called 0.
+	_, err := c.Members[0].Run(ctx, "sh", "-c", `kill -"$0" $(grep -vx 0 /sys/fs/cgroup/kube-apiserver.service/cgroup.procs)`, strconv.Itoa(int(sig)))
 	return err
 }
 

@@ -187,7 +187,7 @@ oomScoreAdj: 0
 resolvConf: ""
 syncFrequency: 2s
 nodeStatusUpdateFrequency: 2s
-volumePluginDir: /var/lib/kubelet/plugins
+volumePluginDir: /var/lib/kubelet/volume-plugins
 `
 
 // start starts containerd, has it know the images, and starts the kubelet.

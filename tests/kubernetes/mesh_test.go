@@ -379,6 +379,28 @@ func (m *mesh) vip(service string, instances int) string {
 	return vip
 }
 
+// takes waits until connections from web to api, at address, have one of the paths and no other.
+func (m *mesh) takes(node *kubelab.Node, address string, paths ...string) {
+	m.t.Helper()
+	m.await(fmt.Sprintf("web reaches api by %v", paths), func() error {
+		before := m.opened(node, "web", "api")
+		if out := m.dial("shop/web", address); !reached(out) {
+			return errors.New(out)
+		}
+		for deadline := time.Now().Add(2 * time.Second); ; { // direct connections are told of ten times a second
+			after := m.opened(node, "web", "api")
+			for _, path := range paths {
+				if after[path] > before[path] {
+					return nil
+				}
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("before %v, after %v", before, after)
+			}
+		}
+	})
+}
+
 // opened is how many connections between two services a node's daemon has counted, by path.
 func (m *mesh) opened(node *kubelab.Node, source, destination string) map[string]int {
 	m.t.Helper()
