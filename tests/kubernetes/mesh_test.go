@@ -379,7 +379,7 @@ func (m *mesh) vip(service string, instances int) string {
 	return vip
 }
 
-// takes waits until connections from web to api, at address, have one of the paths and no other.
+// takes waits until connections from web to api, at address, take one of the paths.
 func (m *mesh) takes(node *kubelab.Node, address string, paths ...string) {
 	m.t.Helper()
 	m.await(fmt.Sprintf("web reaches api by %v", paths), func() error {
@@ -397,6 +397,7 @@ func (m *mesh) takes(node *kubelab.Node, address string, paths ...string) {
 			if time.Now().After(deadline) {
 				return fmt.Errorf("before %v, after %v", before, after)
 			}
+			time.Sleep(50 * time.Millisecond)
 		}
 	})
 }
