@@ -77,9 +77,10 @@ type Manager struct {
 
 	// What reconcile, the only user, knows.
 	serve      func(*redirect.Namespace, *Namespace)
-	workloads  map[string]*entry // by cgroup path
-	namespaces map[uint64]*space // by inode
-	host       []netip.Addr      // the node's addresses
+	workloads  map[string]*entry          // by cgroup path
+	namespaces map[uint64]*space          // by inode
+	found      map[uint64]*foundNamespace // by inode; not open
+	host       []netip.Addr               // the node's addresses
 	refused    []RefusedClaim
 	pruned     bool
 	warned     map[warning]bool
@@ -162,6 +163,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		ended:      make(map[string]error),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),
+		found:      make(map[uint64]*foundNamespace),
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
 		older:      make(map[uint64]*older),

@@ -27,6 +27,7 @@ func (m *Manager) reconcile(h Handler) {
 	for _, e := range m.workloads {
 		m.scan(e)
 	}
+	m.openNamespaces()
 	m.openHost()
 	m.watchHost()
 	m.watchNamespaces()
@@ -185,7 +186,7 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 		}
 		e.inodes = append(e.inodes, st.Ino)
 		if _, open := m.namespaces[st.Ino]; !open {
-			m.openNamespace(e, pid, len(slices.Compact(slices.Sorted(slices.Values(e.inodes)))))
+			m.findNamespace(e, st.Ino, pid)
 		}
 	}
 	return nil
