@@ -125,7 +125,7 @@ func (s *scaling) measure(ctx context.Context, m *scaled, p *progress) (err erro
 		m.Changes, err = l.change(ctx, s.changes)
 		return err
 	})
-	step("rest", func(ctx context.Context) (err error) {
+	step("rest", func(context.Context) (err error) {
 		m.ResidentAfter, err = l.resident()
 		return err
 	})

@@ -186,9 +186,9 @@ Consul source a real agent that is also the server, on the same machine. What ha
 
 1. The daemon starts. Ready is what it tells the service manager.
 2. All workloads are enrolled at once, by the admin API. The clock runs from the first request until the last one is enrolled, certificates included.
-3. Nothing happens for %s; then memory and processor time are read, the latter over %s.
-4. An intention is changed, %d times each way and path. The clock runs from the beginning of the write until an application's live connection is cut, or
-   one that is tried every %s gets an answer again. The trace shows that one connection is direct and the other proxied.
+3. Nothing happens for %s; then memory and processor time are read, the latter over %s. Part of the memory are the executable's own pages, which it shares with its file.
+4. An intention is changed, %d times each way and path. The clock runs from the beginning of the write until an application's live connection is cut and none
+   that it tries every %s gets through any more, or until one is answered again. The trace shows that the connection was direct, or proxied. Shown are medians.
 5. The daemon is stopped and started again: what it enrolled is in force.
 
 At each size the daemon's own counts of services, endpoints, intentions, certificates and protected workloads are compared with what was written.
@@ -203,6 +203,7 @@ func (r *scaleReport) tables() string {
 	var b strings.Builder
 	b.WriteString("\n## Goals\n\n")
 	b.WriteString(r.goalTable())
+	b.WriteString("\nWhat bounds those that are not reached is in ARCHITECTURE.md, \"What bounds the data path\".\n")
 	for _, source := range []string{fileSource, consulSource} {
 		fmt.Fprintf(&b, "\n## Source: %s\n\n%s", source, r.sourceTable(source))
 	}
