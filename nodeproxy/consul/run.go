@@ -98,12 +98,11 @@ func (r *run) complete(d *data) bool {
 	if d.agent == nil || d.roots == nil || d.local == nil || d.checks == nil || d.looks == nil || d.proxies == nil || d.nodes == nil || !d.entries.complete() {
 		return false
 	}
-	for _, name := range d.names {
-		if d.services[name] == nil && !r.world.hopeless(serviceFault(name), r.patience()) {
-			return false
-		}
+	if r.isReading(d) {
+		return false
 	}
-	for _, names := range destinations(d, r.leaves.needed()) {
+	lists, _ := destinations(d, r.leaves.needed())
+	for _, names := range lists {
 		if _, known := d.intentions[names[len(names)-1]]; !known && !r.world.hopeless(matchFault(names), r.patience()) {
 			return false
 		}
