@@ -83,9 +83,11 @@ func (m model) String() string {
 	if m.Power {
 		return fmt.Sprintf("%s·x^%.2f", significant(m.A), m.B)
 	}
-	sign, b := "+", m.B
-	if b < 0 {
-		sign, b = "-", -b
+	signed := func(v float64) string {
+		if v < 0 {
+			return "-" + significant(-v)
+		}
+		return significant(v)
 	}
-	return fmt.Sprintf("%s %s %s·x", significant(m.A), sign, significant(b))
+	return fmt.Sprintf("%s + %s·x", signed(m.A), signed(m.B))
 }

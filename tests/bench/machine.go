@@ -19,7 +19,7 @@ type machine struct {
 	Nodeproxy string `json:"nodeproxy"`
 
 	// Others is the share of the processors that others used meanwhile: what it is worth to compare absolute values.
-	Others float64 `json:"others_share"`
+	Others float64 `json:"others_share,omitempty"`
 }
 
 func (b *bench) machine(ctx context.Context) (machine, error) {

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"strings"
 	"time"
@@ -24,7 +25,7 @@ func scale(ctx context.Context, args []string, out io.Writer, p *progress) error
 	if err != nil {
 		return fmt.Errorf("ask for nodeproxy's version: %w", err)
 	}
-	where.Nodeproxy = strings.Fields(string(version))[1]
+	where.Nodeproxy = strings.TrimSuffix(strings.Fields(string(version))[1], ",")
 	began := time.Now()
 	all, err := measureScale(ctx, s, p)
 	if err != nil {
@@ -32,11 +33,27 @@ func scale(ctx context.Context, args []string, out io.Writer, p *progress) error
 	}
 	r := newScaleReport(s, where, all)
 	r.Took = time.Since(began).Round(time.Second).String()
+	if r.Load, err = loadAverage(); err != nil {
+		return err
+	}
 	fmt.Fprint(out, r.tables())
 	if dir == "" {
 		return nil
 	}
 	return r.write(dir)
+}
+
+// loadAverage is over the last 15 minutes (proc_loadavg(5)).
+func loadAverage() (average float64, err error) {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return 0, fmt.Errorf("read the load average: %w", err)
+	}
+	var one, five float64
+	if _, err := fmt.Sscan(string(text), &one, &five, &average); err != nil {
+		return 0, fmt.Errorf("read the load average: %w", err)
+	}
+	return average, nil
 }
 
 func parseScale(args []string) (s scaling, dir string, err error) {

@@ -21,6 +21,7 @@ type scaleReport struct {
 	Command  string        `json:"command"`
 	Machine  machine       `json:"machine"`
 	Took     string        `json:"took"`
+	Load     float64       `json:"load_average"` // over the last 15 minutes of the run: what absolute values are worth
 	Goals    []scaleResult `json:"goals"`
 	Models   []forecast    `json:"models"`
 	Measured []scaled      `json:"measured"`
@@ -193,9 +194,11 @@ Consul source a real agent that is also the server, on the same machine. What ha
 
 At each size the daemon's own counts of services, endpoints, intentions, certificates and protected workloads are compared with what was written.
 
-%s
+%s- load average in the last 15 minutes of the run: %.1f
+- it took %s
+
 ![Scale](%s)
-%s`, r.Command, r.full.Services, r.full.Endpoints, r.full.Intentions, r.full.Workloads, r.settle, r.idle, r.changes, retryDial, r.Machine.header(), scalePlot, r.tables())
+%s`, r.Command, r.full.Services, r.full.Endpoints, r.full.Intentions, r.full.Workloads, r.settle, r.idle, r.changes, retryDial, r.Machine.header(), r.Load, r.Took, scalePlot, r.tables())
 }
 
 // tables is what people want to see, on a terminal and in Markdown alike.
