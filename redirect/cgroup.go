@@ -50,8 +50,9 @@ func CgroupID(dir string) (uint64, error) {
 }
 
 // OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody
-// else can be there, else a new one, <cgroup2>/nodeproxy-<node>, into which the process moves. Cleanup removes that.
-func OwnCgroup(node string) (string, error) {
+// but the process before, 0 for none, can be there, else a new one, <cgroup2>/nodeproxy-<node>, into which the process moves.
+// Cleanup removes that.
+func OwnCgroup(node string, before int) (string, error) {
 	mount, err := CgroupMount()
 	if err != nil {
 		return "", err
@@ -61,7 +62,7 @@ func OwnCgroup(node string) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(mount, current)
-	if current != "/" && alone(dir) {
+	if current != "/" && alone(dir, before) {
 		return dir, nil
 	}
 	dir = filepath.Join(mount, daemonCgroup(node))
@@ -76,11 +77,16 @@ func OwnCgroup(node string) (string, error) {
 
 func daemonCgroup(node string) string { return "nodeproxy-" + node }
 
-// alone reports whether this process is the only one in the cgroup and no cgroup is below.
-func alone(dir string) bool {
+// alone reports whether this process is the only one in the cgroup, but for the one before, and no cgroup is below.
+func alone(dir string, before int) bool {
 	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-	if err != nil || strings.TrimSpace(string(procs)) != strconv.Itoa(os.Getpid()) {
+	if err != nil {
 		return false
+	}
+	for pid := range strings.FieldsSeq(string(procs)) {
+		if pid != strconv.Itoa(os.Getpid()) && pid != strconv.Itoa(before) {
+			return false
+		}
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {

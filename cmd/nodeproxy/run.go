@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"nodeproxy.io/nodeproxy/config"
+	"nodeproxy.io/nodeproxy/handover"
 )
 
 func newRun(e *env) *cobra.Command {
@@ -52,7 +53,11 @@ func newLogs(cfg config.Log, out io.Writer) (log, access *slog.Logger) {
 // runDaemon runs until ctx ends, drains, and returns.
 func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	log, access := newLogs(cfg.Log, out)
-	d, err := newNode(cfg, log, access)
+	before, err := handover.Begin(handoverSocket(cfg), self(cfg))
+	if err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	d, err := newNode(cfg, log, access, before)
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return fmt.Errorf("start the daemon: %w: run it as root", err)
 	}
@@ -67,7 +72,14 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	defer stopping()
 	var supervising sync.WaitGroup
 	supervised, stop := context.WithCancel(ctx)
-	supervising.Go(func() { d.supervise(supervised) })
+	supervising.Go(func() {
+		select {
+		case <-d.inOffice:
+			d.supervise(supervised)
+		case <-supervised.Done():
+		}
+	})
+	supervising.Go(func() { d.reload(supervised, out) })
 	err = d.run(ctx)
 	stop()
 	supervising.Wait()

@@ -28,6 +28,7 @@ const (
 	EventClose    = "close"
 	EventDenied   = "denied"
 	EventObserved = "observed" // of a workload that is only watched: Verdict and Reason are what it would have met in the mesh
+	EventHandover = "handover" // trace only: another daemon took over the node, as Detail says; no connection
 	EventDropped  = "dropped"  // trace only: no connection, only Time and Dropped are set
 )
 

@@ -94,11 +94,7 @@ func (d *Daemon) Start(ctx context.Context) error {
 		return fmt.Errorf("write the daemon's configuration: %w", err)
 	}
 	var err error
-	d.Process, err = d.lab.Start(netlab.Command{
-		Path: d.Binary, Args: []string{"run", "--config", d.ConfigPath()},
-		Env: d.Env, Namespace: d.Node.Namespace, Cgroup: d.cgroup,
-	})
-	if err != nil {
+	if d.Process, err = d.StartNext(d.cgroup); err != nil {
 		return err
 	}
 	_, err = d.Await(ctx, func(s *admin.Status) error {
@@ -108,6 +104,32 @@ func (d *Daemon) Start(ctx context.Context) error {
 		return nil
 	})
 	return err
+}
+
+// StartNext starts a process of the daemon with the configuration as it was written, in a cgroup or, with nil, in the same as
+// the one that runs. That one hands over to it, if it can.
+func (d *Daemon) StartNext(cgroup *netlab.Cgroup) (*netlab.Process, error) {
+	if cgroup == nil {
+		cgroup = d.cgroup
+	}
+	return d.lab.Start(netlab.Command{
+		Path: d.Binary, Args: []string{"run", "--config", d.ConfigPath()},
+		Env: d.Env, Namespace: d.Node.Namespace, Cgroup: cgroup,
+	})
+}
+
+// Replace starts the next process of the daemon as StartNext does, waits until it has taken over, and returns the one before, which
+// drains.
+func (d *Daemon) Replace(ctx context.Context, cgroup *netlab.Cgroup) (before *netlab.Process, err error) {
+	next, err := d.StartNext(cgroup)
+	if err != nil {
+		return nil, err
+	}
+	if err := next.WaitOutput(ctx, "took over from the daemon before"); err != nil {
+		return nil, fmt.Errorf("%s: %w; the output of the daemon before:\n%s", d.Node.Name, err, d.Process.Output())
+	}
+	before, d.Process = d.Process, next
+	return before, nil
 }
 
 // Await asks for the daemon's status until check accepts it, and returns it. If ctx ends first, or the daemon does, the

@@ -1,0 +1,197 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/handover"
+	"nodeproxy.io/redirect"
+	"nodeproxy.io/tests/netlab"
+)
+
+// load starts a closed loop of new connections, a fixed number of them, so many at a time.
+func (m *mesh) load(from *netlab.Workload, n, workers int, to string) *netlab.Process {
+	m.t.Helper()
+	p, err := from.Start(m.app("load", "-n", strconv.Itoa(n), "-c", strconv.Itoa(workers), to))
+	m.must(err)
+	m.t.Cleanup(p.Kill)
+	return p
+}
+
+// noneFailed waits for the end of a load, which must not have ended before.
+func (m *mesh) noneFailed(p *netlab.Process, n int) {
+	m.t.Helper()
+	select {
+	case <-p.Done():
+		m.t.Errorf("the load was over before the hand-over: %s", p.Output())
+	default:
+	}
+	m.must(p.Wait(m.ctx()))
+	if want := fmt.Sprintf("done %d failed 0\n", n); p.Output() != want {
+		m.t.Errorf("the load says %q, want %q", p.Output(), want)
+	}
+}
+
+// awaitConnections waits until a node's daemon has seen so many connections.
+func (m *mesh) awaitConnections(node int, n uint64) {
+	m.t.Helper()
+	_, err := m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.Connections.Opened < n {
+			return fmt.Errorf("%d of %d connections were opened", s.Connections.Opened, n)
+		}
+		return nil
+	})
+	m.must(err)
+}
+
+// replace has the daemon of a node hand over to another process, and returns the one before.
+func (m *mesh) replace(node int, cgroup *netlab.Cgroup) (before *netlab.Process) {
+	m.t.Helper()
+	m.baselines[node] = nil
+	before, err := m.Daemons[node].Replace(m.ctx(), cgroup)
+	m.must(err)
+	return before
+}
+
+// drainsLong is for tests in which live connections outlast the daemon that has handed over.
+const drainsLong = "limits { drain = \"5m\" }\n"
+
+func TestADaemonHandsOverUnderLoadAndNoNewConnectionFails(t *testing.T) {
+	onEveryPath(t, func(t *testing.T, m *mesh, _ admin.Path) {
+		const n = 1000
+		for _, d := range m.Daemons {
+			d.Extra = drainsLong
+		}
+		web, api := m.place(0, "web"), m.place(1, "api")
+		m.allow("api", "web")
+		m.start()
+		live := m.stream(web, m.vip("api"))
+		for node, direction := range []string{"outbound", "inbound"} {
+			loads := m.load(web, n, 4, m.vip("api"))
+			m.awaitConnections(node, 50)
+			before := m.replace(node, nil)
+			m.noneFailed(loads, n)
+			lines := strings.Count(live.Output(), "a line")
+			m.eventually("the live "+direction+" connection goes on through the daemon before", func() error {
+				if strings.Count(live.Output(), "a line") < lines+5 {
+					return errNotYet
+				}
+				return nil
+			})
+			select {
+			case <-before.Done():
+				t.Errorf("the daemon before did not wait for the live connection: %s", before.Output())
+			default:
+			}
+			if node == 0 {
+				m.settle(0)
+				continue
+			}
+			live.Kill()
+			m.must(before.Wait(m.ctx()))
+		}
+		m.settle(1)
+		m.reaches(web, at(api.IPv4, port))
+	})
+}
+
+// startBlind starts the next daemon of node 1 with a mesh directory that is not there yet: it takes over as far as it can, and
+// cannot serve. give gives it the directory.
+func (m *mesh) startBlind() (next *netlab.Process, give func()) {
+	m.t.Helper()
+	d, shared := m.Daemons[0], m.MeshD
+	d.MeshD = filepath.Join(m.Dir(), "mesh-of-the-next")
+	m.must(d.WriteConfig())
+	next, err := d.StartNext(nil)
+	m.must(err)
+	m.must(next.WaitOutput(m.ctx(), "level=INFO msg=started"))
+	return next, func() {
+		m.t.Helper()
+		aside := d.MeshD + ".new"
+		_, err := m.Lab.Run(m.ctx(), netlab.Command{Path: "cp", Args: []string{"-a", shared, aside}})
+		m.must(err)
+		m.must(os.Rename(aside, d.MeshD))
+	}
+}
+
+func TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn(t *testing.T) {
+	m, web, api := pair(t)
+	const n = 1000
+	near, err := m.Nodes[0].Workload("near")
+	m.must(err)
+	loads := m.load(web, n, 4, m.vip("api"))
+	m.awaitConnections(0, 50)
+	next, _ := m.startBlind()
+	m.must(m.Daemons[0].Process.WaitOutput(m.ctx(), "another daemon is taking over"))
+	m.reaches(web, m.vip("api"))
+	next.Kill()
+	m.must(m.Daemons[0].Process.WaitOutput(m.ctx(), "this one goes on"))
+	m.noneFailed(loads, n)
+
+	// It follows changes again, and enrols: what the other has changed in the kernel is no obstacle.
+	m.must(m.Daemons[0].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: near.Cgroup.Path(), Service: "near"}))
+	m.awaitWorkload(near.Cgroup, "near", "protected")
+	live := m.stream(web, m.vip("api"))
+	m.deny("api", "web")
+	m.must(live.Wait(m.ctx()))
+	m.getsNothing(web, m.vip("api"))
+	m.allow("api", "web")
+	m.eventually("it is allowed again", func() error {
+		if out := m.dial(web, m.vip("api"), "peer"); !strings.Contains(out, "accept=") {
+			return fmt.Errorf("%w: %s", errNotYet, out)
+		}
+		return nil
+	})
+
+	m.Daemons[0].MeshD = m.MeshD
+	m.must(m.Daemons[0].WriteConfig())
+	m.must(m.replace(0, nil).Wait(m.ctx())) // and the next one but one may come
+	m.settle(0)
+	m.reaches(web, m.vip("api"))
+	m.getsNothing(web, at(api.IPv4, port+1))
+}
+
+func TestWhenTheDaemonBeforeDiesInMidHandOverTheNextGoesOn(t *testing.T) {
+	m, web, _ := pair(t)
+	const n = 1000
+	loads := m.load(web, n, 4, m.vip("api"))
+	m.awaitConnections(0, 50)
+	next, give := m.startBlind()
+	before := m.Daemons[0].Process
+	m.must(before.WaitOutput(m.ctx(), "another daemon is taking over"))
+	m.baselines[0] = nil
+	before.Kill()
+	m.must(next.WaitOutput(m.ctx(), "the daemon before has died"))
+	waiting, err := web.Start(m.app("dial", m.vip("api"), "peer")) // in the backlog of what both had
+	m.must(err)
+	m.Daemons[0].Process = next
+	give()
+	m.settle(0)
+	m.must(waiting.Wait(m.ctx()))
+	if out := waiting.Output(); !strings.Contains(out, "accept=") {
+		t.Errorf("a connection that came while nobody served says %s", out)
+	}
+	m.must(loads.Wait(m.ctx())) // what the dead one carried is lost, and what came to nobody waited
+	var done, failed int
+	if _, err := fmt.Sscanf(loads.Output()[strings.LastIndex(loads.Output(), "done"):], "done %d failed %d", &done, &failed); err != nil || failed > 4 {
+		t.Errorf("%d of %d connections failed, and the dead daemon had four at a time: %s", failed, done, loads.Output())
+	}
+}
+
+func TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName(t *testing.T) {
+	m, web, _ := pair(t)
+	d := m.Daemons[0]
+	path := filepath.Join(filepath.Dir(d.Socket()), "handover.sock")
+	_, err := handover.Begin(path, handover.Self{Version: "9.9.9", MapABI: redirect.MapABI - 1, Node: d.Node.Name, Pins: d.Pins})
+	for _, text := range []string{"9.9.9", fmt.Sprintf("v%d", redirect.MapABI), fmt.Sprintf("v%d", redirect.MapABI-1)} {
+		if err == nil || !strings.Contains(err.Error(), text) {
+			t.Errorf("the refusal is %v, and does not say %s", err, text)
+		}
+	}
+	m.reaches(web, m.vip("api"))
+}
