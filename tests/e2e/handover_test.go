@@ -135,7 +135,7 @@ func TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn(t *testing.T) {
 
 	// It follows changes again, and enrols: what the other has changed in the kernel is no obstacle.
 	m.must(m.Daemons[0].Admin().Enroll(m.ctx(), admin.EnrollRequest{Cgroup: near.Cgroup.Path(), Service: "near"}))
-	m.awaitWorkload(near.Cgroup, "near", "protected")
+	m.awaitWorkload(near.Cgroup, "near", "empty")
 	live := m.stream(web, m.vip("api"))
 	m.deny("api", "web")
 	m.must(live.Wait(m.ctx()))
@@ -194,4 +194,64 @@ func TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName(t *testing.T) {
 		}
 	}
 	m.reaches(web, m.vip("api"))
+}
+
+// TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone is how it is with a DaemonSet's surge: the next daemon runs in a
+// cgroup of its own, and the one in which the listeners were made is removed with its pod.
+func TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone(t *testing.T) {
+	m, web, _ := pair(t)
+	const n = 600
+	for _, name := range []string{"second", "third"} {
+		cgroup, err := m.Nodes[0].Cgroup.Child(name)
+		m.must(err)
+		loads := m.load(web, n, 4, m.vip("api"))
+		m.awaitConnections(0, 20)
+		before := m.replace(0, cgroup)
+		m.must(before.Wait(m.ctx()))
+		m.must(m.Daemons[0].LeaveCgroup(cgroup))
+		m.noneFailed(loads, n)
+		m.settle(0)
+		m.reaches(web, m.vip("api"))
+	}
+}
+
+func TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver(t *testing.T) {
+	m := newMesh(t)
+	web, api := m.place(0, "web"), m.place(0, "api")
+	m.allow("api", "web")
+	m.start()
+	const n = 6000
+	live := m.stream(web, m.vip("api"))
+	loads := m.load(web, n, 2, m.vip("api"))
+	m.awaitGranted(0, 100)
+	before := m.replace(0, nil)
+	m.noneFailed(loads, n)
+	m.must(before.Wait(m.ctx())) // it carries none of them
+	lines := strings.Count(live.Output(), "a line")
+	m.eventually("the live connection goes on", func() error {
+		if strings.Count(live.Output(), "a line") < lines+5 {
+			return errNotYet
+		}
+		return nil
+	})
+	m.settle(0)
+	proxied := m.metric(0, "nodeproxy_connections_opened_total", `path="tunnel"`) + m.metric(0, "nodeproxy_connections_opened_total", `path="mtls"`)
+	if proxied > 0 {
+		t.Errorf("%v connections took the proxy: the grants were interrupted", proxied)
+	}
+	m.deny("api", "web") // the next daemon knows the connection, and ends it
+	m.must(live.Wait(m.ctx()))
+	m.getsNothing(web, at(api.IPv4, port))
+}
+
+// awaitGranted waits until so many connections of a node went direct.
+func (m *mesh) awaitGranted(node int, n uint64) {
+	m.t.Helper()
+	_, err := m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+		if s.Kernel.Counters["granted"] < n {
+			return fmt.Errorf("%d of %d connections went direct", s.Kernel.Counters["granted"], n)
+		}
+		return nil
+	})
+	m.must(err)
 }

@@ -132,6 +132,13 @@ func (d *Daemon) Replace(ctx context.Context, cgroup *netlab.Cgroup) (before *ne
 	return before, nil
 }
 
+// LeaveCgroup removes the cgroup in which the daemon before ran, once that has ended; the daemon is in next now.
+func (d *Daemon) LeaveCgroup(next *netlab.Cgroup) error {
+	err := d.cgroup.Remove()
+	d.cgroup = next
+	return err
+}
+
 // Await asks for the daemon's status until check accepts it, and returns it. If ctx ends first, or the daemon does, the
 // error says what check last found wrong.
 func (d *Daemon) Await(ctx context.Context, check func(*admin.Status) error) (*admin.Status, error) {
