@@ -49,9 +49,9 @@ func CgroupID(dir string) (uint64, error) {
 	return st.Ino, nil
 }
 
-// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody
-// but the process before, 0 for none, can be there, else a new one, <cgroup2>/nodeproxy-<node>, into which the process moves.
-// Cleanup removes that.
+// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody else can
+// be there, or if it is that of the daemon before, whose process is given, 0 for none; else a new one, <cgroup2>/nodeproxy-<node>,
+// into which the process moves. Cleanup removes that.
 func OwnCgroup(node string, before int) (string, error) {
 	mount, err := CgroupMount()
 	if err != nil {
@@ -62,7 +62,7 @@ func OwnCgroup(node string, before int) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(mount, current)
-	if current != "/" && alone(dir, before) {
+	if current != "/" && (alone(dir) || isIn(current, before)) {
 		return dir, nil
 	}
 	dir = filepath.Join(mount, daemonCgroup(node))
@@ -77,16 +77,20 @@ func OwnCgroup(node string, before int) (string, error) {
 
 func daemonCgroup(node string) string { return "nodeproxy-" + node }
 
-// alone reports whether this process is the only one in the cgroup, but for the one before, and no cgroup is below.
-func alone(dir string, before int) bool {
-	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-	if err != nil {
+// isIn reports whether a process, 0 for none, is in a cgroup.
+func isIn(cgroup string, pid int) bool {
+	if pid == 0 {
 		return false
 	}
-	for pid := range strings.FieldsSeq(string(procs)) {
-		if pid != strconv.Itoa(os.Getpid()) && pid != strconv.Itoa(before) {
-			return false
-		}
+	its, err := processCgroup(strconv.Itoa(pid))
+	return err == nil && its == cgroup
+}
+
+// alone reports whether this process is the only one in the cgroup and no cgroup is below.
+func alone(dir string) bool {
+	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil || strings.TrimSpace(string(procs)) != strconv.Itoa(os.Getpid()) {
+		return false
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {

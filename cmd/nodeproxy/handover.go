@@ -4,16 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"os"
-	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"slices"
-	"strings"
-	"syscall"
 	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
@@ -217,46 +212,4 @@ func (d *node) Release(to handover.Self) {
 		notify(d.log, fmt.Sprintf("MAINPID=%d", to.PID))
 	}
 	d.log.Info("another daemon has taken over: live connections may end by themselves", "version", to.Version, "pid", to.PID)
-}
-
-// reload starts a daemon of the version that is installed by now, which takes over, each time that the service manager asks for
-// it. Elsewhere SIGHUP is what it always is.
-func (d *node) reload(ctx context.Context, out io.Writer) {
-	if os.Getenv("NOTIFY_SOCKET") == "" {
-		return
-	}
-	asked := make(chan os.Signal, 1)
-	signal.Notify(asked, syscall.SIGHUP)
-	defer signal.Stop(asked)
-	for {
-		select {
-		case <-asked:
-			if err := d.startNext(out); err != nil {
-				d.log.Error("start the next daemon: this one goes on", "error", err)
-			}
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// startNext starts a daemon with this one's arguments.
-func (d *node) startNext(out io.Writer) error {
-	next := exec.Command(os.Args[0], os.Args[1:]...)
-	next.Stdout, next.Stderr = out, out
-	for _, v := range os.Environ() {
-		if name, _, _ := strings.Cut(v, "="); name != "WATCHDOG_PID" && !strings.HasPrefix(name, "LISTEN_") { // these are of this process
-			next.Env = append(next.Env, v)
-		}
-	}
-	if err := next.Start(); err != nil {
-		return err
-	}
-	d.log.Info("started the next daemon", "pid", next.Process.Pid)
-	go func() {
-		if err := next.Wait(); err != nil {
-			d.log.Error("the next daemon has ended", "error", err)
-		}
-	}()
-	return nil
 }

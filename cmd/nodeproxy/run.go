@@ -79,7 +79,6 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 		case <-supervised.Done():
 		}
 	})
-	supervising.Go(func() { d.reload(supervised, out) })
 	err = d.run(ctx)
 	stop()
 	supervising.Wait()

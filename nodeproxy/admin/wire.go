@@ -99,6 +99,7 @@ type Status struct {
 	MapABI       int           `json:"map_abi"`
 	Node         string        `json:"node"`
 	Started      time.Time     `json:"started"`
+	PID          int           `json:"pid"` // as the daemon sees itself
 	Source       SourceStatus  `json:"source"`
 	Policy       PolicyStatus  `json:"policy"`
 	Workloads    []Workload    `json:"workloads"`
