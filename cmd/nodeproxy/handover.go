@@ -113,7 +113,6 @@ func (d *node) succeed(ctx context.Context) error {
 	if d.before == nil {
 		return nil
 	}
-	defer d.before.Close()
 	lost := d.before.Lost()
 	for {
 		select {
@@ -121,6 +120,8 @@ func (d *node) succeed(ctx context.Context) error {
 			if err := d.before.Commit(); err != nil {
 				return err
 			}
+			d.before.Estate.Files.Close() // those that nobody needs
+			d.tookOver.Store(&admin.Handover{From: d.before.From.Version, PID: d.before.From.PID, At: time.Now()})
 			d.log.Info("took over from the daemon before", "version", d.before.From.Version, "pid", d.before.From.PID)
 			d.tell("took over from version " + d.before.From.Version)
 			return nil
@@ -136,6 +137,21 @@ func (d *node) succeed(ctx context.Context) error {
 	}
 }
 
+// handoverStatus is nil where no daemon handed over to this one.
+func (d *node) handoverStatus() *admin.Handover {
+	took := d.tookOver.Load()
+	if took == nil {
+		return nil
+	}
+	now := *took
+	select {
+	case <-d.before.Drained():
+	default:
+		now.Draining = true
+	}
+	return &now
+}
+
 // lost is why run ended when the daemon before did not wait for this one.
 func (d *node) lost(ctx context.Context) error {
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -147,14 +163,6 @@ func (d *node) lost(ctx context.Context) error {
 // tell shows in traces that the daemon has changed.
 func (d *node) tell(what string) {
 	d.recorder.Hub.Observe(admin.Connection{Event: admin.EventHandover, Time: time.Now(), Detail: what})
-}
-
-// steady refuses what the next daemon would not learn of.
-func (d *node) steady() error {
-	if d.manager.Frozen() {
-		return admin.Classify(errors.New("another daemon is just taking over: try again"), admin.ErrRefused)
-	}
-	return nil
 }
 
 // handOver serves the next daemon.
@@ -169,8 +177,10 @@ func (d *node) handOver(ctx context.Context) error {
 // Bequeath implements handover.Owner.
 func (d *node) Bequeath(ctx context.Context, to handover.Self) (*handover.Estate, error) {
 	d.log.Info("another daemon is taking over", "version", to.Version, "pid", to.PID)
+	d.manual.Freeze(true)
 	state, files, err := d.manager.Freeze(ctx)
 	if err != nil {
+		d.manual.Freeze(false)
 		return nil, err
 	}
 	e := &handover.Estate{State: state, Files: files}
@@ -185,15 +195,21 @@ func (d *node) Bequeath(ctx context.Context, to handover.Self) (*handover.Estate
 	health := d.source.Health()
 	e.Snapshot, err = (&catalog.Remembered{Snapshot: snap, Kind: health.Kind, Location: health.Location, Updated: health.Updated}).Encode()
 	if err != nil {
-		return nil, errors.Join(err, d.manager.Thaw())
+		return nil, errors.Join(err, d.takeBack())
 	}
 	return e, nil
+}
+
+// takeBack undoes Bequeath.
+func (d *node) takeBack() error {
+	d.manual.Freeze(false)
+	return d.manager.Thaw()
 }
 
 // Resume implements handover.Owner.
 func (d *node) Resume(to handover.Self, why error) {
 	d.log.Error("the daemon that was taking over is gone: this one goes on", "version", to.Version, "pid", to.PID, "error", why)
-	if err := d.manager.Thaw(); err != nil {
+	if err := d.takeBack(); err != nil {
 		d.log.Error("take back what it has changed in the kernel: the audit goes on repairing", "error", err)
 	}
 }

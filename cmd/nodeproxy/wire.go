@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nodeproxy.io/nodeproxy"
@@ -40,11 +41,12 @@ type node struct {
 	log      *slog.Logger
 
 	self       handover.Self
-	handover   string               // the path of its socket
-	before     *handover.Succession // nil: no daemon ran
-	inOffice   chan struct{}        // closed once this is the node's daemon
-	stopPublic context.CancelFunc   // ends admin API and metrics
-	public     sync.WaitGroup       // these
+	handover   string                         // the path of its socket
+	before     *handover.Succession           // nil: no daemon ran
+	tookOver   atomic.Pointer[admin.Handover] // nil: from nobody
+	inOffice   chan struct{}                  // closed once this is the node's daemon
+	stopPublic context.CancelFunc             // ends admin API and metrics
+	public     sync.WaitGroup                 // these
 }
 
 // newNode builds all parts, what can be refused first and the kernel's state last, from what the daemon before has left, if there
@@ -119,6 +121,7 @@ func (d *node) keeping(source catalog.Source) catalog.Source {
 // Status implements admin.Backend.
 func (d *node) Status() admin.Status {
 	s := d.Proxy.Status()
+	s.Handover = d.handoverStatus()
 	if d.kept == nil {
 		s.Store = admin.Store{Kind: "none", Detail: "not needed: the source reads its directory and its CA itself"}
 		return s
@@ -328,6 +331,9 @@ func (d *node) run(ctx context.Context) error {
 	stop()
 	servers.Wait()
 	d.public.Wait()
+	if d.before != nil {
+		_ = d.before.Close()
+	}
 	return errors.Join(err, d.lost(ctx), d.manager.Close())
 }
 
@@ -354,14 +360,18 @@ func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
 			return admin.Classify(fmt.Errorf("enroll %s: %q is no name of a service", req.Cgroup, name), admin.ErrRefused)
 		}
 	}
-	if err := d.steady(); err != nil {
-		return err
-	}
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Also: req.Also, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
 	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
 		return admin.Classify(err, admin.ErrRefused)
 	}
-	return d.manual.Enroll(c)
+	return refusedByHandover(d.manual.Enroll(c))
+}
+
+func refusedByHandover(err error) error {
+	if errors.Is(err, workload.ErrHandingOver) {
+		return admin.Classify(err, admin.ErrRefused)
+	}
+	return err
 }
 
 // claimedElsewhere says which other provider has c's cgroup: two claims of one cgroup are never both granted.
@@ -376,14 +386,11 @@ func claimedElsewhere(state workload.State, c workload.Claim) error {
 
 // Unenroll implements admin.Backend.
 func (d *node) Unenroll(_ context.Context, req admin.EnrollRequest) error {
-	if err := d.steady(); err != nil {
-		return err
-	}
 	err := d.manual.Unenroll(req.Cgroup)
 	if errors.Is(err, workload.ErrNotEnrolled) {
 		return admin.Classify(err, admin.ErrNotFound)
 	}
-	return err
+	return refusedByHandover(err)
 }
 
 const (

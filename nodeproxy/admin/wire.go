@@ -119,8 +119,18 @@ type Status struct {
 	Goroutines int `json:"goroutines"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
+	// Handover says from whom this daemon has the node; absent where no daemon ran when it started.
+	Handover *Handover `json:"handover,omitempty"`
 	// DNS counts the name queries of workloads; absent where dns.enabled is false.
 	DNS *Queries `json:"dns,omitempty"`
+}
+
+// Handover is how this daemon took over from the one before.
+type Handover struct {
+	From     string    `json:"from"` // its version
+	PID      int       `json:"pid"`  // 0 where it is not seen from here
+	At       time.Time `json:"at"`
+	Draining bool      `json:"draining,omitempty"` // it still carries connections, or waits for limits.drain
 }
 
 // Queries counts name queries since the start of the daemon.

@@ -17,9 +17,10 @@ type Succession struct {
 	From   Self
 	Estate *Estate
 
-	wire  wire
-	ended chan struct{} // closed once err is set: the older daemon's last word, or its death
-	err   error
+	wire    wire
+	ended   chan struct{} // closed once err is set: the older daemon's last word, or its death
+	err     error
+	drained chan struct{} // closed once it is gone
 }
 
 // Begin asks the daemon that listens at path for its estate. It returns nil when none does, or when it died before it had
@@ -32,7 +33,7 @@ func Begin(path string, self Self) (*Succession, error) {
 	if err != nil {
 		return nil, fmt.Errorf("take over from the daemon that listens at %s: %w", path, err)
 	}
-	s := &Succession{wire: wire{conn.(*net.UnixConn)}, ended: make(chan struct{})}
+	s := &Succession{wire: wire{conn.(*net.UnixConn)}, ended: make(chan struct{}), drained: make(chan struct{})}
 	err = s.begin(self)
 	if err == nil {
 		go s.listen()
@@ -73,12 +74,16 @@ func (s *Succession) begin(self Self) error {
 	return err
 }
 
-// listen waits for the older daemon's last word. Close ends it.
+// listen waits for the older daemon's last word, and then until it is gone. Close ends it.
 func (s *Succession) listen() {
-	defer close(s.ended)
+	defer close(s.drained)
 	_, _, _, err := s.wire.receive(0, released)
 	if err != nil && !died(err) {
 		s.err = fmt.Errorf("take over: %w", err)
+	}
+	close(s.ended)
+	if err == nil {
+		_, _ = io.Copy(io.Discard, s.wire)
 	}
 }
 
@@ -102,11 +107,14 @@ func (s *Succession) Commit() error {
 	}
 }
 
+// Drained is closed once the older daemon carries no connection any more.
+func (s *Succession) Drained() <-chan struct{} { return s.drained }
+
 // Close ends the hand-over, and closes the files that nobody took.
 func (s *Succession) Close() error {
 	s.Estate.Files.Close()
 	err := s.wire.Close()
-	<-s.ended
+	<-s.drained
 	return err
 }
 

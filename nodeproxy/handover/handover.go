@@ -2,7 +2,8 @@
 //
 // The one that comes calls Begin and gets the Estate of the one that is there: its open files, what it knows, and its snapshot
 // with the keys, none of which is ever on a disk. From then on the older daemon changes nothing in the kernel, and goes on
-// serving. Once the newer one serves too it calls Commit: the older one stops accepting, lets go, and drains.
+// serving. Once the newer one serves too it calls Commit: the older one stops accepting, lets go, and drains; when that is over
+// it closes the connection.
 //
 // Either may die at any moment. The newer one before Commit: the older one goes on as before. The older one, before its
 // Estate was read whole: Begin says that nobody is there; after that: the newer one has all it needs, and Commit succeeds.
@@ -85,7 +86,7 @@ func mismatch(older, newer Self) string {
 	return ""
 }
 
-// peer checks that the other end is root, or the user of this process, and says which process it is.
+// peer checks that the other end is root, and says which process it is.
 func peer(conn *net.UnixConn) (pid int, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {

@@ -51,8 +51,8 @@ func Listen(path string, self Self, owner Owner, log *slog.Logger) (*Server, err
 	return &Server{self: self, ln: ln, owner: owner, log: log}, nil
 }
 
-// Serve hands over until ctx ends, then removes the socket, or until it has: then it leaves the socket, which is the next
-// daemon's, and returns.
+// Serve hands over, once, until ctx ends. It removes the socket, unless it has: the socket is the next daemon's then, which sees
+// that this one is gone when Serve returns.
 func (s *Server) Serve(ctx context.Context) error {
 	var conversations sync.WaitGroup
 	defer conversations.Wait()
@@ -63,6 +63,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	for {
 		conn, err := s.ln.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {
+			<-ctx.Done()
 			return nil
 		}
 		if err != nil {
@@ -104,7 +105,11 @@ func (s *Server) converse(ctx context.Context, w wire) error {
 	s.owner.Release(to)
 	s.ln.SetUnlinkOnClose(false) // the next daemon's
 	s.ln.Close()
-	return w.send(greeting, released, nil)
+	if err := w.send(greeting, released, nil); err != nil && !died(err) {
+		return err
+	}
+	<-ctx.Done()
+	return nil
 }
 
 // greet finds out who comes.

@@ -61,14 +61,14 @@ func newPen() pen { return pen{semaphore.NewWeighted(everybody)} }
 // write calls f, which writes, unless nobody may.
 func (p pen) write(f func() error) error {
 	if !p.TryAcquire(1) {
-		return errHandingOver
+		return ErrHandingOver
 	}
 	defer p.Release(1)
 	return f()
 }
 
-// errHandingOver is why nothing is written.
-var errHandingOver = errors.New("another daemon is taking over")
+// ErrHandingOver is why nothing is changed for a moment.
+var ErrHandingOver = errors.New("another daemon is just taking over: try again")
 
 // Freeze ends all that this daemon does in the kernel but the heartbeat, and returns what the next one needs of it: its
 // State and its files. Connections are served as before. Thaw or Yield follow.
@@ -110,9 +110,6 @@ func (m *Manager) Freeze(ctx context.Context) (state []byte, files map[string]sy
 	}
 	return state, files, nil
 }
-
-// Frozen says whether another daemon is taking over, or has.
-func (m *Manager) Frozen() bool { return m.frozen.Load() }
 
 // Thaw undoes Freeze: what the daemon that was to follow has changed becomes as this one wants it again.
 func (m *Manager) Thaw() error {

@@ -335,7 +335,7 @@ func (m *Manager) beat(ctx context.Context, h Handler) {
 			return
 		case <-tick.C:
 		case <-reap.C:
-			if err := m.pen.write(func() error { return errors.Join(m.redirect.Reap(), m.reapDirect(h)) }); err != nil && !errors.Is(err, errHandingOver) {
+			if err := m.pen.write(func() error { return errors.Join(m.redirect.Reap(), m.reapDirect(h)) }); err != nil && !errors.Is(err, ErrHandingOver) {
 				m.log.Error("entries of the kernel's maps could not be reaped", "error", err)
 			}
 		}

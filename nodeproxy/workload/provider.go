@@ -32,6 +32,7 @@ type Manual struct {
 	mu     sync.Mutex
 	claims []Claim
 	claim  func([]Claim)
+	frozen bool
 }
 
 // NewManual reads the workloads enrolled by hand from path; a file that is not there holds none.
@@ -100,8 +101,18 @@ func (m *Manual) without(cgroup string) []Claim {
 	return slices.DeleteFunc(slices.Clone(m.claims), func(c Claim) bool { return c.Cgroup == cgroup })
 }
 
+// Freeze has changes refused with ErrHandingOver until it is called again: the daemon that takes over reads the file.
+func (m *Manual) Freeze(frozen bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.frozen = frozen
+}
+
 // replace writes the file whole, by rename, before anything changes.
 func (m *Manual) replace(claims []Claim) error {
+	if m.frozen {
+		return ErrHandingOver
+	}
 	data, err := json.MarshalIndent(claims, "", "  ")
 	if err != nil {
 		return err

@@ -72,6 +72,7 @@ func TestADaemonHandsOverUnderLoadAndNoNewConnectionFails(t *testing.T) {
 		m.start()
 		live := m.stream(web, m.vip("api"))
 		for node, direction := range []string{"outbound", "inbound"} {
+			shown := m.traced(node)
 			loads := m.load(web, n, 4, m.vip("api"))
 			m.awaitConnections(node, 50)
 			before := m.replace(node, nil)
@@ -88,13 +89,29 @@ func TestADaemonHandsOverUnderLoadAndNoNewConnectionFails(t *testing.T) {
 				t.Errorf("the daemon before did not wait for the live connection: %s", before.Output())
 			default:
 			}
+			shown.await("hand-over", func(c admin.Connection) bool { return c.Event == admin.EventHandover })
+			status, err := m.Daemons[node].Admin().Status(m.ctx())
+			m.must(err)
+			if h := status.Handover; h == nil || h.PID != before.PID() || !h.Draining || h.At.IsZero() {
+				t.Errorf("status shows the hand-over from process %d as %+v", before.PID(), h)
+			}
+			if m.metric(node, "nodeproxy_handover_timestamp_seconds") == 0 || m.metric(node, "nodeproxy_handover_draining") != 1 {
+				t.Error("the metrics do not show the hand-over")
+			}
 			if node == 0 {
-				m.settle(0)
 				continue
 			}
 			live.Kill()
 			m.must(before.Wait(m.ctx()))
+			_, err = m.Daemons[node].Await(m.ctx(), func(s *admin.Status) error {
+				if s.Handover.Draining {
+					return errNotYet
+				}
+				return nil
+			})
+			m.must(err)
 		}
+		m.settle(0)
 		m.settle(1)
 		m.reaches(web, at(api.IPv4, port))
 	})
