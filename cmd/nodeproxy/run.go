@@ -21,8 +21,9 @@ func newRun(e *env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the daemon",
-		Long: "Runs the daemon of this node. SIGTERM or SIGINT lets live connections end until limits.drain has passed; a second one\n" +
-			"ends it at once. Either way what is pinned in the kernel stays in force: enrolled workloads connect again when a\n" +
+		Long: "Runs the daemon of this node. If one runs already, this one takes over from it, and no new connection fails.\n\n" +
+			"SIGTERM or SIGINT lets live connections end until limits.drain has passed; a second one ends it at once.\n" +
+			"Either way what is pinned in the kernel stays in force: enrolled workloads connect again when a\n" +
 			"daemon runs again, or after \"nodeproxy cleanup\".",
 		Example: "  nodeproxy run --config /etc/nodeproxy/nodeproxy.hcl",
 		Args:    exactly(),
