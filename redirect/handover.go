@@ -59,18 +59,26 @@ func (ns *Namespace) dnsFile(at net.Addr) string {
 // be called meanwhile that neither enroll, nor set, nor repair.
 func (r *Redirect) Freeze() { r.reading.Lock() }
 
-// Thaw undoes Freeze, and takes over what the daemon that was to follow has enrolled, and has changed in the maps.
+// Thaw undoes Freeze. What the daemon that was to follow has enrolled and guarded besides is taken over, as by Open: Prune is to
+// be called again. What it has changed of the rest is for an Audit of the maps to repair.
 func (r *Redirect) Thaw() error {
 	defer r.reading.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	err := r.loadShadows()
-	return errors.Join(err, eachPinned(filepath.Join(r.dir, "cgroups"), func(id uint64, dir string) error {
-		if r.enrolled[id] != nil {
+	return errors.Join(
+		eachPinned(filepath.Join(r.dir, "cgroups"), func(id uint64, dir string) error {
+			if r.enrolled[id] != nil {
+				return nil
+			}
+			return r.adoptOne(id, dir)
+		}),
+		eachPinned(filepath.Join(r.dir, "namespaces"), func(cookie uint64, _ string) error {
+			if r.namespaces[cookie] == nil {
+				r.inherited[cookie] = true
+			}
 			return nil
-		}
-		return r.adoptOne(id, dir)
-	}))
+		}),
+	)
 }
 
 // Yield gives the node up to the daemon that took over: only Close may follow, and what serves connections that were accepted
@@ -194,7 +202,9 @@ func inheritSocket[C any](f *os.File, namespace uint64, use func(*os.File) (C, e
 	}
 	var cookie uint64
 	var errCookie error
-	err = raw.Control(func(fd uintptr) { cookie, errCookie = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_NETNS_COOKIE) })
+	err = raw.Control(func(fd uintptr) {
+		cookie, errCookie = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	})
 	if err := errors.Join(err, errCookie); err != nil {
 		return c, err
 	}

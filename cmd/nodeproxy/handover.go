@@ -120,6 +120,7 @@ func (d *node) succeed(ctx context.Context) error {
 			if err := d.before.Commit(); err != nil {
 				return err
 			}
+			d.manager.TakeOffice()
 			d.before.Estate.Files.Close() // those that nobody needs
 			d.tookOver.Store(&admin.Handover{From: d.before.From.Version, PID: d.before.From.PID, At: time.Now()})
 			d.log.Info("took over from the daemon before", "version", d.before.From.Version, "pid", d.before.From.PID)

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"time"
 )
 
 // Owner is the daemon that hands over.
@@ -58,7 +57,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	defer conversations.Wait()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	closing := context.AfterFunc(ctx, func() { s.ln.Close() })
+	closing := context.AfterFunc(ctx, func() { _ = s.ln.Close() })
 	defer closing()
 	for {
 		conn, err := s.ln.AcceptUnix()
@@ -104,7 +103,7 @@ func (s *Server) converse(ctx context.Context, w wire) error {
 	}
 	s.owner.Release(to)
 	s.ln.SetUnlinkOnClose(false) // the next daemon's
-	s.ln.Close()
+	_ = s.ln.Close()
 	if err := w.send(greeting, released, nil); err != nil && !died(err) {
 		return err
 	}
@@ -147,7 +146,7 @@ func (s *Server) give(w wire, e *Estate) error {
 	clear(e.Snapshot) // keys
 	err = w.await(patience, serving)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("the other does not serve after %s: %w", time.Duration(patience), err)
+		return fmt.Errorf("the other does not serve after %s: %w", patience, err)
 	}
 	return err
 }

@@ -118,6 +118,7 @@ func (m *Manager) Thaw() error {
 		m.log.Info("what the other daemon had changed in the kernel is as it was", "what", d.What, "cgroup", d.Cgroup, "netns", d.Namespace)
 		err = errors.Join(err, d.Err)
 	}
+	m.pruned = false // of what it has enrolled
 	m.frozen.Store(false)
 	m.pen.Release(everybody)
 	m.wake()
@@ -129,6 +130,24 @@ func (m *Manager) Thaw() error {
 func (m *Manager) Yield() {
 	close(m.yielding)
 	<-m.yielded
+}
+
+// TakeOffice makes this daemon the node's: the one before has let go.
+func (m *Manager) TakeOffice() { m.inOffice.Store(true) }
+
+// leaves says whether the kernel is left to another daemon at the end of Run: to one that is taking over, or to the one before,
+// which this one has not followed.
+func (m *Manager) leaves() bool {
+	m.stopped.Store(true)
+	if m.frozen.Load() {
+		return true
+	}
+	if m.cfg.Before == nil || m.inOffice.Load() {
+		return false
+	}
+	m.redirect.Freeze()
+	m.frozen.Store(true)
+	return true
 }
 
 // leaveToNext closes what this process alone holds of what it has handed over.

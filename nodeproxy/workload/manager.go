@@ -70,6 +70,7 @@ type Manager struct {
 	pen      pen
 	frozen   atomic.Bool   // another daemon is taking over, or has
 	stopped  atomic.Bool   // Run is about to end
+	inOffice atomic.Bool   // the daemon before, if there was one, has let go
 	yielding chan struct{} // closed by Yield
 	yielded  chan struct{} // closed once that is done
 
@@ -248,8 +249,7 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	})
 	m.loop(ctx, h)
 	beating.Wait() // a last beat must not come after Rest
-	m.stopped.Store(true)
-	if m.frozen.Load() {
+	if m.leaves() {
 		err := errors.Join(m.leaveToNext(), m.watcher.close())
 		wg.Wait()
 		m.serving.Wait()
