@@ -221,8 +221,8 @@ func (d *node) Release(to handover.Self) {
 	if y, ok := d.source.(catalog.Yielder); ok {
 		y.Yield()
 	}
+	d.server.Yield() // before the process may end, because nothing is left to drain
 	d.manager.Yield()
-	d.server.Yield()
 	d.stopPublic()
 	d.public.Wait()
 	if to.PID > 0 {

@@ -27,6 +27,9 @@ const (
 	// greeting is how long the other side has for each step that takes it no work.
 	greeting = 10 * time.Second
 
+	// ending is how long a hand-over that has failed may take to be undone.
+	ending = 2 * time.Second
+
 	// patience is how long the older daemon waits for the newer one to serve, and changes nothing in the kernel meanwhile.
 	patience = 45 * time.Second
 )

@@ -9,6 +9,8 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
+	"time"
 )
 
 // Owner is the daemon that hands over.
@@ -30,7 +32,9 @@ type Server struct {
 	ln    *net.UnixListener
 	owner Owner
 	log   *slog.Logger
-	busy  sync.Mutex // held by the hand-over that is under way
+	path  string
+	busy  chan struct{} // holds a token of the hand-over that is under way
+	left  atomic.Bool   // it has succeeded: the path is the next daemon's
 }
 
 // Listen binds path, for root alone. What a dead daemon has left there is replaced: the caller has made sure that it is the
@@ -46,13 +50,19 @@ func Listen(path string, self Self, owner Owner, log *slog.Logger) (*Server, err
 	if err := os.Chmod(path, 0o600); err != nil { // who comes before that is asked who he is all the same
 		return nil, errors.Join(fmt.Errorf("listen for the next daemon: %w", err), ln.Close())
 	}
+	ln.SetUnlinkOnClose(false)
 	self.Protocol = Protocol
-	return &Server{self: self, ln: ln, owner: owner, log: log}, nil
+	return &Server{self: self, ln: ln, path: path, owner: owner, log: log, busy: make(chan struct{}, 1)}, nil
 }
 
 // Serve hands over, once, until ctx ends. It removes the socket, unless it has: the socket is the next daemon's then, which sees
 // that this one is gone when Serve returns.
 func (s *Server) Serve(ctx context.Context) error {
+	defer func() {
+		if !s.left.Load() {
+			_ = os.Remove(s.path)
+		}
+	}()
 	var conversations sync.WaitGroup
 	defer conversations.Wait()
 	ctx, stop := context.WithCancel(ctx)
@@ -82,13 +92,17 @@ func (s *Server) converse(ctx context.Context, w wire) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	to, why := s.greet(w)
-	if why == nil && !s.busy.TryLock() {
-		why = errors.New("another hand-over is under way")
+	if why == nil {
+		select {
+		case s.busy <- struct{}{}:
+			defer func() { <-s.busy }()
+		case <-time.After(ending):
+			why = errors.New("another hand-over is under way")
+		}
 	}
 	if why != nil {
 		return errors.Join(why, w.send(greeting, refused, []byte(why.Error())))
 	}
-	defer s.busy.Unlock()
 	estate, err := s.owner.Bequeath(ctx, to)
 	if err != nil {
 		return errors.Join(err, w.send(greeting, refused, []byte(err.Error())))
@@ -101,8 +115,8 @@ func (s *Server) converse(ctx context.Context, w wire) error {
 		}
 		return nil
 	}
+	s.left.Store(true)
 	s.owner.Release(to)
-	s.ln.SetUnlinkOnClose(false) // the next daemon's
 	_ = s.ln.Close()
 	if err := w.send(greeting, released, nil); err != nil && !died(err) {
 		return err
