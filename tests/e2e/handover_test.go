@@ -286,3 +286,26 @@ func (m *mesh) awaitGranted(node int, n uint64) {
 	})
 	m.must(err)
 }
+
+func TestNamesOfTheMeshAreAnsweredWhileADaemonHandsOver(t *testing.T) {
+	m, web, _, _, _ := dnsPair(t)
+	const n = 3000
+	batch := filepath.Join(m.Dir(), "queries")
+	query := fmt.Sprintf("@%s api.virtual.consul A +short +tries=1 +timeout=10\n", m.Nodes[0].IPv4)
+	m.must(os.WriteFile(batch, []byte(strings.Repeat(query, n)), 0o600))
+	asking, err := web.Start(netlab.Command{Path: tools(t, "dig")["dig"], Args: []string{"-f", batch}})
+	m.must(err)
+	m.must(asking.WaitOutput(m.ctx(), m.virtual["api"].String()))
+	m.must(m.replace(0, nil).Wait(m.ctx()))
+	select {
+	case <-asking.Done():
+		t.Error("the queries were over before the hand-over")
+	default:
+	}
+	m.must(asking.Wait(m.ctx()))
+	if got := strings.Count(asking.Output(), m.virtual["api"].String()+"\n"); got != n || len(asking.Output()) != n*len(m.virtual["api"].String()+"\n") {
+		t.Errorf("%d of %d queries were answered: %.500s", got, n, asking.Output())
+	}
+	m.settle(0)
+	m.awaitDNS(0, web, "on")
+}

@@ -45,6 +45,8 @@ var eitherSource = []string{
 	"TestWithOnFailureOpenADeadDaemonLetsInstanceAddressesPassAndNoVirtualIP",
 	"TestARestartedDaemonKeepsVirtualIPsAndMeshPorts",
 	"TestCallsFollowServiceResolvers",
+	"TestADaemonHandsOverUnderLoadAndNoNewConnectionFails",
+	"TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone",
 }
 
 // fileOnly are the others, by reason.
@@ -102,6 +104,11 @@ var fileOnly = map[string][]string{
 		"TestTheTraceShowsWhatItsFiltersLetThrough",
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
 		"TestWhatCannotBeRepairedIsAnUnprotectedWorkload",
+		"TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName",
+	},
+	"has a daemon that does not serve yet, by a mesh directory that is not there": {
+		"TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn",
+		"TestWhenTheDaemonBeforeDiesInMidHandOverTheNextGoesOn",
 	},
 	"Consul's sidecars are delivered to at 127.0.0.1 alone, where the directory's are tried at each address": {
 		"TestASquatterOnTheApplicationsPortGetsNoDelivery",
@@ -111,6 +118,7 @@ var fileOnly = map[string][]string{
 		"TestEveryResolverFindsTheNamesOfTheMesh",
 		"TestMessagesAreThoseOfANameServer",
 		"TestQueriesOutliveTheDaemon",
+		"TestNamesOfTheMeshAreAnsweredWhileADaemonHandsOver",
 		"TestASquatterOnTheDNSPortGetsNothing",
 		"TestWithoutDNSNothingIsAttachedForIt",
 		"TestWorkloadsInTheNodesNamespaceFindTheNames",
@@ -153,6 +161,7 @@ var fileOnly = map[string][]string{
 		"TestWorkloadsOfTheNodesNamespaceGoDirectAndTheirOwnServiceToo",
 		"TestTenThousandDirectConnectionsLeaveNothing",
 		"TestFlipsOfAnIntentionAgainstDirectConnectionsNeverGoBack",
+		"TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver",
 	},
 	"is about what was open before the enrolment, which no source has a part in": {
 		"TestWhatAWorkloadDialledBeforeItsEnrolmentIsResetIfConfigured",
