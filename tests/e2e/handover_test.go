@@ -64,7 +64,7 @@ const drainsLong = "limits { drain = \"5m\" }\n"
 
 func TestADaemonHandsOverUnderLoadAndNoNewConnectionFails(t *testing.T) {
 	onEveryPath(t, func(t *testing.T, m *mesh, _ admin.Path) {
-		const n = 1000
+		const n = 1500
 		for _, d := range m.Daemons {
 			d.Extra = drainsLong
 		}
@@ -146,7 +146,7 @@ func TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn(t *testing.T) {
 
 func testTheNextDaemonDies(t *testing.T, end func(*netlab.Process)) {
 	m, web, api := pair(t)
-	const n = 1000
+	const n = 1500
 	near, err := m.Nodes[0].Workload("near")
 	m.must(err)
 	loads := m.load(web, n, 4, m.vip("api"))
@@ -187,7 +187,7 @@ func testTheNextDaemonDies(t *testing.T, end func(*netlab.Process)) {
 
 func TestWhenTheDaemonBeforeDiesInMidHandOverTheNextGoesOn(t *testing.T) {
 	m, web, _ := pair(t)
-	const n = 1000
+	const n = 1500
 	loads := m.load(web, n, 4, m.vip("api"))
 	m.awaitConnections(0, 50)
 	next, give := m.startBlind()
@@ -229,13 +229,19 @@ func TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName(t *testing.T) {
 // cgroup of its own, and the one in which the listeners were made is removed with its pod.
 func TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone(t *testing.T) {
 	m, web, _ := pair(t)
-	const n = 600
+	const n = 1500
 	for _, name := range []string{"second", "third"} {
 		cgroup, err := m.Nodes[0].Cgroup.Child(name)
 		m.must(err)
+		if out, err := m.readyIn(cgroup); err == nil || !strings.Contains(out, "this one has not taken over yet") {
+			t.Errorf("before the hand-over the next daemon's pod is ready: %v: %s", err, out)
+		}
 		loads := m.load(web, n, 4, m.vip("api"))
 		m.awaitConnections(0, 20)
 		before := m.replace(0, cgroup)
+		if out, err := m.readyIn(cgroup); err != nil {
+			t.Errorf("after the hand-over it is not ready: %v: %s", err, out)
+		}
 		m.must(before.Wait(m.ctx()))
 		m.must(m.Daemons[0].LeaveCgroup(cgroup))
 		m.noneFailed(loads, n)
@@ -273,6 +279,11 @@ func TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver(t *testing.T) {
 	m.deny("api", "web") // the next daemon knows the connection, and ends it
 	m.must(live.Wait(m.ctx()))
 	m.getsNothing(web, at(api.IPv4, port))
+}
+
+// readyIn asks in a cgroup on node 1, as the probe of a pod does, whether its daemon is the node's.
+func (m *mesh) readyIn(cgroup *netlab.Cgroup) (string, error) {
+	return m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"ready", "--socket", m.Daemons[0].Socket()}, Cgroup: cgroup})
 }
 
 // awaitGranted waits until so many connections of a node went direct.
