@@ -6,18 +6,20 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// load makes a fixed number of connections, so many at a time, each of which asks "peer". It prints "done N failed F" and
-// the first failures.
+// load makes a number of connections, so many at a time, each of which asks "peer", and with -more goes on until its input ends. It
+// prints "done N failed F" and the first failures.
 func load(args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	n := flags.Int64("n", 100, "connections")
 	workers := flags.Int("c", 2, "at a time")
+	more := flags.Bool("more", false, "go on until stdin ends")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -25,11 +27,20 @@ func load(args []string) error {
 	if err != nil {
 		return err
 	}
-	var next, failed atomic.Int64
+	var next, failed, done atomic.Int64
+	var enough atomic.Bool
+	enough.Store(!*more)
+	if *more {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			enough.Store(true)
+		}()
+	}
 	var working sync.WaitGroup
 	for range *workers {
 		working.Go(func() {
-			for next.Add(1) <= *n {
+			for next.Add(1) <= *n || !enough.Load() {
+				done.Add(1)
 				if err := ask(to); err != nil && failed.Add(1) <= 3 {
 					fmt.Printf("failed at %s: %v\n", time.Now().Format(time.StampMilli), err)
 				}
@@ -37,7 +48,7 @@ func load(args []string) error {
 		})
 	}
 	working.Wait()
-	fmt.Printf("done %d failed %d\n", *n, failed.Load())
+	fmt.Printf("done %d failed %d\n", done.Load(), failed.Load())
 	return nil
 }
 
