@@ -37,7 +37,9 @@ ENVOY_PACKAGES := python3-pip
 VM_PACKAGES := qemu-system-x86 xz-utils
 # The peers that nodeproxy is measured beside, with Consul's built-in proxy and Envoy.
 BENCH_PACKAGES := haproxy nginx-light libnginx-mod-stream stunnel4
-TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus etcd-server rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables $(ENVOY_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
+KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins iproute2
+# docker.io, podman: tests run /usr/sbin/dockerd and /usr/bin/podman of them, by hand; nothing else of these names is used.
+TEST_PACKAGES := $(COMPILER_PACKAGES) gcc git curl postgresql redis-server redis-tools iperf3 python3-aiosmtpd tcpdump iproute2 vagrant systemd dbus rpm musl-tools libc-ares-dev bind9-dnsutils dnsmasq-base iptables docker.io podman $(ENVOY_PACKAGES) $(KUBERNETES_PACKAGES) $(VM_PACKAGES) $(BENCH_PACKAGES)
 
 .PHONY: help
 help: ## list the targets
@@ -57,6 +59,11 @@ RELEASE := $(patsubst v%,%,$(shell git describe --tags --match 'v[0-9]*' --dirty
 dist: ## make binaries, .deb, .rpm and an OCI image for amd64 and arm64, with sums and SBOMs, in build/dist
 	@go -C deploy/dist run . -out $(CURDIR)/build/dist -version $(RELEASE) -commit $(COMMIT) -time $$(git log -1 --format=%ct)
 	@ls -l build/dist
+
+.PHONY: image
+image: ## make the OCI image alone, for amd64 and arm64, in build/image
+	@go -C deploy/dist run . -image -out $(CURDIR)/build/image -version $(RELEASE) -commit $(COMMIT) -time $$(git log -1 --format=%ct)
+	@ls -l build/image
 
 .PHONY: demo
 demo: ## show a mesh of two nodes, and check every claim (root)
@@ -97,13 +104,21 @@ test-vm: ## run the kernel tests and the demonstration under stock Debian kernel
 	@.ci/packages $(VM_PACKAGES)
 	@go test -v -count 1 -timeout 30m ./tests/vm
 
+.PHONY: test-kubernetes
+test-kubernetes: ## run the tests on real Kubernetes nodes (root; builds Kubernetes and Consul once)
+	@.ci/prerequisites test-kubernetes
+	@.ci/packages $(KUBERNETES_PACKAGES)
+	@$(MAKE) consul kubernetes
+	@REQUIRE_PRIVILEGED=1 go test -v -race -p 1 -count 1 -timeout 15m ./nodeproxy/workload/kubernetes ./tests/kubernetes
+
 .PHONY: bench
-bench: ## run the benchmarks, beside plain TCP and other mTLS proxies where they cross the kernel (root; about half an hour)
+bench: ## run the benchmarks, beside plain TCP and other mTLS proxies, and on a node of a large mesh (root; about three quarters of an hour)
 	@.ci/prerequisites bench
 	@.ci/packages $(BENCH_PACKAGES)
 	@$(MAKE) build consul
 	@go test -run '^$$' -bench . -benchmem -p 1 -timeout 30m ./...
 	@go -C tests/bench run . -nodeproxy $(CURDIR)/build/nodeproxy -out $(CURDIR)/docs/benchmarks
+	@go -C tests/bench run . scale -nodeproxy $(CURDIR)/build/nodeproxy -out $(CURDIR)/docs/benchmarks
 
 FUZZTIME ?= 10s
 

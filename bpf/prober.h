@@ -27,10 +27,19 @@ struct {
 	__type(value, struct probe);
 } probes SEC(".maps");
 
-/* What of a prober's connection is announced, or 0. t is completed: its namespace is the destination's. */
+/* Where the node's address translation leads what is dialled at a place that probers check. Written by the daemon; read by prober_sockops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PROBES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct probe_key);
+	__type(value, struct probe_key);
+} mapped_probes SEC(".maps");
+
+/* What of a prober's connection is announced, or 0. t is completed: its namespace and address are where it arrives. */
 static __always_inline struct probe *find_probe(struct bpf_sock_ops *ctx, struct tuple *t)
 {
-	struct probe_key key = {};
+	struct probe_key key = {}, *led;
 	struct probe *p;
 
 	read_tuple(ctx, t, 0);
@@ -40,6 +49,11 @@ static __always_inline struct probe *find_probe(struct bpf_sock_ops *ctx, struct
 	if (!p || (addr_is_loopback(&t->dst) && p->netns != t->netns))
 		return 0; /* another namespace's loopback */
 	t->netns = p->netns;
+	led = bpf_map_lookup_elem(&mapped_probes, &key);
+	if (led) {
+		t->dst = led->ip;
+		t->dport = led->port;
+	}
 	return p;
 }
 

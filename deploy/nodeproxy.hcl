@@ -23,4 +23,13 @@ workloads {
   xattr {
     enabled = true # cgroups with extended attributes trusted.nodeproxy.*
   }
+  # with source "consul", instances with meta nodeproxy = "enabled", tasks of Nomad among them:
+  # consul {
+  #   enabled = true
+  # }
+  # containers with labels nodeproxy.io/<key>, of Docker or podman:
+  # containers {
+  #   enabled = true
+  #   allow   = ["web"] # what they may be
+  # }
 }

@@ -71,8 +71,14 @@ workloads {
       services = ["web", "cart"] # what its pods may be. A pod is what its service account is called
     }
   }
-  # not yet: containers { enabled = true  allow = ["web"] }
-  # not yet: consul { enabled = true }
+  containers {
+    enabled = false # containers with labels nodeproxy.io/<key>: see docs/labels.md
+    allow   = ["web", "cart"]    # example: what containers may be, whatever their labels say
+    socket  = "/run/docker.sock" # of Docker, or of podman: "/run/podman/podman.sock"
+  }
+  consul {
+    enabled = false # instances registered in Consul with meta nodeproxy = "enabled", tasks of Nomad among them: see docs/labels.md
+  }
 }
 
 # What connections to workloads meet.
@@ -132,6 +138,6 @@ admin {
 }
 
 state {
-  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars; with Kubernetes, the pods
+  dir  = "/var/lib/nodeproxy"     # what was enrolled by hand; with Consul, the ports of sidecars; with Kubernetes, the pods; the containers
   pins = "/sys/fs/bpf/nodeproxy"  # on a bpffs. "nodeproxy cleanup" takes it as --pins
 }

@@ -190,7 +190,7 @@ func workloadStatus(w workload.WorkloadState) admin.Workload {
 	s := admin.Workload{
 		ID: w.Workload.ID, Service: w.Workload.Service, Also: w.Workload.Also, Cgroup: w.Workload.Cgroup, Name: w.Workload.Name, Provider: w.Workload.Provider,
 		Mesh: w.Workload.Mesh.String(), Mode: w.Workload.Mode.String(), State: w.State, Detail: w.Detail, Processes: w.Processes,
-		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS,
+		Namespaces: []uint64{}, Instances: append([]string{}, w.Instances...), DNS: w.DNS, Foreign: w.Foreign,
 	}
 	for _, ns := range w.Namespaces {
 		s.Namespaces = append(s.Namespaces, ns.Inode)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sort"
 	"strings"
 )
 
@@ -14,14 +15,21 @@ type Policy struct {
 	generation uint64
 	def        Action
 	local      Identity
-	intentions []Intention // in order of precedence
-	rules      map[rule]*Intention
+	intentions []Intention     // in order of precedence, those of one place by source
+	places     map[place]span  // where in intentions
 	peers      map[string]bool // trust domains that intentions name
 	httpLike   map[string]bool
 }
 
-// rule is one source → destination pair of our own partition. The domain is the source's, "" is ours.
-type rule struct{ domain, namespace, source, destination string }
+// place is the intentions for one destination that have the same precedence: those of all sources, or of one each.
+type place struct {
+	destination string
+	all         bool
+}
+
+type span struct{ first, end int32 }
+
+func (in *Intention) place() place { return place{in.Destination, in.Source == Wildcard} }
 
 // Why says what decided. Its String is a sentence.
 type Why uint8
@@ -73,14 +81,13 @@ type Verdict struct {
 func Compile(generation uint64, def Action, local Identity, httpLike map[string]bool, intentions []Intention) (*Policy, error) {
 	p := &Policy{
 		generation: generation, def: def, local: local,
-		intentions: slices.Clone(intentions),
-		rules:      make(map[rule]*Intention, len(intentions)),
+		intentions: inOrder(intentions),
+		places:     make(map[place]span),
 		peers:      make(map[string]bool),
 		httpLike:   maps.Clone(httpLike),
 	}
-	slices.SortStableFunc(p.intentions, byPrecedence)
-	type pair struct{ source, namespace, partition, peer, destination string }
-	seen := make(map[pair]*Intention, len(intentions))
+	type whole struct{ source, namespace, partition, peer, destination string }
+	seen := make(map[whole]*Intention, len(intentions))
 	var errs []error
 	for i := range p.intentions {
 		in := &p.intentions[i]
@@ -88,24 +95,38 @@ func Compile(generation uint64, def Action, local Identity, httpLike map[string]
 			errs = append(errs, err)
 			continue
 		}
-		key := pair{in.Source, orDefault(in.SourceNamespace), orDefault(in.SourcePartition), in.SourcePeer, in.Destination}
+		key := whole{in.Source, orDefault(in.SourceNamespace), orDefault(in.SourcePartition), in.SourcePeer, in.Destination}
 		if first := seen[key]; first != nil {
 			errs = append(errs, fmt.Errorf("%s: intention %s => %s is already defined at %s: remove one of them", in.Origin, in.Source, in.Destination, first.Origin))
 			continue
 		}
 		seen[key] = in
-		switch {
-		case in.SourcePeer != "" && in.SourceDomain != "" && in.SourceDomain != local.TrustDomain:
+		at, known := p.places[in.place()]
+		if !known {
+			at.first = int32(i)
+		}
+		at.end = int32(i) + 1
+		p.places[in.place()] = at
+		if in.SourcePeer != "" && in.SourceDomain != "" && in.SourceDomain != local.TrustDomain {
 			p.peers[in.SourceDomain] = true
-			p.rules[rule{in.SourceDomain, key.namespace, in.Source, in.Destination}] = in
-		case in.SourcePeer == "" && samePartition(in.SourcePartition, local.Partition):
-			p.rules[rule{"", key.namespace, in.Source, in.Destination}] = in
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+// IsOf says whether p is what Compile makes of these, but for the generation.
+func (p *Policy) IsOf(def Action, local Identity, httpLike map[string]bool, intentions []Intention) bool {
+	return p.def == def && p.local == local && len(p.intentions) == len(intentions) && maps.Equal(p.httpLike, httpLike) &&
+		slices.Equal(p.intentions, inOrder(intentions))
+}
+
+func inOrder(intentions []Intention) []Intention {
+	sorted := slices.Clone(intentions)
+	slices.SortStableFunc(sorted, byPrecedence)
+	return sorted
 }
 
 func (in *Intention) check() error {
@@ -151,7 +172,7 @@ func (p *Policy) Decide(src Identity, dst string) Verdict {
 		return Verdict{Why: why, Generation: p.generation}
 	}
 	for _, r := range p.candidates(src, dst) {
-		if in := p.rules[r]; in != nil {
+		if in := p.find(src, r); in != nil {
 			why := p.apply(in, dst)
 			return Verdict{Allowed: why == ByIntention && in.Action == Allow, Intention: in, Why: why, Generation: p.generation}
 		}
@@ -183,13 +204,36 @@ func (p *Policy) apply(in *Intention, dst string) Why {
 	return ByIntention
 }
 
+// pair is a source and a destination, as intentions name them.
+type pair struct{ source, destination string }
+
 // candidates lists what could match, in order of precedence.
-func (p *Policy) candidates(src Identity, dst string) [4]rule {
-	domain, ns := "", orDefault(src.Namespace)
-	if src.TrustDomain != p.local.TrustDomain {
-		domain = src.TrustDomain
+func (p *Policy) candidates(src Identity, dst string) [4]pair {
+	return [4]pair{{src.Service, dst}, {Wildcard, dst}, {src.Service, Wildcard}, {Wildcard, Wildcard}}
+}
+
+// find is the intention for a pair that concerns src, or nil.
+func (p *Policy) find(src Identity, of pair) *Intention {
+	at := p.places[place{of.destination, of.source == Wildcard}]
+	here := p.intentions[at.first:at.end]
+	first := sort.Search(len(here), func(i int) bool { return here[i].Source >= of.source })
+	for i := first; i < len(here) && here[i].Source == of.source; i++ {
+		if p.concerns(&here[i], src) {
+			return &here[i]
+		}
 	}
-	return [4]rule{{domain, ns, src.Service, dst}, {domain, ns, Wildcard, dst}, {domain, ns, src.Service, Wildcard}, {domain, ns, Wildcard, Wildcard}}
+	return nil
+}
+
+// concerns says whether in is about sources where src is: in our own trust domain and partition, or in that of the peer it names.
+func (p *Policy) concerns(in *Intention, src Identity) bool {
+	if orDefault(in.SourceNamespace) != orDefault(src.Namespace) {
+		return false
+	}
+	if in.SourcePeer != "" {
+		return in.SourceDomain == src.TrustDomain && in.SourceDomain != p.local.TrustDomain
+	}
+	return src.TrustDomain == p.local.TrustDomain && samePartition(in.SourcePartition, p.local.Partition)
 }
 
 // Explanation is a Verdict with its reasons, for people.
@@ -204,7 +248,7 @@ func (p *Policy) Explain(src Identity, dst string) Explanation {
 	e := Explanation{Verdict: p.Decide(src, dst)}
 	if p.stranger(src, dst) == ByDefault {
 		for _, r := range p.candidates(src, dst) {
-			if in := p.rules[r]; in != nil {
+			if in := p.find(src, r); in != nil {
 				e.Considered = append(e.Considered, in)
 			}
 		}

@@ -237,6 +237,38 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
+func TestAPolicyIsOfWhatItWasCompiledOf(t *testing.T) {
+	intentions := []Intention{
+		{Source: "*", Destination: "*", Action: Allow},
+		{Source: "web", Destination: "api", Action: Allow, Origin: "a"},
+		{Source: "batch", Destination: "api", JWT: true},
+	}
+	p := compile(t, Deny, intentions...)
+	http := map[string]bool{"http": true}
+	slices.Reverse(intentions)
+	if !p.IsOf(Deny, mesh, http, intentions) {
+		t.Error("it is not of the same intentions in another order")
+	}
+	changed := func(change func(all []Intention)) []Intention {
+		all := slices.Clone(intentions)
+		change(all)
+		return all
+	}
+	for what, is := range map[string]bool{
+		"another default":      p.IsOf(Allow, mesh, http, intentions),
+		"another mesh":         p.IsOf(Deny, Identity{TrustDomain: "other"}, http, intentions),
+		"other protocols":      p.IsOf(Deny, mesh, nil, intentions),
+		"one intention less":   p.IsOf(Deny, mesh, http, intentions[1:]),
+		"one action changed":   p.IsOf(Deny, mesh, http, changed(func(all []Intention) { all[1].Action = Deny })),
+		"one origin changed":   p.IsOf(Deny, mesh, http, changed(func(all []Intention) { all[1].Origin = "b" })),
+		"one source exchanged": p.IsOf(Deny, mesh, http, changed(func(all []Intention) { all[0].Source = "cron" })),
+	} {
+		if is {
+			t.Errorf("with %s it is still of them", what)
+		}
+	}
+}
+
 func TestAPeersSourcesMatchTheIntentionsThatNameIt(t *testing.T) {
 	east := func(name string) Identity {
 		id := service(name)

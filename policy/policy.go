@@ -27,14 +27,13 @@ type Intention struct {
 	Source      string // service name or Wildcard
 	Destination string // service name or Wildcard
 	Action      Action
+	Permissions bool // HTTP permissions are present: deny at L4
+	JWT         bool // a JWT is required: deny at L4 for an http-like destination
 
 	SourceNamespace string // "" is "default"
 	SourcePartition string // "" is "default"
 	SourcePeer      string // "" is this cluster
 	SourceDomain    string // the trust domain of SourcePeer; "" where it is not known: the intention matches nobody
-
-	Permissions bool // HTTP permissions are present: deny at L4
-	JWT         bool // a JWT is required: deny at L4 for an http-like destination
 
 	Origin string // where it is written, for people: "intentions.hcl:12" or the config entry's name
 }

@@ -59,6 +59,7 @@ func (r *Redirect) Audit(maps bool) []Drift {
 		auditMap(&a, "exclusions", r.obj.Exclusions, r.exclusions)
 		auditMap(&a, "grants", r.obj.Grants, r.grants)
 		auditMap(&a, "probes", r.obj.Probes, r.probes)
+		auditMap(&a, "mapped_probes", r.obj.MappedProbes, r.mappedProbes)
 	}
 	return a.found
 }
@@ -114,13 +115,30 @@ func (a *audit) program(l link.Link, name string, prog *ebpf.Program) {
 	if err != nil {
 		return
 	}
-	want, err := prog.Info()
+	want, err := a.r.programID(prog)
 	if err != nil {
 		return
 	}
-	if id, ok := want.ID(); ok && id != info.Program {
+	if want != info.Program {
 		a.repair(name+" was replaced", func() error { return l.Update(prog) })
 	}
+}
+
+// programID is the kernel's number of a program of ours, for which the kernel is asked once. The caller holds r.mu.
+func (r *Redirect) programID(prog *ebpf.Program) (ebpf.ProgramID, error) {
+	if id, known := r.programs[prog]; known {
+		return id, nil
+	}
+	info, err := prog.Info()
+	if err != nil {
+		return 0, err
+	}
+	id, ok := info.ID()
+	if !ok {
+		return 0, errors.New("the kernel does not number programs")
+	}
+	r.programs[prog] = id
+	return id, nil
 }
 
 // pin makes sure that a link in force is pinned, so that it outlives this process.

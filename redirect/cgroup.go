@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -15,18 +16,50 @@ import (
 
 // CgroupMount finds where cgroup2 is mounted: /sys/fs/cgroup on unified systems, a directory below it on hybrid ones.
 func CgroupMount() (string, error) {
+	_, point, err := cgroupMount()
+	return point, err
+}
+
+// cgroupMount returns also which cgroup is mounted there, as this process's cgroup namespace calls it.
+func cgroupMount() (root, point string, err error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
-		return "", fmt.Errorf("find cgroup2: %w", err)
+		return "", "", fmt.Errorf("find cgroup2: %w", err)
 	}
 	defer f.Close()
 	for s := bufio.NewScanner(f); s.Scan(); {
 		mount, typ, ok := strings.Cut(s.Text(), " - ")
 		if fields := strings.Fields(mount); ok && strings.HasPrefix(typ, "cgroup2 ") && len(fields) > 4 {
-			return fields[4], nil
+			return fields[3], fields[4], nil
 		}
 	}
-	return "", errors.New("find cgroup2: it is not mounted; run `mount -t cgroup2 none /sys/fs/cgroup/unified`, or boot with the unified hierarchy")
+	return "", "", errors.New("find cgroup2: it is not mounted; run `mount -t cgroup2 none /sys/fs/cgroup/unified`, or boot with the unified hierarchy")
+}
+
+// JoinNodeCgroups makes sure that processes' cgroups have the same names for this process as in the tree that it sees mounted. A
+// container that is shown the node's may have a cgroup namespace of its own: then the program is executed anew, with the same
+// process id, in that of the node's first process, and this does not return. Call it before anything else is open.
+func JoinNodeCgroups() error {
+	root, point, err := cgroupMount()
+	if err != nil || !strings.HasPrefix(root, "/..") {
+		return nil // it is one tree, or missed later
+	}
+	failed := func(err error) error {
+		return fmt.Errorf("see the cgroups at %s as the node does: %w: the pod needs hostPID, CAP_SYS_ADMIN and CAP_SYS_PTRACE", point, err)
+	}
+	namespace, err := os.Open("/proc/1/ns/cgroup")
+	if err != nil {
+		return failed(err)
+	}
+	defer namespace.Close()
+	runtime.LockOSThread() // it alone moves, and becomes the whole process
+	if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWCGROUP); err != nil {
+		return failed(err)
+	}
+	if root, _, err = cgroupMount(); err != nil || strings.HasPrefix(root, "/..") {
+		return failed(errors.New("the first process that is seen here is not the node's"))
+	}
+	return failed(unix.Exec("/proc/self/exe", os.Args, os.Environ()))
 }
 
 // CgroupID returns the kernel's id of a cgroup2 directory, which is its inode number.

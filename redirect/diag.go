@@ -106,8 +106,10 @@ type diag struct {
 	mu  sync.Mutex
 	fd  int
 	seq uint32
-	buf []byte
 }
+
+// answers are buffers for what the kernel answers: there are many sockets, and few of them ask at a time.
+var answers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
 type diagRequest struct {
 	family       uint8
@@ -133,7 +135,7 @@ func openDiag(ns *Namespace) (d *diag, err error) {
 
 // newDiag opens one in the namespace of the calling thread.
 func newDiag() (*diag, error) {
-	d := &diag{buf: make([]byte, 32<<10)}
+	d := &diag{}
 	var err error
 	d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {
@@ -167,16 +169,18 @@ func (d *diag) query(req diagRequest) ([]Socket, error) {
 	if err := unix.Sendto(d.fd, req.encode(d.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil, err
 	}
+	buf := answers.Get().(*[32 << 10]byte)
+	defer answers.Put(buf)
 	var found []Socket
 	for {
-		n, _, err := unix.Recvfrom(d.fd, d.buf, 0)
+		n, _, err := unix.Recvfrom(d.fd, buf[:], 0)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		done, err := d.parse(d.buf[:n], req.dump, &found)
+		done, err := d.parse(buf[:n], req.dump, &found)
 		if done || err != nil {
 			return found, err
 		}

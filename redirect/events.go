@@ -214,6 +214,7 @@ func (r *Redirect) Fills() ([]Fill, error) {
 		{"rules", len(r.rules), int(r.obj.Rules.MaxEntries())},
 		{"virtual_ranges", len(r.ranges), int(r.obj.VirtualRanges.MaxEntries())},
 		{"probes", len(r.probes), int(r.obj.Probes.MaxEntries())},
+		{"mapped_probes", len(r.mappedProbes), int(r.obj.MappedProbes.MaxEntries())},
 		{"plaintext_from", len(r.plaintext), int(r.obj.PlaintextFrom.MaxEntries())},
 		{"exclusions", len(r.exclusions), int(r.obj.Exclusions.MaxEntries())},
 		{"grants", len(r.grants), int(r.obj.Grants.MaxEntries())},

@@ -50,9 +50,9 @@ func TestALargeLegacyTableIsReadInOneGo(t *testing.T) {
 		}
 		b.add("ERROR", make([]byte, 32))
 		binary.NativeEndian.PutUint32(b.entries[output+b.entry+targetHead:], uint32(last))
-		want := ""
+		want := ForeignRule{}
 		if target == "REDIRECT" {
-			want = "iptables table nat, chain CHAIN-0, target REDIRECT"
+			want = ForeignRule{"redirect", "iptables table nat, chain CHAIN-0, target REDIRECT"}
 		}
 		if got := b.find(b.entries, uint32(output), uint32(policy)); got != want {
 			t.Errorf("with target %s: %q, want %q", target, got, want)

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"sync"
 	"syscall"
 
 	"github.com/cilium/ebpf"
@@ -35,6 +36,8 @@ type Namespace struct {
 	prog   *ebpf.Program // what it runs
 	dir    string        // of its pins
 	r      *Redirect
+
+	foreign foreign // ForeignRedirect's own
 }
 
 // OpenNamespace listens in the network namespace that file stands for (/proc/PID/ns/net), guards it with sk_lookup and
@@ -85,6 +88,7 @@ func (r *Redirect) OpenNamespace(file *os.File) (_ *Namespace, err error) {
 func (ns *Namespace) Close() error {
 	ns.r.mu.Lock()
 	delete(ns.r.namespaces, ns.Cookie)
+	delete(ns.r.programs, ns.prog)
 	ns.r.mu.Unlock()
 	return ns.undo()
 }
@@ -321,11 +325,15 @@ func (ns *Namespace) attachLookup() error {
 	return nil
 }
 
+// inboundSpec reads the built-in object once: each namespace gets a program of its own.
+var inboundSpec = sync.OnceValues(loadInbound)
+
 func (ns *Namespace) loadLookup() (*ebpf.Program, error) {
-	spec, err := loadInbound()
+	built, err := inboundSpec()
 	if err != nil {
 		return nil, fmt.Errorf("read built-in BPF object: %w", err)
 	}
+	spec := built.Copy()
 	var private uint8
 	if !ns.Host {
 		private = 1

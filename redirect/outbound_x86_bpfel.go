@@ -393,6 +393,7 @@ const (
 	outboundMapGrants           = "grants"
 	outboundMapHeartbeat        = "heartbeat"
 	outboundMapListeners        = "listeners"
+	outboundMapMappedProbes     = "mapped_probes"
 	outboundMapMemberships      = "memberships"
 	outboundMapNsReady          = "ns_ready"
 	outboundMapPending          = "pending"
@@ -494,6 +495,7 @@ type outboundMapSpecs struct {
 	Grants        *ebpf.MapSpec `ebpf:"grants"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
+	MappedProbes  *ebpf.MapSpec `ebpf:"mapped_probes"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
@@ -559,6 +561,7 @@ type outboundMaps struct {
 	Grants        *ebpf.Map `ebpf:"grants"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
+	MappedProbes  *ebpf.Map `ebpf:"mapped_probes"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
@@ -584,6 +587,7 @@ func (m *outboundMaps) Close() error {
 		m.Grants,
 		m.Heartbeat,
 		m.Listeners,
+		m.MappedProbes,
 		m.Memberships,
 		m.NsReady,
 		m.Pending,

@@ -21,28 +21,42 @@ const probersDir = "probers"
 // ProbeTarget is a place that probers may connect to in plaintext, past its guard.
 type ProbeTarget struct {
 	Addr      netip.AddrPort
-	Namespace uint64 // cookie of the namespace that has the address; a loopback address is that of this namespace only
-	Workload  uint32 // whose probes are counted together
+	Namespace uint64         // cookie of the namespace that has the address; a loopback address is that of this namespace only
+	Workload  uint32         // whose probes are counted together
+	Mapped    netip.AddrPort // where the node's address translation leads them, in Namespace; zero: nowhere
 }
 
 // SetProbes makes the places that probers may connect to exactly those given, by diff. One that two namespaces have is
 // left out: which of them a prober would reach is not known.
 func (r *Redirect) SetProbes(probes []ProbeTarget) error {
 	want := make(map[outboundProbeKey]outboundProbe, len(probes))
+	mapped := make(map[outboundProbeKey]outboundProbeKey)
 	ambiguous := make(map[outboundProbeKey]bool)
 	for _, p := range probes {
-		key := outboundProbeKey{Ip: toAddr(p.Addr.Addr()), Port: swap(p.Addr.Port())}
-		if other, taken := want[key]; taken && other.Netns != p.Namespace {
+		key, to := probeKey(p.Addr), probeKey(p.Mapped)
+		if other, taken := want[key]; taken && (other.Netns != p.Namespace || mapped[key] != to) {
 			ambiguous[key] = true
 		}
 		want[key] = outboundProbe{Netns: p.Namespace, Workload: p.Workload}
+		if p.Mapped.IsValid() {
+			mapped[key] = to
+		}
 	}
 	for key := range ambiguous {
 		delete(want, key)
+		delete(mapped, key)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.probes.sync("probes", r.obj.Probes, want)
+	return errors.Join(r.mappedProbes.sync("mapped_probes", r.obj.MappedProbes, mapped), r.probes.sync("probes", r.obj.Probes, want))
+}
+
+// probeKey is zero for no address.
+func probeKey(at netip.AddrPort) (key outboundProbeKey) {
+	if at.IsValid() {
+		key = outboundProbeKey{Ip: toAddr(at.Addr()), Port: swap(at.Port())}
+	}
+	return key
 }
 
 // SetProbers makes the cgroups whose processes are probers exactly those given. What is below them counts as well.
@@ -130,9 +144,7 @@ func (r *Redirect) ListenerCgroup(at netip.AddrPort) (uint64, error) {
 	}
 	var cgroup uint64
 	for _, s := range found {
-		ip := s.Local.Addr()
-		covers := ip == at.Addr() || ip.IsUnspecified() && (ip.Is4() == at.Addr().Is4() || ip.Is6() && !s.V6Only)
-		if !covers {
+		if !s.Listens(at) {
 			continue
 		}
 		if cgroup != 0 && cgroup != s.Cgroup {

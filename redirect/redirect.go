@@ -63,23 +63,25 @@ type Redirect struct {
 	inherit func(name string) *os.File
 	reading sync.Mutex // held by who reads events: the ring has one reader, in whatever process
 
-	mu         sync.Mutex
-	enrolled   map[uint64]*enrolment                               // by cgroup id
-	namespaces map[uint64]*Namespace                               // by cookie
-	inherited  map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
-	unclaimed  map[uint32]bool                                     // workloads that an earlier daemon enrolled and this one has not, yet
-	dests      shadow[outboundDestinationKey, outboundDestination] // those for all workloads
-	single     shadow[outboundDestinationKey, outboundDestination] // those for one
-	ranges     shadow[outboundRangeKey, uint32]                    // of virtual IPs
-	outside    shadow[outboundRangeKey, uint32]                    // the others
-	plaintext  shadow[outboundRangeKey, uint32]
-	rules      shadow[outboundRuleKey, outboundRule]
-	exclusions shadow[outboundExclusionKey, uint32]
-	treated    map[uint32]uint32 // member flags by workload, from Treat
-	probes     shadow[outboundProbeKey, outboundProbe]
-	grants     shadow[outboundGrantKey, outboundGrant]
-	probers    map[uint64]link.Link // by cgroup id
-	former     map[uint64]link.Link // proxy_sockops on the cgroups of earlier daemons that have handed over, by id
+	mu           sync.Mutex
+	enrolled     map[uint64]*enrolment                               // by cgroup id
+	namespaces   map[uint64]*Namespace                               // by cookie
+	programs     map[*ebpf.Program]ebpf.ProgramID                    // the numbers of those that were asked for
+	inherited    map[uint64]bool                                     // cookies of the namespaces that an earlier daemon guards and this one has not opened
+	unclaimed    map[uint32]bool                                     // workloads that an earlier daemon enrolled and this one has not, yet
+	dests        shadow[outboundDestinationKey, outboundDestination] // those for all workloads
+	single       shadow[outboundDestinationKey, outboundDestination] // those for one
+	ranges       shadow[outboundRangeKey, uint32]                    // of virtual IPs
+	outside      shadow[outboundRangeKey, uint32]                    // the others
+	plaintext    shadow[outboundRangeKey, uint32]
+	rules        shadow[outboundRuleKey, outboundRule]
+	exclusions   shadow[outboundExclusionKey, uint32]
+	treated      map[uint32]uint32 // member flags by workload, from Treat
+	probes       shadow[outboundProbeKey, outboundProbe]
+	mappedProbes shadow[outboundProbeKey, outboundProbeKey]
+	grants       shadow[outboundGrantKey, outboundGrant]
+	probers      map[uint64]link.Link // by cgroup id
+	former       map[uint64]link.Link // proxy_sockops on the cgroups of earlier daemons that have handed over, by id
 }
 
 // Open loads the programs, creates the maps or takes over the pinned ones, and attaches to the daemon's own cgroup. The
@@ -92,6 +94,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		dir:        filepath.Join(cfg.Pins, cfg.Node, fmt.Sprintf("v%d", MapABI)),
 		enrolled:   make(map[uint64]*enrolment),
 		namespaces: make(map[uint64]*Namespace),
+		programs:   make(map[*ebpf.Program]ebpf.ProgramID),
 		inherited:  make(map[uint64]bool),
 		unclaimed:  make(map[uint32]bool),
 		treated:    make(map[uint32]uint32),

@@ -141,9 +141,10 @@ func rangeKey(p netip.Prefix) outboundRangeKey {
 
 // SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
 // and this one has not opened, and of workloads that it enrolled and this one has not: they stay until Prune, or until a
-// given one is in their place. An error is an *Unguarded.
+// given one is in their place. A port that is steered to us comes to be so before, and ceases to be so after, all else: at no moment is it
+// guarded alone, which would refuse what whoever listens there is about to have, or had. An error is an *Unguarded.
 func (r *Redirect) SetRules(rules []Rule) error {
-	want := make(map[outboundRuleKey]outboundRule, len(rules))
+	want := make(shadow[outboundRuleKey, outboundRule], len(rules))
 	for _, rule := range rules {
 		key := outboundRuleKey{Netns: rule.Namespace, Port: rule.Port}
 		if rule.Addr.IsValid() {
@@ -158,6 +159,13 @@ func (r *Redirect) SetRules(rules []Rule) error {
 			want[key] = rule
 		}
 	}
+	if maps.Equal(r.rules, want) {
+		return nil
+	}
+	isSteered := func(key outboundRuleKey, _ outboundRule) bool { return key.Ip != (outboundAddr{}) }
+	steered, last := want.steps(r.rules, isSteered)
+	_ = r.rules.sync("rules", r.obj.Rules, steered) // what cannot be written now may have room once others are removed
+	_ = r.rules.sync("rules", r.obj.Rules, last)
 	err := r.rules.sync("rules", r.obj.Rules, want)
 	if err == nil {
 		return nil
@@ -205,7 +213,10 @@ func (r *Redirect) loadShadows() error {
 	if r.rules, err = loadShadow[outboundRuleKey, outboundRule](r.obj.Rules); err != nil {
 		return err
 	}
-	r.probes, err = loadShadow[outboundProbeKey, outboundProbe](r.obj.Probes)
+	if r.probes, err = loadShadow[outboundProbeKey, outboundProbe](r.obj.Probes); err != nil {
+		return err
+	}
+	r.mappedProbes, err = loadShadow[outboundProbeKey, outboundProbeKey](r.obj.MappedProbes)
 	return err
 }
 
@@ -233,6 +244,23 @@ func (s shadow[K, V]) split(match func(K, V) bool) shadow[K, V] {
 		}
 	}
 	return others
+}
+
+// steps are what a map holds on its way from have to s: once those that are first are there, and then once all is as in s but for
+// those of have that are first.
+func (s shadow[K, V]) steps(have shadow[K, V], first func(K, V) bool) (one, two shadow[K, V]) {
+	one, two = maps.Clone(have), maps.Clone(s)
+	for k, v := range s {
+		if first(k, v) {
+			one[k] = v
+		}
+	}
+	for k, v := range have {
+		if _, stays := s[k]; !stays && first(k, v) {
+			two[k] = v
+		}
+	}
+	return one, two
 }
 
 // sync removes what is not wanted and then writes what differs. What it could not write stays to be written.

@@ -85,6 +85,7 @@ func (c *checkCommand) configured(ctx context.Context) []check.Result {
 	}
 	results = append(results, check.Host(cfg)...)
 	results = append(results, podsPreflight(ctx, cfg)...)
+	results = append(results, enginePreflight(ctx, cfg)...)
 	asked := preflight(ctx, cfg)
 	results = append(results, asked...)
 	if len(asked) == 1 && asked[0].Verdict == check.Failed {

@@ -39,6 +39,8 @@ func (d *node) inherit(name string) *os.File {
 	if d.before == nil {
 		return nil
 	}
+	d.taking.Lock() // namespaces are opened several at a time
+	defer d.taking.Unlock()
 	return d.before.Estate.Files.Take(name)
 }
 

@@ -28,6 +28,20 @@ func podsPreflight(ctx context.Context, cfg *config.Config) []check.Result {
 	return []check.Result{{Name: name, Verdict: check.OK, Text: "the API server tells of the pods of node " + cfg.Pods.Node}}
 }
 
+// enginePreflight asks the container engine, if containers are workloads.
+func enginePreflight(ctx context.Context, cfg *config.Config) []check.Result {
+	if cfg.Containers == nil {
+		return nil
+	}
+	const name = "containers"
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	if err := newEngine(cfg, "", slog.New(slog.DiscardHandler)).Check(ctx); err != nil {
+		return []check.Result{{Name: name, Verdict: check.Failed, Text: err.Error()}}
+	}
+	return []check.Result{{Name: name, Verdict: check.OK, Text: "the engine at " + cfg.Containers.Socket + " tells of its containers"}}
+}
+
 // preflight asks the Consul agent, if the source is one, about what the configured workloads need.
 func preflight(ctx context.Context, cfg *config.Config) []check.Result {
 	if cfg.Consul == nil {

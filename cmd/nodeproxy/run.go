@@ -9,12 +9,15 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
 	"nodeproxy.io/nodeproxy/config"
+	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/handover"
+	"nodeproxy.io/redirect"
 )
 
 func newRun(e *env) *cobra.Command {
@@ -33,6 +36,9 @@ func newRun(e *env) *cobra.Command {
 		cfg, err := config.Load(*path)
 		if err != nil {
 			return err
+		}
+		if err := redirect.JoinNodeCgroups(); err != nil {
+			return fmt.Errorf("start the daemon: %w", err)
 		}
 		return runDaemon(cmd.Context(), cfg, e.stderr)
 	}
@@ -83,7 +89,39 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	err = d.run(ctx)
 	stop()
 	supervising.Wait()
+	if d.pods != nil && err == nil {
+		return d.leave(context.WithoutCancel(ctx), cfg)
+	}
 	log.Info("stopped: what is pinned stays in force")
+	return err
+}
+
+// leaveTimeout is how long an API server that does not answer may hold up the end of a pod.
+const leaveTimeout = 5 * time.Second
+
+// leave removes what is pinned if this was a pod of a DaemonSet that is there no more. In doubt it stays.
+func (d *node) leave(ctx context.Context, cfg *config.Config) error {
+	asking, cancel := context.WithTimeout(ctx, leaveTimeout)
+	defer cancel()
+	removed, err := d.pods.Removed(asking)
+	switch {
+	case err != nil:
+		d.log.Warn("stopped: what is pinned stays in force, and workloads stay closed until a daemon runs again; if it is removed for good run this on the node",
+			"command", "nodeproxy cleanup --pins "+cfg.State.Pins+" --node "+cfg.Node.Name, "error", err)
+		return nil
+	case !removed:
+		d.log.Info("stopped: what is pinned stays in force")
+		return nil
+	}
+	gone, err := redirect.Cleanup(cfg.State.Pins, cfg.Node.Name)
+	if err == nil && cfg.Consul != nil {
+		withdrawing, cancel := context.WithTimeout(ctx, withdrawTimeout)
+		defer cancel()
+		var withdrawn []string
+		withdrawn, err = consul.Withdraw(withdrawing, consulConfig(cfg))
+		gone = append(gone, withdrawn...)
+	}
+	d.log.Info("stopped: the DaemonSet is removed, and with it what was pinned and registered", "removed", len(gone))
 	return err
 }
 

@@ -92,7 +92,7 @@ func TestMetricsKnowTheServicesOfASnapshotBeforeTheProxyDoes(t *testing.T) {
 	snap := &catalog.Snapshot{Services: map[string]*catalog.Service{"api": {Name: "api", IgnoredL7: []string{"router"}}}}
 	m := admin.NewMetrics(func() admin.Status { return admin.Status{} }, func() []admin.Connection { return nil })
 	delivered := false
-	err := (&meteredSource{oneSnapshot{snap: snap}, m}).Run(t.Context(), func(got *catalog.Snapshot) {
+	err := (&toldSource{oneSnapshot{snap: snap}, []func(*catalog.Snapshot){m.Apply}}).Run(t.Context(), func(got *catalog.Snapshot) {
 		delivered = got == snap
 		w := httptest.NewRecorder()
 		m.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))

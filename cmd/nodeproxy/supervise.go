@@ -70,9 +70,20 @@ func (s *supervisor) look(now time.Time, h workload.Health) {
 		s.tell(daemon.SdNotifyReady)
 		s.log.Info("ready: " + s.last)
 	}
-	if s.watched && now.Sub(h.Beat) < staleBeat && now.Sub(h.Looked) < staleLook {
+	if s.watched && alive(now, h) == nil {
 		s.tell(daemon.SdNotifyWatchdog)
 	}
+}
+
+// alive says why the daemon is taken for hung.
+func alive(now time.Time, h workload.Health) error {
+	switch {
+	case now.Sub(h.Beat) >= staleBeat:
+		return fmt.Errorf("the kernel's heartbeat was last written %s ago", now.Sub(h.Beat).Round(time.Second))
+	case now.Sub(h.Looked) >= staleLook:
+		return fmt.Errorf("the workloads were last looked at %s ago", now.Sub(h.Looked).Round(time.Second))
+	}
+	return nil
 }
 
 func (s *supervisor) status(h workload.Health) string {

@@ -23,7 +23,9 @@ import (
 	"nodeproxy.io/nodeproxy/handover"
 	"nodeproxy.io/nodeproxy/keep"
 	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/nodeproxy/workload/containers"
 	"nodeproxy.io/nodeproxy/workload/kubernetes"
+	"nodeproxy.io/nodeproxy/workload/registered"
 	"nodeproxy.io/redirect"
 )
 
@@ -38,11 +40,13 @@ type node struct {
 	kept     *keep.Source         // nil: the source needs no store
 	source   catalog.Source       // what delivers in the end
 	pods     *kubernetes.Cluster  // nil: pods are no workloads
+	finder   *registered.Finder   // nil: what is registered is no workload
 	log      *slog.Logger
 
 	self       handover.Self
 	handover   string                         // the path of its socket
 	before     *handover.Succession           // nil: no daemon ran
+	taking     sync.Mutex                     // guards its files
 	tookOver   atomic.Pointer[admin.Handover] // nil: from nobody
 	inOffice   chan struct{}                  // closed once this is the node's daemon
 	stopPublic context.CancelFunc             // ends admin API and metrics
@@ -80,7 +84,10 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 	if err != nil {
 		return nil, err
 	}
-	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.kernelBefore()); err != nil {
+	if d.finder, err = newFinder(cfg, log); err != nil {
+		return nil, err
+	}
+	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder, d.kernelBefore()); err != nil {
 		return nil, err
 	}
 	caller, _ := source.(catalog.Caller)
@@ -89,6 +96,10 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 	}
 	if source, ok := source.(keep.Restorable); ok {
 		d.kept = keep.New(source, d.manager.Store(), log)
+	}
+	apply := []func(*catalog.Snapshot){metrics.Apply}
+	if d.finder != nil {
+		apply = append(apply, d.finder.Apply)
 	}
 	var observer nodeproxy.Observer = d.recorder
 	if caller != nil {
@@ -100,7 +111,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 	}
 	d.source = d.keeping(source)
 	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
-		Node: cfg.Node.Name, Source: &meteredSource{known.resume(d.source, log), metrics}, Kernel: d.manager, Observer: observer, Log: log,
+		Node: cfg.Node.Name, Source: &toldSource{known.resume(d.source, log), apply}, Kernel: d.manager, Observer: observer, Log: log,
 		Limits: nodeproxy.Limits{
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
@@ -139,11 +150,11 @@ func (d *node) listen(cfg config.Admin) (err error) {
 	if err != nil || cfg.Metrics == "" {
 		return err
 	}
-	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.inherit(metricsFile+cfg.Metrics), d.recorder.Metrics, d.log)
+	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.inherit(metricsFile+cfg.Metrics), d.recorder.Metrics, func() error { return alive(time.Now(), d.manager.Health()) }, d.log)
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, before *workload.Before) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder, before *workload.Before) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -156,7 +167,7 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, p
 	if cfg.DNS {
 		names = dns.NewServer(log)
 	}
-	labelled, err := labelProviders(cfg, log, pods)
+	labelled, err := labelProviders(cfg, log, pods, finder)
 	if err != nil {
 		return nil, err
 	}
@@ -174,7 +185,7 @@ func configuredClaims(cfg *config.Config) (all workload.Configured) {
 }
 
 // labelProviders lists the enabled ones, in order of precedence.
-func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster) (providers []workload.Provider, err error) {
+func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster, finder *registered.Finder) (providers []workload.Provider, err error) {
 	mount, err := redirect.CgroupMount()
 	if err != nil {
 		return nil, err
@@ -188,7 +199,32 @@ func labelProviders(cfg *config.Config, log *slog.Logger, pods *kubernetes.Clust
 	if pods != nil {
 		providers = append(providers, pods)
 	}
+	if cfg.Containers != nil {
+		providers = append(providers, newEngine(cfg, mount, log))
+	}
+	if finder != nil {
+		providers = append(providers, finder)
+	}
 	return providers, nil
+}
+
+// newFinder is nil where what is registered is no workload.
+func newFinder(cfg *config.Config, log *slog.Logger) (*registered.Finder, error) {
+	if !cfg.Registered {
+		return nil, nil
+	}
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		return nil, err
+	}
+	return registered.New(registered.Config{Mount: mount, Log: log}), nil
+}
+
+func newEngine(cfg *config.Config, mount string, log *slog.Logger) *containers.Engine {
+	return containers.New(containers.Config{
+		Socket: cfg.Containers.Socket, Allow: cfg.Containers.Allow, Mount: mount, Log: log,
+		StateFile: filepath.Join(cfg.State.Dir, "containers.json"),
+	})
 }
 
 // newCluster is nil where pods are no workloads.
@@ -202,7 +238,7 @@ func newCluster(cfg *config.Config, log *slog.Logger) (*kubernetes.Cluster, erro
 	}
 	return kubernetes.New(kubernetes.Config{
 		Node: cfg.Pods.Node, Kubeconfig: cfg.Pods.Kubeconfig, Namespaces: cfg.Pods.Namespaces, Mount: mount, Log: log,
-		StateFile: filepath.Join(cfg.State.Dir, "pods.json"),
+		StateFile: filepath.Join(cfg.State.Dir, "pods.json"), DaemonSet: kubernetes.DaemonSet{Namespace: cfg.Pods.DaemonSetNamespace, Name: cfg.Pods.DaemonSet},
 	})
 }
 
@@ -283,15 +319,17 @@ func (c callers) Observe(e admin.Connection) {
 	c.Recorder.Observe(e)
 }
 
-// meteredSource tells the metrics which services there are.
-type meteredSource struct {
+// toldSource tells others of its snapshots first: the metrics, and who looks for what is registered.
+type toldSource struct {
 	catalog.Source
-	metrics *admin.Metrics
+	apply []func(*catalog.Snapshot)
 }
 
-func (s *meteredSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
+func (s *toldSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
 	return s.Source.Run(ctx, func(snap *catalog.Snapshot) {
-		s.metrics.Apply(snap)
+		for _, apply := range s.apply {
+			apply(snap)
+		}
 		deliver(snap)
 	})
 }

@@ -32,7 +32,7 @@ func (r *release) image() error {
 		}})
 	}
 	outer := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: index, Descriptor: v1.Descriptor{
-		Annotations: map[string]string{"org.opencontainers.image.ref.name": r.version, "io.containerd.image.name": "nodeproxy:" + r.version},
+		Annotations: map[string]string{"org.opencontainers.image.ref.name": r.version, "io.containerd.image.name": "docker.io/library/nodeproxy:" + r.version},
 	}})
 	dir := filepath.Join(r.stage, "image")
 	if _, err := layout.Write(dir, outer); err != nil {

@@ -30,6 +30,7 @@ type release struct {
 	archs           []string
 	abi             int
 	stage           string // a directory for what goes into packages
+	alone           bool   // nothing but the image
 }
 
 func main() {
@@ -41,6 +42,7 @@ func main() {
 	flag.StringVar(&r.version, "version", "", "semantic `VERSION`, without v")
 	flag.StringVar(&r.commit, "commit", "unknown", "`HASH` that the binaries show")
 	seconds := flag.Int64("time", 0, "`SECONDS` since 1970 that everything is dated with")
+	flag.BoolVar(&r.alone, "image", false, "the image alone, with the binaries in it")
 	archs := flag.String("arch", "amd64,arm64", "`LIST` of architectures")
 	flag.Parse()
 	r.time, r.archs = time.Unix(*seconds, 0).UTC(), strings.Split(*archs, ",")
@@ -73,20 +75,23 @@ func (r *release) make(ctx context.Context) (err error) {
 		if err := r.compile(ctx, arch, r.binary(arch)); err != nil {
 			return err
 		}
-		if err := r.materials(ctx, arch); err != nil {
-			return err
-		}
+	}
+	if err := r.image(); err != nil {
+		return fmt.Errorf("make the image: %w", err)
+	}
+	if r.alone {
+		return nil
 	}
 	if err := r.describe(ctx); err != nil {
 		return err
 	}
 	for _, arch := range r.archs {
+		if err := r.materials(ctx, arch); err != nil {
+			return err
+		}
 		if err := r.packages(arch); err != nil {
 			return err
 		}
-	}
-	if err := r.image(); err != nil {
-		return fmt.Errorf("make the image: %w", err)
 	}
 	return r.sums()
 }

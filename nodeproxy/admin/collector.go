@@ -13,6 +13,7 @@ type collector struct {
 
 	opened, closed, active, bytes, denied, handshake              *prometheus.Desc
 	certificateExpiry, sourceAge, unprotected, l7Ignored, refused *prometheus.Desc
+	foreign                                                       *prometheus.Desc
 	dnsAnswered, dnsForwarded, dnsFailed                          *prometheus.Desc
 	unprotectedUDP, eventsLost, repairs, observed                 *prometheus.Desc
 	idleTunnels, sourceAddressRejected                            *prometheus.Desc
@@ -39,6 +40,7 @@ func newCollector(m *Metrics) *collector {
 		certificateExpiry: desc("certificate_expiry_seconds", "Seconds until the certificate of a local service expires.", "source_service"),
 		sourceAge:         desc("source_age_seconds", "Age of the control plane's data; since the start of the daemon while there is none."),
 		unprotected:       desc("unprotected_workloads", "Claimed workloads that are not protected now."),
+		foreign:           desc("foreign_redirects", "Workloads of which another proxy's rules redirect the connections, by kind of rule.", "source_service", "rule"),
 		refused:           desc("refused_claims", "Claims of workloads that are not granted now."),
 		l7Ignored:         desc("l7_config_ignored", "HTTP-level configuration of a service that an L4 proxy cannot honour.", "destination_service"),
 
@@ -61,7 +63,7 @@ func newCollector(m *Metrics) *collector {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
-		c.certificateExpiry, c.sourceAge, c.unprotected, c.refused, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed,
+		c.certificateExpiry, c.sourceAge, c.unprotected, c.foreign, c.refused, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed,
 		c.idleTunnels, c.sourceAddressRejected, c.tookOver, c.draining} {
 		ch <- d
 	}
@@ -117,13 +119,19 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 			ch <- gauge(c.certificateExpiry, cert.NotAfter.Sub(now).Seconds(), cert.Service)
 		}
 	}
-	unprotected := 0
+	unprotected, foreign := 0, make(map[[2]string]int)
 	for _, w := range status.Workloads {
+		if w.Foreign != "" {
+			foreign[[2]string{w.Service, w.Foreign}]++
+		}
 		if w.Unprotected() {
 			unprotected++
 		}
 	}
 	ch <- gauge(c.unprotected, float64(unprotected))
+	for of, n := range foreign {
+		ch <- gauge(c.foreign, float64(n), of[0], of[1])
+	}
 	ch <- gauge(c.refused, float64(len(status.Refused)))
 	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Outbound), string(Outbound))
 	ch <- gauge(c.idleTunnels, float64(status.Connections.Tunnels.Inbound), string(Inbound))

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -171,7 +172,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 		Certificates: []Certificate{{Service: "web", NotAfter: time.Now().Add(2 * time.Hour)}, {Service: "none"}},
 		DNS:          &Queries{Answered: 5, Forwarded: 6, Failed: 7},
 		Kernel:       Kernel{Counters: map[string]uint64{CounterUnprotectedUDP: 3, CounterEventsLost: 4}},
-		Workloads:    []Workload{{State: "protected"}, {State: "empty"}, {State: "waiting"}, {State: "unprotected"}},
+		Workloads:    []Workload{{State: "protected"}, {State: "empty"}, {State: "waiting"}, {State: "unprotected", Service: "web", Foreign: "ISTIO_"}},
 		Refused:      []Refused{{Service: "web"}, {Service: "api"}, {Service: "db"}},
 	}
 	m := NewMetrics(func() Status { return status }, func() []Connection { return nil })
@@ -180,6 +181,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 	m.Apply(snap)
 	text := scrape(t, m)
 	wantSample(t, text, "nodeproxy_unprotected_workloads 2")
+	wantSample(t, text, `nodeproxy_foreign_redirects{rule="ISTIO_",source_service="web"} 1`)
 	wantSample(t, text, "nodeproxy_refused_claims 3")
 	wantSample(t, text, "nodeproxy_unprotected_udp_total 3")
 	wantSample(t, text, "nodeproxy_kernel_events_lost_total 4")
@@ -199,14 +201,14 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 
 func TestMetricsServerServesTwoPathsOnly(t *testing.T) {
 	m := newTestMetrics()
-	srv, err := ListenMetrics("127.0.0.1:0", nil, m, slog.New(slog.DiscardHandler))
+	srv, err := ListenMetrics("127.0.0.1:0", nil, m, func() error { return errors.New("hung") }, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(ctx) }()
-	for path, want := range map[string]int{"/metrics": 200, "/healthz": 503, "/": 404, "/debug/pprof/": 404, "/v1/status": 404} {
+	for path, want := range map[string]int{"/metrics": 200, "/healthz": 503, "/livez": 503, "/": 404, "/debug/pprof/": 404, "/v1/status": 404} {
 		resp, err := http.Get("http://" + srv.Addr().String() + path)
 		if err != nil {
 			t.Fatal(err)

@@ -16,7 +16,7 @@ import (
 // maxScrapes is how many are answered at a time; the next gets 503.
 const maxScrapes = 4
 
-// MetricsServer serves /metrics and /healthz, and nothing else, over plain HTTP.
+// MetricsServer serves /metrics, /healthz and /livez, and nothing else, over plain HTTP.
 type MetricsServer struct {
 	address string
 	ln      net.Listener
@@ -24,16 +24,25 @@ type MetricsServer struct {
 	srv     *http.Server
 }
 
-// ListenMetrics binds address, or takes over inherited, which is bound to it. The caller calls Serve, or Close if it never gets
-// that far.
-func ListenMetrics(address string, inherited *os.File, m *Metrics, log *slog.Logger) (*MetricsServer, error) {
+// ListenMetrics binds address, or takes over inherited, which is bound to it. /livez answers 200 while alive returns nil. The caller
+// calls Serve, or Close if it never gets that far.
+func ListenMetrics(address string, inherited *os.File, m *Metrics, alive func() error, log *slog.Logger) (*MetricsServer, error) {
 	ln, err := listenTCP(address, inherited)
 	if err != nil {
 		return nil, fmt.Errorf("listen on admin.metrics %s: %w (set admin.metrics to another address, or to \"\" for none)", address, err)
 	}
+	mux := http.NewServeMux()
+	mux.Handle("/", m.Handler())
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		if err := alive(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = fmt.Fprintln(w, "ok")
+	})
 	guarded := &guardedListener{Listener: ln, log: log, max: maxClients}
 	return &MetricsServer{address: address, ln: guarded, socket: ln.(*net.TCPListener), srv: &http.Server{
-		Handler:           m.Handler(),
+		Handler:           mux,
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      3 * writeTimeout,

@@ -180,8 +180,9 @@ type Workload struct {
 	Mode       string   `json:"mode"`
 	State      string   `json:"state"` // "protected", "empty" (no process), "waiting" (for a certificate), "unprotected", "leaving" (un-enrolled, the hooks are not detached yet)
 	Detail     string   `json:"detail,omitempty"`
-	Namespaces []uint64 `json:"network_namespaces"` // inodes
-	Instances  []string `json:"instances"`          // of the services, served from here
+	Foreign    string   `json:"foreign_redirect,omitempty"` // another proxy's rules redirect what it sends: how that proxy's chains begin ("CONSUL_PROXY_"), or "redirect"
+	Namespaces []uint64 `json:"network_namespaces"`         // inodes
+	Instances  []string `json:"instances"`                  // of the services, served from here
 	Processes  int      `json:"processes"`
 	DNS        string   `json:"dns,omitempty"` // "on", "off: why"; absent where dns.enabled is false
 }

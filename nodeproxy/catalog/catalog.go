@@ -104,6 +104,9 @@ type Snapshot struct {
 	// Upstreams are addresses at which workloads that serve an instance, one of this node, reach services: by its ID.
 	Upstreams map[string][]*Upstream
 
+	// Labelled are the instances of this node that ask, in their registration, to be workloads.
+	Labelled []Registered
+
 	TLS TLS
 
 	// Agents are where Consul's agents answer, which hand out identities: to everybody, unless ACLs are on.
@@ -174,6 +177,17 @@ type Instance struct {
 	Meta       map[string]string
 }
 
+// Registered is an instance as it is registered, whether or not it is in the mesh.
+type Registered struct {
+	ID      string
+	Service string
+	Address netip.AddrPort // of the application
+	Meta    map[string]string
+}
+
+// MetaMesh is the key of an instance's meta that asks for it to be a workload.
+const MetaMesh = "nodeproxy"
+
 // Problem is one thing in the mesh's configuration that an operator should know.
 type Problem struct {
 	Service string // "" when it concerns no single service
@@ -231,6 +245,13 @@ func New(s Snapshot) (*Snapshot, error) {
 		return nil, err
 	}
 	return &s, nil
+}
+
+// WithPolicy is s with other intentions, as a newer snapshot. All else is shared.
+func (s *Snapshot) WithPolicy(p *policy.Policy, generation uint64, taken time.Time) *Snapshot {
+	next := *s
+	next.Policy, next.Generation, next.Taken = p, generation, taken
+	return &next
 }
 
 func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {

@@ -49,7 +49,7 @@ func capabilityResults(effective uint64) []Result {
 			results = append(results, ok("capability "+c.name, "%s", c.why))
 			continue
 		}
-		results = append(results, failed("capability "+c.name, "missing; needed for %s: run as root, or grant it (AmbientCapabilities= in a unit)", c.why))
+		results = append(results, failed("capability "+c.name, "missing; needed for %s: run as root, or grant it (AmbientCapabilities= of a unit, securityContext.capabilities of a pod)", c.why))
 	}
 	return results
 }

@@ -52,6 +52,8 @@ func (c *checker) config() *Config {
 		Systemd:      r.Workloads.Systemd.Enabled,
 		Xattr:        r.Workloads.Xattr.Enabled,
 		Pods:         c.kubernetes(),
+		Containers:   c.containers(),
+		Registered:   r.Workloads.Consul.Enabled,
 		Inbound:      c.inbound(),
 		VirtualCIDRs: c.networks(key("virtual_cidrs"), r.VirtualCIDRs),
 		Tunnels:      r.Tunnels,
@@ -77,10 +79,8 @@ func (c *checker) notLanded() {
 		c.fail(path, "is not supported by this version yet: %s", instead)
 	}
 	c.consulNotLanded(refuse)
-	for _, provider := range []string{"containers", "consul"} {
-		if c.keys.has("workloads", provider) {
-			refuse(key("workloads", provider), `remove it, and name workloads with cgroup "label" { path = … service = … } or "nodeproxy enroll"`)
-		}
+	if r.Workloads.Consul.Enabled && c.rawConsul() == nil {
+		c.fail(key("workloads", "consul"), `is for what is registered in Consul, and the source is "file": remove it`)
 	}
 	if len(r.VirtualCIDRs) > 0 && c.keys.has("source", "file") {
 		c.fail(key("virtual_cidrs"), "is for addresses that Consul has, and the source is \"file\": remove it, or leave it empty")

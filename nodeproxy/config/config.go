@@ -30,6 +30,9 @@ type Config struct {
 	Pods    *Kubernetes   // labelled pods are workloads; nil: they are not
 	Inbound Inbound
 
+	Containers *Containers // labelled containers are workloads; nil: they are not
+	Registered bool        // instances whose meta in Consul says so are workloads
+
 	VirtualCIDRs []netip.Prefix // where addresses tagged "virtual" are believed, with Consul
 
 	Tunnels     bool // to and from other nodeproxies
@@ -96,6 +99,14 @@ type Kubernetes struct {
 	Kubeconfig string // "" is what Kubernetes gives to a pod
 	// Namespaces are the services that pods of each namespace may be. A pod's is its service account's name.
 	Namespaces map[string][]string
+	// DaemonSet is of which the daemon is a pod, "" where it is none.
+	DaemonSet, DaemonSetNamespace string
+}
+
+// Containers is the workloads.containers block.
+type Containers struct {
+	Allow  []string // the services that containers may be
+	Socket string   // path of the engine's
 }
 
 // Inbound is how connections from other nodes come in.

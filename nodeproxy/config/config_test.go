@@ -184,6 +184,12 @@ kubernetes {
 	if !reflect.DeepEqual(c.Pods, want) {
 		t.Errorf("pods = %+v, want %+v", c.Pods, want)
 	}
+	t.Setenv("POD_NAMESPACE", "mesh")
+	t.Setenv("DAEMONSET_NAME", "nodeproxy")
+	want.DaemonSetNamespace, want.DaemonSet = "mesh", "nodeproxy"
+	if c, err = load(t, minimal+"\nworkloads { "+pods+" }"); err != nil || !reflect.DeepEqual(c.Pods, want) {
+		t.Errorf("as a pod: %+v, %v, want %+v", c, err, want)
+	}
 	if c, err := load(t, minimal+"\nworkloads { "+strings.ReplaceAll(pods, "true", "false")+" }"); err != nil || c.Pods != nil {
 		t.Errorf("not enabled: %+v, %v", c.Pods, err)
 	}
@@ -235,24 +241,53 @@ func TestExistingConnections(t *testing.T) {
 	}
 }
 
-func TestEveryKeyWhoseMechanismHasNotLandedSaysSo(t *testing.T) {
+func TestEveryDocumentedKeyIsKnown(t *testing.T) {
 	_, err := load(t, documented)
 	if err == nil {
 		t.Fatal("no error")
 	}
-	notYet := "is not supported by this version yet"
 	for _, want := range []string{
 		"c.hcl:8: there is another source at ",
-		"c.hcl:13: workloads.containers " + notYet,
-		"c.hcl:14: workloads.consul " + notYet,
 		"c.hcl:24: virtual_cidrs is for addresses that Consul has",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in\n%v", want, err)
 		}
 	}
-	if strings.Contains(err.Error(), "unknown key") {
+	if strings.Contains(err.Error(), "unknown key") || strings.Contains(err.Error(), "not supported by this version") {
 		t.Errorf("a documented key is unknown:\n%v", err)
+	}
+}
+
+func TestInstancesAreFoundWhereConsulIsTheSource(t *testing.T) {
+	const node, enabled = "node { name = \"n\"  address = \"10.0.0.1\" }\n", "\nworkloads { consul { enabled = true } }"
+	if c, err := load(t, node+"source \"consul\" {}"+enabled); err != nil || !c.Registered {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if c, err := load(t, node+"source \"consul\" {}"); err != nil || c.Registered {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if _, err := load(t, minimal+enabled); err == nil || !strings.Contains(err.Error(), "workloads.consul is for what is registered in Consul") {
+		t.Errorf("with the file source: %v", err)
+	}
+}
+
+func TestContainersAreWhatIsAllowed(t *testing.T) {
+	c, err := load(t, minimal+"\nworkloads { containers { enabled = true  allow = [\"web\", \"cart\"] } }")
+	if want := (&Containers{Allow: []string{"web", "cart"}, Socket: "/run/docker.sock"}); err != nil || !reflect.DeepEqual(c.Containers, want) {
+		t.Errorf("%+v, %v", c.Containers, err)
+	}
+	if c, err := load(t, minimal+"\nworkloads { containers { allow = [\"web\"] } }"); err != nil || c.Containers != nil {
+		t.Errorf("they are not enabled: %+v, %v", c.Containers, err)
+	}
+	for text, want := range map[string]string{
+		"":                                       "workloads.containers.allow is empty",
+		"allow = [\"a b\"]":                      "has \"a b\"",
+		"allow = [\"web\"]  socket = \"d.sock\"": "it must be an absolute path",
+	} {
+		if _, err := load(t, minimal+"\nworkloads { containers { enabled = true  "+text+" } }"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", text, err)
+		}
 	}
 }
 

@@ -14,6 +14,9 @@ import (
 const (
 	nodeNameVariable    = "NODE_NAME"    // spec.nodeName
 	nodeAddressVariable = "NODE_ADDRESS" // status.hostIP
+
+	daemonSetVariable    = "DAEMONSET_NAME"
+	podNamespaceVariable = "POD_NAMESPACE" // metadata.namespace
 )
 
 // fromEnvironment fills in who this node is where the configuration does not say.
@@ -27,6 +30,9 @@ func (n rawNode) fromEnvironment() rawNode {
 func (c *checker) kubernetes() *Kubernetes {
 	r := c.raw.Workloads.Kubernetes
 	k := &Kubernetes{Node: cmp.Or(os.Getenv(nodeNameVariable), c.raw.Node.Name), Namespaces: make(map[string][]string)}
+	if namespace := os.Getenv(podNamespaceVariable); namespace != "" {
+		k.DaemonSetNamespace, k.DaemonSet = namespace, os.Getenv(daemonSetVariable)
+	}
 	at := func(names ...string) []string { return append(key("workloads", "kubernetes"), names...) }
 	if r.Kubeconfig != "" {
 		k.Kubeconfig = c.absolute(at("kubeconfig"), r.Kubeconfig)

@@ -58,14 +58,20 @@ type rawFile struct {
 type rawWorkloads struct {
 	Kubernetes rawKubernetes        `hcl:"kubernetes"`
 	Systemd    rawLabelled          `hcl:"systemd"`
-	Containers any                  `hcl:"containers"`
-	Consul     any                  `hcl:"consul"`
+	Containers rawContainers        `hcl:"containers"`
+	Consul     rawLabelled          `hcl:"consul"`
 	Xattr      rawLabelled          `hcl:"xattr"`
 	Cgroup     map[string]rawCgroup `hcl:"cgroup"`
 }
 
 type rawLabelled struct {
 	Enabled bool `hcl:"enabled"`
+}
+
+type rawContainers struct {
+	Enabled bool     `hcl:"enabled"`
+	Allow   []string `hcl:"allow"`
+	Socket  string   `hcl:"socket"`
 }
 
 type rawKubernetes struct {
@@ -136,6 +142,7 @@ func defaults() raw {
 		PreferLocal:        true,
 		OnFailure:          "closed",
 		ExistingConnection: "keep",
+		Workloads:          rawWorkloads{Containers: rawContainers{Socket: "/run/docker.sock"}},
 		Limits: rawLimits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
 			Drain: 30 * time.Second},
 		Log:   rawLog{Level: "info", Format: "text", Access: "denied"},

@@ -57,11 +57,20 @@ func (c *Config) location() string {
 	return c.Address
 }
 
-// define takes over what the node's operator has defined.
+// define takes over what the node's operator has defined. It is called by one goroutine at a time, also when checks alone change.
 func (r *run) define(defs catalog.Definitions) {
+	text := ""
 	if defs.Err != nil {
-		r.cfg.Log.Error("this node's services are not applied, the last good ones stay in force", "error", defs.Err)
+		text = defs.Err.Error()
 	}
+	switch {
+	case text == r.undefined:
+	case text != "":
+		r.cfg.Log.Error("this node's services are not applied, the last good ones stay in force", "error", text)
+	default:
+		r.cfg.Log.Info("this node's services are applied again")
+	}
+	r.undefined = text
 	local := make(map[string]*api.AgentService)
 	for i := range defs.All {
 		for _, s := range servicesOf(&defs.All[i]) {

@@ -109,6 +109,7 @@ func BenchmarkServiceMemory(b *testing.B) {
 
 func serviceMemory(b *testing.B, adopted bool) {
 	const services, sources = 100, 10
+	ctx := b.Context() // each of the world's own would count, to its end
 	w := newWorld(b, lab.Config{HCL: "log_level = \"ERR\"\nconnect {\n  enabled = true\n  ca_config {\n    csr_max_per_second = 1000\n  }\n}\n"})
 	w.config.Log = slog.New(slog.DiscardHandler)
 	w.config.StateFile, w.config.Ports = filepath.Join(b.TempDir(), "state.json"), consul.Ports{First: 22000, Last: 22000 + services}
@@ -120,17 +121,17 @@ func serviceMemory(b *testing.B, adopted bool) {
 			delete(registration, "Connect")
 		}
 		names = append(names, name)
-		w.must(w.agent.Register(w.ctx(), registration))
+		w.must(w.agent.Register(ctx, registration))
 		actions := make(map[string]string)
 		for j := range sources {
 			actions[fmt.Sprintf("service-%d", len(names)+j)] = "allow"
 		}
-		w.must(w.agent.Intentions(w.ctx(), name, actions))
+		w.must(w.agent.Intentions(ctx, name, actions))
 	}
 	settled := func() {
 		w.await("everything is registered and known", func(s *catalog.Snapshot) error {
 			var local map[string]any
-			w.must(w.agent.Do(w.ctx(), http.MethodGet, "/v1/agent/services", nil, &local))
+			w.must(w.agent.Do(ctx, http.MethodGet, "/v1/agent/services", nil, &local))
 			if len(s.Leaves) != len(names) || len(local) != 2*len(names)+1 { // and the daemon
 				return fmt.Errorf("%d certificates and %d registrations are", len(s.Leaves), len(local))
 			}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 	"time"
 
@@ -21,23 +20,24 @@ const maxProblems = 500
 
 // builder makes one snapshot.
 type builder struct {
-	cfg      *Config
-	data     *data
-	certs    map[string]*tls.Certificate
-	needed   []string          // services that workloads of this node run as
-	given    map[string]uint16 // mesh ports of instances that have no sidecar of the operator's, by ID
-	compiled *compiled
+	cfg    *Config
+	data   *data
+	certs  map[string]*tls.Certificate
+	needed []string          // services that workloads of this node run as
+	given  map[string]uint16 // mesh ports of instances that have no sidecar of the operator's, by ID
+	last   *policy.Policy    // nil: none
 	*settings
 	services  map[string]*catalog.Service
 	upstreams map[string][]*catalog.Upstream // by the ID of an instance of this node
 	contested []netip.AddrPort
+	labelled  []catalog.Registered
 	peers     []catalog.Peer
 	agentless map[*catalog.Instance]bool // unhealthy because of their agents
 }
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
 	return &builder{
-		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, compiled: &r.compiled,
+		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, last: r.policy,
 		settings: d.entries.settings(), services: make(map[string]*catalog.Service), upstreams: make(map[string][]*catalog.Upstream),
 	}
 }
@@ -78,7 +78,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		TrustDomain: b.data.roots.trustDomain, Datacenter: b.data.agent.datacenter,
 		Roots: slices.Clone(b.data.roots.all), Leaves: b.certs, Services: b.services, Policy: p,
 		VirtualRanges: b.virtualRanges(), Calls: b.calls(), Upstreams: b.upstreams, TLS: b.tls(), Gateways: b.gateways(), Peers: b.peers,
-		Contested: b.contested, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
+		Contested: b.contested, Labelled: b.labelled, MeshOnly: b.mesh.TransparentProxy.MeshDestinationsOnly, Outside: b.data.agent.dns,
 		Problems: b.sortedProblems(),
 		Agents:   b.data.agents(), ACLs: b.data.agent.acls,
 	})
@@ -89,6 +89,7 @@ func (b *builder) sortedProblems() []catalog.Problem {
 	slices.SortFunc(all, func(x, y catalog.Problem) int {
 		return cmp.Or(cmp.Compare(x.Service, y.Service), cmp.Compare(x.Kind, y.Kind), cmp.Compare(x.Text, y.Text))
 	})
+	all = slices.Compact(all)
 	if more := len(all) - maxProblems; more > 0 {
 		all = append(all[:maxProblems:maxProblems], catalog.Problem{Kind: "unsupported", Text: fmt.Sprintf("%d more are not listed", more)})
 	}
@@ -145,8 +146,15 @@ func (b *builder) addLocal() {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(b.data.local)) {
-		if s := b.data.local[id]; s.Kind == api.ServiceKindTypical && !served[id] && slices.Contains(b.needed, s.Service) {
+		s := b.data.local[id]
+		if s.Kind != api.ServiceKindTypical {
+			continue
+		}
+		if !served[id] && slices.Contains(b.needed, s.Service) {
 			b.addUnserved(s)
+		}
+		if s.Meta[catalog.MetaMesh] != "" && s.Service != proxyService && isDefault(s.Namespace) && isDefault(s.Partition) {
+			b.labelled = append(b.labelled, catalog.Registered{ID: id, Service: s.Service, Address: b.applicationPlace(b.localInstance(s, s.Service), s), Meta: s.Meta})
 		}
 	}
 }
@@ -203,7 +211,10 @@ func (b *builder) addUnserved(s *api.AgentService) {
 	}
 	svc := b.service(s.Service)
 	svc.Instances = append(svc.Instances, inst)
-	switch port := b.given[s.ID]; {
+	port, other := b.given[s.ID], b.data.namesake(s)
+	switch {
+	case other != nil:
+		b.problem(s.Service, "unreachable", "instance %q of %q has no sidecar and gets none: %q, as it would be called, is the ID of an instance of %q already; rename one of the two", s.ID, s.Service, other.ID, other.Service)
 	case port != 0:
 		inst.Mesh = b.place(inst, place{s.Address, int(port)}, b.data.agent.address)
 	case s.Port != 0 || s.SocketPath != "":
@@ -341,10 +352,11 @@ func keeper(all []claim) int {
 
 // policy compiles the intentions, or returns the last policy if they are the same.
 func (b *builder) policy(generation uint64) (*policy.Policy, error) {
-	from := rules{trustDomain: b.data.roots.trustDomain, httpLike: make(map[string]bool)}
+	local, httpLike, def := policy.Identity{TrustDomain: b.data.roots.trustDomain}, make(map[string]bool), policy.Deny
 	if cmp.Or(b.data.agent.defaultIntention, b.data.defaultACL) == "allow" {
-		from.def = policy.Allow
+		def = policy.Allow
 	}
+	var intentions []policy.Intention
 	seen := make(map[policy.Intention]bool)
 	names := b.data.resolved() // of which some are in other datacenters only
 	for name := range b.services {
@@ -352,11 +364,11 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		if isHTTP(b.protocol(name)) {
-			from.httpLike[name] = true
+			httpLike[name] = true
 		}
 		all, read := b.data.intentions[name]
 		if !read { // until it is known who may connect, nobody may
-			from.intentions = append(from.intentions, policy.Intention{
+			intentions = append(intentions, policy.Intention{
 				Source: policy.Wildcard, Destination: name, Action: policy.Deny, Origin: "the intentions are not known yet",
 			})
 		}
@@ -375,22 +387,18 @@ func (b *builder) policy(generation uint64) (*policy.Policy, error) {
 					b.problem(rule.Destination, "unsupported", "intention %s => %s: the trust domain of peer %q is not known, so it matches nobody", rule.Source, rule.Destination, rule.SourcePeer)
 				}
 			}
-			from.intentions = append(from.intentions, rule.Intention)
+			intentions = append(intentions, rule.Intention)
 		}
 	}
-	if b.compiled.policy != nil && reflect.DeepEqual(from, b.compiled.from) {
-		return b.compiled.policy, nil
+	if b.last != nil && b.last.IsOf(def, local, httpLike, intentions) {
+		return b.last, nil
 	}
-	p, err := policy.Compile(generation, from.def, policy.Identity{TrustDomain: from.trustDomain}, from.httpLike, from.intentions)
-	if err != nil {
-		return nil, err
-	}
-	*b.compiled = compiled{from, p}
-	return p, nil
+	return policy.Compile(generation, def, local, httpLike, intentions)
 }
 
 func (b *builder) reportIntention(rule rule) {
-	if rule.why == "" {
+	why := rule.why()
+	if why == "" {
 		return
 	}
 	kind := "unsupported"
@@ -400,5 +408,5 @@ func (b *builder) reportIntention(rule rule) {
 			svc.IgnoredL7 = append(svc.IgnoredL7, "service-intentions")
 		}
 	}
-	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, rule.why)
+	b.problem(rule.Destination, kind, "intention %s => %s: %s", rule.Source, rule.Destination, why)
 }

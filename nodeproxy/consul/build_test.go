@@ -81,7 +81,7 @@ func build(t *testing.T, d *data, needed ...string) *catalog.Snapshot {
 func builderOf(d *data, needed ...string) *builder {
 	return &builder{
 		cfg:  &Config{Node: "n1", NodeAddress: netip.MustParseAddr("192.0.2.1"), VirtualRanges: []netip.Prefix{netip.MustParsePrefix("240.0.0.0/4")}},
-		data: d, needed: needed, compiled: &compiled{}, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
+		data: d, needed: needed, settings: d.entries.settings(), services: make(map[string]*catalog.Service),
 		upstreams: make(map[string][]*catalog.Upstream),
 	}
 }

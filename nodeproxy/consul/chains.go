@@ -19,7 +19,9 @@ import (
 // queryKey names a prepared query, as executed in a datacenter; "" is this one.
 type queryKey chainKey
 
-func (k queryKey) fault() string { return fmt.Sprintf("prepared query %q", k.service) }
+const aQuery = "prepared query " // how the faults of prepared queries begin
+
+func (k queryKey) fault() string { return fmt.Sprintf("%s%q", aQuery, k.service) }
 
 // executed is what a prepared query answered.
 type executed struct {
@@ -228,17 +230,18 @@ func (r *run) chainsChanged() {
 func (r *run) executeQueries(ctx context.Context) bool {
 	d := r.world.current()
 	results, ok := make(map[queryKey]*executed), true
-	failures := 0
+	failures, asked := 0, make(map[string]bool)
 	for _, up := range d.declared() {
 		k := queryKey(up.chain(&d))
 		if up.DestinationType != api.UpstreamDestTypePreparedQuery || results[k] != nil || len(results) == maxQueries {
 			continue
 		}
+		asked[k.fault()] = true
 		got := d.queries[k] // stays in force if it is not answered now
 		if failures < readers {
-			asked := time.Now()
+			at := time.Now()
 			next, err := r.executeQuery(ctx, k, d.agent.datacenter)
-			if !r.world.note(k.fault(), asked, err) {
+			if !r.world.note(k.fault(), at, err) {
 				ok = false
 				failures++
 			} else {
@@ -249,6 +252,7 @@ func (r *run) executeQueries(ctx context.Context) bool {
 			results[k] = got
 		}
 	}
+	r.world.forget(aQuery, func() map[string]bool { return asked })
 	r.world.update(func(d *data) bool {
 		if reflect.DeepEqual(d.queries, results) {
 			return false

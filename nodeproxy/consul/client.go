@@ -116,6 +116,13 @@ func (c *client) base() (string, uint32) {
 // leave asks the next of several servers from now on, unless somebody else has seen to that.
 func (c *client) leave(i uint32) { c.at.CompareAndSwap(i, i+1) }
 
+// leaveUnlessCalledOff is leave for a question that was not answered, unless whoever asked does not want to know any more.
+func (c *client) leaveUnlessCalledOff(ctx context.Context, i uint32) {
+	if !errors.Is(ctx.Err(), context.Canceled) {
+		c.leave(i)
+	}
+}
+
 func hostPort(s string) bool {
 	host, port, err := net.SplitHostPort(s)
 	n, portErr := strconv.ParseUint(port, 10, 16)
@@ -270,13 +277,13 @@ func (c *client) ask(ctx context.Context, q question, token string) (*answer, er
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		c.leave(server)
+		c.leaveUnlessCalledOff(ctx, server)
 		return nil, err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
-		c.leave(server)
+		c.leaveUnlessCalledOff(ctx, server)
 		return nil, fmt.Errorf("read the answer: %w", err)
 	}
 	if len(body) > maxAnswer {

@@ -18,6 +18,13 @@ import (
 // maxQuery is how long the query of one question may be, in bytes. Consul reads a header of 1 MiB.
 const maxQuery = 128 << 10
 
+// The instances of all services are read, or cannot be, before the intentions of those of other nodes are first asked for. settleNames
+// is how long names are collected meanwhile; lookNames is for what cannot be read, which nothing tells of.
+const (
+	settleNames = 20 * time.Millisecond
+	lookNames   = time.Second
+)
+
 // intention adds to the library's struct what it leaves out.
 type intention struct {
 	api.Intention
@@ -39,9 +46,14 @@ func (r *run) matchAll(ctx context.Context) {
 			q.stop()
 		}
 	}()
+	all := false // the names are all asked about
 	for {
 		d := r.world.current()
-		if wanted := destinations(&d, r.leaves.needed()); d.agent != nil && d.local != nil {
+		wanted, own := destinations(&d, r.leaves.needed())
+		if all = all || !r.isReading(&d); !all { // each name that is read would have those before it asked about again
+			wanted = wanted[:own]
+		}
+		if d.agent != nil && d.local != nil {
 			for i := range max(len(wanted), len(running)) {
 				switch {
 				case i >= len(wanted):
@@ -61,17 +73,30 @@ func (r *run) matchAll(ctx context.Context) {
 			running = running[:len(wanted)]
 			r.forgetIntentions(wanted)
 		}
+		var look <-chan time.Time
+		if !all {
+			pause(ctx, settleNames)
+			look = time.After(lookNames)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-r.known:
+		case <-look:
 		}
 	}
 }
 
-// destinations are the names to ask about, in as many lists as there are queries. The first lists are of this node's
+// isReading says whether services of the datacenter have not been read yet, and may be.
+func (r *run) isReading(d *data) bool {
+	return d.looks == nil || slices.ContainsFunc(d.names, func(name string) bool {
+		return d.services[name] == nil && !r.world.hopeless(serviceFault(name), r.patience())
+	})
+}
+
+// destinations are the names to ask about, in as many lists as there are queries. The first lists, so many, are of this node's
 // services.
-func destinations(d *data, needed []string) [][]string {
+func destinations(d *data, needed []string) (lists [][]string, ofOwn int) {
 	own := make(map[string]bool)
 	for _, name := range needed {
 		own[name] = true
@@ -94,7 +119,8 @@ func destinations(d *data, needed []string) [][]string {
 			others[name] = true
 		}
 	}
-	return append(split(own), split(others)...)
+	lists = split(own)
+	return append(lists, split(others)...), len(lists)
 }
 
 // split sorts names into lists that fit into a query each.
@@ -158,25 +184,10 @@ func (r *run) forgetIntentions(wanted [][]string) {
 	})
 }
 
-// compiled is a policy and what it was made of.
-type compiled struct {
-	from   rules
-	policy *policy.Policy
-}
-
-// rules are what a policy is made of.
-type rules struct {
-	def         policy.Action
-	trustDomain string
-	httpLike    map[string]bool
-	intentions  []policy.Intention
-}
-
 // rule is an intention in the policy's form. The library's takes five times the memory.
 type rule struct {
 	policy.Intention
-	why      string // what about it cannot be honoured, "" for nothing
-	sameness bool   // its source is a sameness group
+	sameness bool // its source is a sameness group
 }
 
 // rulesOf turns the intentions of destination into rules. They share the text of their origin.
@@ -205,15 +216,20 @@ func (in *intention) rule(destination string) rule {
 	if in.Action == api.IntentionActionAllow {
 		r.Action = policy.Allow
 	}
+	return r
+}
+
+// why says what about r cannot be honoured, "" for nothing.
+func (r *rule) why() string {
 	switch {
 	case r.Permissions:
-		r.why = "its Permissions cannot be checked at L4, so the pair is denied"
+		return "its Permissions cannot be checked at L4, so the pair is denied"
 	case r.JWT:
-		r.why = "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
+		return "its JWT cannot be checked at L4, so the pair is denied where the destination speaks HTTP"
 	case r.sameness:
-		r.why = "sameness groups are not supported, so it matches nobody"
+		return "sameness groups are not supported, so it matches nobody"
 	case strings.Contains(r.SourceNamespace, policy.Wildcard), strings.Contains(r.SourcePartition, policy.Wildcard):
-		r.why = "its source is a wildcard of namespaces or partitions, so it matches nobody"
+		return "its source is a wildcard of namespaces or partitions, so it matches nobody"
 	}
-	return r
+	return ""
 }

@@ -45,8 +45,11 @@ func (l *login) current(ctx context.Context, c *client) (string, error) {
 		return l.token, nil
 	}
 	if l.err == nil || now.Sub(l.failed) >= minBackoff {
-		l.err = l.in(ctx, c)
-		l.failed = time.Now()
+		err := l.in(ctx, c)
+		if err != nil && ctx.Err() != nil {
+			return l.token, err // of this question: others may have a better answer
+		}
+		l.err, l.failed = err, time.Now()
 	}
 	if l.err != nil && l.token == "" {
 		return "", l.err

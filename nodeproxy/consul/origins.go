@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -22,7 +23,8 @@ func newOrigins(n int, deliver func(catalog.Definitions)) *origins {
 	return &origins{deliver: deliver, said: make([]*catalog.Definitions, n)}
 }
 
-// define takes over what the ith says. Of two definitions with one ID that of the earlier origin holds.
+// define takes over what the ith says. Of two definitions with one ID that of the earlier origin holds. One with the ID of
+// another's sidecar does not.
 func (o *origins) define(i int, defs catalog.Definitions) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -43,5 +45,18 @@ func (o *origins) define(i int, defs catalog.Definitions) {
 		all.Problems = append(all.Problems, said.Problems...)
 		all.Err = errors.Join(all.Err, said.Err)
 	}
+	ids := make(map[string]bool)
+	for _, def := range all.All {
+		ids[def.ID] = true
+	}
+	all.All = slices.DeleteFunc(all.All, func(def catalog.Definition) bool {
+		of, is := strings.CutSuffix(def.ID, sidecarSuffix)
+		if !is || !ids[of] {
+			return false
+		}
+		all.Problems = append(all.Problems, catalog.Problem{Service: def.Service, Kind: "refused",
+			Text: fmt.Sprintf("instance %q of %q has the ID of the sidecar of instance %q: rename one of the two in services_dir", def.ID, def.Service, of)})
+		return true
+	})
 	o.deliver(all)
 }

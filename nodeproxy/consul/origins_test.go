@@ -2,6 +2,8 @@ package consul
 
 import (
 	"errors"
+	"log/slog"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -30,5 +32,44 @@ func TestNothingIsDefinedBeforeEveryOriginHasSpoken(t *testing.T) {
 	last := told[len(told)-1]
 	if want := []string{"other web-1"}; !slices.Equal(ids(), want) || last.Err != nil || len(last.Problems) != 1 || !strings.Contains(last.Problems[0].Text, `"web-1"`) {
 		t.Errorf("defined are %v, problems %+v, %v, want %v and a problem", ids(), last.Problems, last.Err, want)
+	}
+}
+
+func TestADefinitionWithTheIDOfAnothersSidecarIsRefused(t *testing.T) {
+	var last catalog.Definitions
+	o := newOrigins(1, func(defs catalog.Definitions) { last = defs })
+	o.define(0, catalog.Definitions{All: []catalog.Definition{
+		{ID: "web-1-sidecar-proxy", Service: "squatter"}, {ID: "web-1", Service: "web"}, {ID: "db-sidecar-proxy", Service: "db"},
+	}})
+	if len(last.All) != 2 || last.All[0].ID != "web-1" || last.All[1].ID != "db-sidecar-proxy" {
+		t.Errorf("defined are %+v", last.All)
+	}
+	if len(last.Problems) != 1 || last.Problems[0].Service != "squatter" || !strings.Contains(last.Problems[0].Text, `the sidecar of instance "web-1"`) {
+		t.Errorf("the problems are %+v", last.Problems)
+	}
+}
+
+func TestWhyDefinitionsAreNotAppliedIsLoggedOncePerChange(t *testing.T) {
+	var log strings.Builder
+	s, err := New(Config{Node: "node-1", NodeAddress: netip.MustParseAddr("10.0.0.1"), Servers: []string{"127.0.0.1:1"}, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &run{Source: s}
+	for _, told := range []struct {
+		err  string
+		says string // "": nothing
+	}{
+		{"", ""}, {"a.hcl:1", "a.hcl:1"}, {"a.hcl:1", ""}, {"a.hcl:1", ""}, {"a.hcl:2", "a.hcl:2"}, {"", "applied again"}, {"", ""}, {"a.hcl:2", "a.hcl:2"},
+	} {
+		log.Reset()
+		var defs catalog.Definitions
+		if told.err != "" {
+			defs.Err = errors.New(told.err)
+		}
+		r.define(defs)
+		if !strings.Contains(log.String(), told.says) || (told.says == "") != (log.Len() == 0) {
+			t.Errorf("after %q the log has %q, want %q", told.err, log.String(), told.says)
+		}
 	}
 }

@@ -18,6 +18,7 @@ import (
 type peering struct {
 	name, trustDomain string
 	roots             [][]byte
+	holds             bool // no other peer was known by the trust domain before, or is with it
 }
 
 // peerMeta is how an instance of a peer's service is recognised.
@@ -94,6 +95,13 @@ func (r *run) readPeers(ctx context.Context) error {
 	}
 	slices.SortFunc(found, func(x, y peering) int { return cmp.Compare(x.name, y.name) })
 	r.world.update(func(d *data) bool {
+		known := d.peers
+		if known == nil && r.earlier != nil {
+			for _, p := range r.earlier.snap.Peers {
+				known = append(known, peering{name: p.Name, trustDomain: p.TrustDomain, holds: true})
+			}
+		}
+		settleClaims(found, known)
 		if reflect.DeepEqual(d.peers, found) {
 			return false
 		}
@@ -101,6 +109,30 @@ func (r *run) readPeers(ctx context.Context) error {
 		return true
 	})
 	return nil
+}
+
+// settleClaims says which peers hold the trust domains that they claim: who held it as of known, or is alone. Of several that
+// come at once none does: which of them it belongs to is not known, and one that is wrong could be any service of the other.
+func settleClaims(found, known []peering) {
+	holder, claims := make(map[string]string), make(map[string]int)
+	for _, p := range known {
+		if p.holds {
+			holder[p.trustDomain] = p.name
+		}
+	}
+	for _, p := range found {
+		claims[p.trustDomain]++
+	}
+	held := make(map[string]bool)
+	for i := range found {
+		p := &found[i]
+		p.holds = holder[p.trustDomain] == p.name
+		held[p.trustDomain] = held[p.trustDomain] || p.holds
+	}
+	for i := range found {
+		p := &found[i]
+		p.holds = p.holds || !held[p.trustDomain] && claims[p.trustDomain] == 1
+	}
 }
 
 // parsePeering is p, or nil where it has no roots yet. The roots of Consul's own CA, and those that Vault makes for it, name
@@ -127,14 +159,10 @@ func parsePeering(p *api.Peering) *peering {
 	return peer
 }
 
-// addPeers notes the peers. A peer says itself what its trust domain is: one that is ours, or another's too, is refused.
+// addPeers notes the peers. A peer says itself what its trust domain is: one that is ours, or another's, is refused.
 func (b *builder) addPeers() {
-	claims := map[string]int{b.data.roots.trustDomain: 1}
 	for _, p := range b.data.peers {
-		claims[p.trustDomain]++
-	}
-	for _, p := range b.data.peers {
-		if claims[p.trustDomain] > 1 {
+		if !p.holds || p.trustDomain == b.data.roots.trustDomain {
 			b.problem("", "refused", "peer %q has the trust domain %q, which this cluster or another peer has too: nothing of it is trusted", p.name, p.trustDomain)
 			continue
 		}

@@ -59,7 +59,8 @@ func TestAPeersServiceIsRecognisedByWhatConsulGives(t *testing.T) {
 	if !strings.Contains(unknown.Unreachable, `the roots of peer "east" are not known`) || s.Policy.Decide(foreign, "api").Allowed || !strings.Contains(problems(s), `the trust domain of peer "east" is not known`) {
 		t.Errorf("before the peer is known: %+v, %s", unknown, problems(s))
 	}
-	d.peers = []peering{{name: "east", trustDomain: "east.consul", roots: [][]byte{{1}}}}
+	east := peering{name: "east", trustDomain: "east.consul", roots: [][]byte{{1}}, holds: true}
+	d.peers = []peering{east}
 	s, known := target()
 	if known.Unreachable != "" || known.String() != "api.external.east" || known.Peered.SNI != meta.sni || s.TargetIdentity(known).String() != meta.identity ||
 		!known.Usable() || !s.Policy.Decide(foreign, "api").Allowed {
@@ -74,13 +75,49 @@ func TestAPeersServiceIsRecognisedByWhatConsulGives(t *testing.T) {
 		"a gateway's ID":  {func() { d.targets[of].instances[0].peered.identity = "spiffe://east.consul/gateway/mesh/dc/dc9" }, "no service of the trust domain"},
 		"nothing of it":   {func() { d.targets[of].instances = nil }, `exports no instance of "api"`},
 		"our own domain":  {func() { d.peers[0].trustDomain = d.roots.trustDomain }, `the roots of peer "east" are not known`},
-		"somebody else's": {func() { d.peers = append(d.peers, peering{name: "west", trustDomain: "east.consul"}) }, `the roots of peer "east" are not known`},
+		"somebody else's": {func() { d.peers[0].holds = false }, `the roots of peer "east" are not known`},
 	} {
 		d.targets[of].instances = []endpoint{gate}
-		d.peers = []peering{{name: "east", trustDomain: "east.consul", roots: [][]byte{{1}}}}
+		d.peers = []peering{east}
 		c.change()
-		if s, got := target(); !strings.Contains(got.Unreachable, c.want) || len(d.peers) > 1 && len(s.Peers) > 0 {
+		if s, got := target(); !strings.Contains(got.Unreachable, c.want) || !d.peers[0].holds && len(s.Peers) > 0 {
 			t.Errorf("%s: %q, want %q", what, got.Unreachable, c.want)
 		}
+	}
+}
+
+// TestAClaimToAPeersTrustDomainTakesItFromNobody has peers come and go, who claim trust domains by name: "west=east.consul".
+func TestAClaimToAPeersTrustDomainTakesItFromNobody(t *testing.T) {
+	peers := func(claims string) (all []peering) {
+		for claim := range strings.FieldsSeq(claims) {
+			name, domain, _ := strings.Cut(claim, "=")
+			all = append(all, peering{name: name, trustDomain: domain})
+		}
+		return all
+	}
+	var known []peering
+	for _, step := range []struct{ what, claims, held string }{
+		{"the first", "east=e", "east=e"},
+		{"another's of its own", "east=e west=w", "east=e west=w"},
+		{"one that claims what is held", "evil=e east=e west=w", "east=e west=w"},
+		{"one that held something else", "evil=e east=e west=e", "east=e"},
+		{"who gives back what it claimed", "evil=e east=e west=w", "east=e west=w"},
+		{"once the holder is gone, of several nobody", "evil=e west=e", ""},
+		{"a newcomer among them", "east=e evil=e west=e", ""},
+		{"the only one left", "evil=e", "evil=e"},
+		{"two at once", "x=n y=n", ""},
+	} {
+		found := peers(step.claims)
+		settleClaims(found, known)
+		var held []string
+		for _, p := range found {
+			if p.holds {
+				held = append(held, p.name+"="+p.trustDomain)
+			}
+		}
+		if got := strings.Join(held, " "); got != step.held {
+			t.Errorf("%s: %q hold, want %q", step.what, got, step.held)
+		}
+		known = found
 	}
 }

@@ -81,6 +81,14 @@ func unserved(d *data, needed []string) []*api.AgentService {
 	return all
 }
 
+// namesake is what the operator has registered by the ID that a sidecar of ours for app would have, nil if nothing: it is not replaced.
+func (d *data) namesake(app *api.AgentService) *api.AgentService {
+	if s := d.local[app.ID+sidecarSuffix]; s != nil && !isOurs(s) {
+		return s
+	}
+	return nil
+}
+
 // givePorts assigns mesh ports to the instances that need a sidecar of ours.
 func (r *run) givePorts(d *data, needed []string) map[string]uint16 {
 	if r.ports == nil {
@@ -179,7 +187,7 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	w := &wanted{sidecars: make(map[string]wantedSidecar), needed: needed}
 	for _, app := range unserved(d, needed) {
 		id := app.ID + sidecarSuffix
-		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil {
+		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil && d.namesake(app) == nil {
 			w.sidecars[id] = wantedSidecar{app, given[app.ID]}
 		}
 	}
@@ -336,7 +344,8 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		case now != nil && !isOurs(now), reg == nil && now == nil, reg != nil && same(now, reg):
 			changed = true // since it was looked
 		case reg == nil:
-			put(service, "/v1/agent/service/deregister/"+escape(id), nil)
+			changed = true
+			errs = append(errs, r.client.withdraw(ctx, service, id))
 		default:
 			put(service, replace, reg)
 		}
@@ -363,6 +372,15 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		wake(r.lookNow)
 	}
 	return errors.Join(errs...)
+}
+
+// withdraw removes a registration from the agent, with the token of service. One that is gone already is no error.
+func (c *client) withdraw(ctx context.Context, service, id string) error {
+	err := c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil)
+	if hasStatus(err, http.StatusNotFound) {
+		return nil
+	}
+	return err
 }
 
 // registered asks the agent what is registered by that ID, nil if nothing is. What an operator registers between the answer

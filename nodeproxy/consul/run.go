@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/policy"
 )
 
 const (
@@ -29,9 +30,11 @@ type run struct {
 	// These belong to the goroutine of loop.
 	revision   uint64 // of the data that the last snapshot was made of, or could not be
 	generation uint64
-	built      bool // a snapshot of what the agent said was delivered
-	compiled   compiled
-	rejected   string // the error of the last snapshot that could not be built, logged
+	built      bool           // a snapshot of what the agent said was delivered
+	policy     *policy.Policy // of the last snapshot
+	rejected   string         // the error of the last snapshot that could not be built, logged
+
+	undefined string // why this node's definitions are not applied, logged; define's own
 }
 
 // loop builds and delivers snapshots until ctx ends.
@@ -71,6 +74,7 @@ func (r *run) send() {
 		r.world.failed("a consistent catalog", time.Now(), err)
 		return
 	}
+	r.policy = snap.Policy
 	r.world.answered("a consistent catalog")
 	r.rejected = ""
 	r.generation++
@@ -94,12 +98,11 @@ func (r *run) complete(d *data) bool {
 	if d.agent == nil || d.roots == nil || d.local == nil || d.checks == nil || d.looks == nil || d.proxies == nil || d.nodes == nil || !d.entries.complete() {
 		return false
 	}
-	for _, name := range d.names {
-		if d.services[name] == nil && !r.world.hopeless(serviceFault(name), r.patience()) {
-			return false
-		}
+	if r.isReading(d) {
+		return false
 	}
-	for _, names := range destinations(d, r.leaves.needed()) {
+	lists, _ := destinations(d, r.leaves.needed())
+	for _, names := range lists {
 		if _, known := d.intentions[names[len(names)-1]]; !known && !r.world.hopeless(matchFault(names), r.patience()) {
 			return false
 		}

@@ -199,7 +199,9 @@ func (r *run) applications(ctx context.Context, name string, found []endpoint) e
 	return nil
 }
 
-func serviceFault(name string) string { return fmt.Sprintf("service %q", name) }
+const aService = "service " // how the faults of questions about services begin
+
+func serviceFault(name string) string { return fmt.Sprintf("%s%q", aService, name) }
 
 // serviceTopic is the instances of one service, or of a part of them.
 func (r *run) serviceTopic(ctx context.Context, of endpoints) topic {
@@ -287,6 +289,16 @@ func (r *run) due(changed time.Time) []endpoints {
 	for _, name := range d.names {
 		known[endpoints{service: name}] = d.services[name]
 	}
+	r.world.forget(aService, func() map[string]bool {
+		asked := make(map[string]bool)
+		for of := range known {
+			asked[of.fault()] = true
+		}
+		for of := range watched {
+			asked[of.fault()] = true
+		}
+		return asked
+	})
 	soonest := max(staleAfter, time.Duration(len(known))*spacing)
 	var never, again []endpoints
 	for of, s := range known {

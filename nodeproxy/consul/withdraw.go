@@ -37,7 +37,7 @@ func Withdraw(ctx context.Context, cfg Config) (removed []string, err error) {
 			if isProxy {
 				service = s.Proxy.DestinationServiceName
 			}
-			if err := c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil); err != nil {
+			if err := c.withdraw(ctx, service, id); err != nil {
 				errs = append(errs, fmt.Errorf("withdraw registration %q: %w", id, err))
 				continue
 			}

@@ -177,6 +177,22 @@ func (w *world) answered(what string) {
 	}
 }
 
+// forget drops the faults whose names begin with kind, but for those that asked lists: nobody asks again, so none would be answered.
+func (w *world) forget(kind string, asked func() map[string]bool) {
+	isStale := func(what string) bool { return strings.HasPrefix(what, kind) }
+	w.mu.Lock()
+	any := slices.ContainsFunc(slices.Collect(maps.Keys(w.faults)), isStale)
+	w.mu.Unlock()
+	if !any {
+		return
+	}
+	still := asked()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	maps.DeleteFunc(w.faults, func(what string, _ *fault) bool { return isStale(what) && !still[what] })
+	w.report()
+}
+
 // hopeless says whether what was asked was not answered more than this many times in a row.
 func (w *world) hopeless(what string, times int) bool {
 	w.mu.Lock()

@@ -28,6 +28,13 @@ func (w *world) equal(o *world) bool {
 	return w.state.equal(o.state) && w.authority.equal(o.authority) && reflect.DeepEqual(w.mesh, o.mesh)
 }
 
+// sameButIntentions says whether w and o differ in nothing but intentions.
+func (w *world) sameButIntentions(o *world) bool {
+	a, b := *w.mesh, *o.mesh
+	a.entries.intentions, b.entries.intentions = nil, nil
+	return w.state.equal(o.state) && w.authority.equal(o.authority) && reflect.DeepEqual(a, b)
+}
+
 // local lists the instances of node.
 func (w *world) local(node string) []*instance {
 	return slices.DeleteFunc(slices.Clone(w.mesh.instances), func(i *instance) bool { return i.node != node })

@@ -134,9 +134,7 @@ func (r *reader) readNodes() {
 			r.fail(hclfile.Pos{File: path}.Errorf("node name %w", err))
 			continue
 		}
-		for _, f := range r.files(path) {
-			r.readDefinitions(node.Name(), f)
-		}
+		r.files(path, func(own *reader, f *hclfile.File) { own.readDefinitions(node.Name(), f) })
 	}
 }
 
@@ -183,13 +181,7 @@ func (r *reader) add(node string, def *serviceDefinition) {
 	for _, c := range slices.Concat(def.Check, def.Checks) {
 		r.addCheck(inst, c)
 	}
-	key := [2]string{node, inst.id}
-	if first := r.byID[key]; first != nil {
-		r.fail(inst.pos.Errorf("service id %q is already used on node %q at %s: give one of them another id", inst.id, node, first.pos))
-		return
-	}
-	r.byID[key] = inst
-	r.mesh.instances = append(r.mesh.instances, inst)
+	r.addInstance(inst)
 }
 
 func (r *reader) checkKind(def *serviceDefinition) {

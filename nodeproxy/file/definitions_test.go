@@ -194,7 +194,7 @@ func FuzzDefinitions(f *testing.F) {
 		if err := errors.Join(os.MkdirAll(sub, 0o755), os.WriteFile(filepath.Join(sub, name), data, 0o600)); err != nil {
 			t.Fatal(err)
 		}
-		m, err := readMesh(d, "dc1")
+		m, _, err := readMesh(d, "dc1", nil)
 		if err != nil {
 			if !strings.Contains(err.Error(), name) {
 				t.Fatalf("an error without the file: %v", err)
@@ -229,7 +229,7 @@ func BenchmarkReadTenThousandIntentions(b *testing.B) {
 	}
 	d := dir(b, files)
 	for b.Loop() {
-		if _, err := readMesh(d, "dc1"); err != nil {
+		if _, _, err := readMesh(d, "dc1", nil); err != nil {
 			b.Fatal(err)
 		}
 	}

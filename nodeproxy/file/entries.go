@@ -30,6 +30,15 @@ type entries struct {
 	permissive []hclfile.Pos // where MutualTLSMode = "permissive" is written
 }
 
+func newEntries() entries {
+	return entries{
+		defaults:  make(map[string]*api.ServiceConfigEntry),
+		resolvers: make(map[string]*api.ServiceResolverConfigEntry),
+		chains:    make(map[string]*resolver.Chain),
+		ignoredL7: make(map[string][]string),
+	}
+}
+
 // meshEntry adds to the library's struct the two keys that all others have.
 type meshEntry struct {
 	Kind, Name string
@@ -59,15 +68,7 @@ var (
 
 // readConfig reads config/* of the mesh directory: one config entry in each file, as `consul config write` takes them.
 func (r *reader) readConfig() {
-	r.mesh.entries = entries{
-		defaults:  make(map[string]*api.ServiceConfigEntry),
-		resolvers: make(map[string]*api.ServiceResolverConfigEntry),
-		chains:    make(map[string]*resolver.Chain),
-		ignoredL7: make(map[string][]string),
-	}
-	for _, f := range r.files(filepath.Join(r.dir, configDir)) {
-		r.readEntry(f)
-	}
+	r.files(filepath.Join(r.dir, configDir), (*reader).readEntry)
 	r.compileChains()
 	e := &r.mesh.entries
 	if e.mesh == nil || !e.mesh.AllowEnablingPermissiveMutualTLS {
@@ -86,12 +87,7 @@ func (r *reader) readEntry(f *hclfile.File) {
 	if kind == api.MeshConfig && name == "" {
 		name = api.MeshConfigMesh
 	}
-	key := [2]string{kind, name}
-	if first, twice := r.byKind[key]; twice {
-		r.fail(f.Pos("Kind").Errorf("%s %q is already written at %s: keep one of them", kind, name, first))
-		return
-	}
-	r.byKind[key] = f.Pos("Kind")
+	r.byKind[[2]string{kind, name}] = f.Pos("Kind")
 	switch {
 	case name == "":
 		r.fail(f.Pos("Kind").Errorf("%s has no Name", kind))

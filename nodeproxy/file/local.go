@@ -88,10 +88,8 @@ func readLocal(dir string) (*mesh, error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, fmt.Errorf("read services_dir: %w: create it, or correct the source block", err)
 	}
-	r := &reader{dir: dir, mesh: &mesh{}, byID: make(map[[2]string]*instance), byKind: make(map[[2]string]hclfile.Pos)}
-	for _, f := range r.files(dir) {
-		r.readDefinitions("", f)
-	}
+	r := newReader(dir, "")
+	r.files(dir, func(own *reader, f *hclfile.File) { own.readDefinitions("", f) })
 	if err := hclfile.Join(r.errs...); err != nil {
 		return nil, err
 	}

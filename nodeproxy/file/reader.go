@@ -44,17 +44,27 @@ type reader struct {
 	count      int                       // of files
 	bytes      int64
 	errs       []error
+	known      parts // of the last reading
+	parts      parts // of this one
 }
 
-// readMesh reads nodes/ and config/ of the mesh directory dir. Either both are good, or there is an error that names
-// file and line of all that is wrong.
-func readMesh(dir, datacenter string) (*mesh, error) {
-	if info, err := os.Stat(dir); err != nil {
-		return nil, fmt.Errorf("read mesh directory: %w: create it, or correct source \"file\" { path }", err)
-	} else if !info.IsDir() {
-		return nil, fmt.Errorf("read mesh directory: %s is not a directory", dir)
+func newReader(dir, datacenter string) *reader {
+	return &reader{
+		dir: dir, datacenter: datacenter, mesh: &mesh{entries: newEntries()},
+		byID: make(map[[2]string]*instance), byKind: make(map[[2]string]hclfile.Pos), parts: make(parts),
 	}
-	r := &reader{dir: dir, datacenter: datacenter, mesh: &mesh{}, byID: make(map[[2]string]*instance), byKind: make(map[[2]string]hclfile.Pos)}
+}
+
+// readMesh reads nodes/ and config/ of the mesh directory dir, but what looks as it did when known was read. Either both are good, or there is an error that
+// names file and line of all that is wrong.
+func readMesh(dir, datacenter string, known parts) (*mesh, parts, error) {
+	if info, err := os.Stat(dir); err != nil {
+		return nil, known, fmt.Errorf("read mesh directory: %w: create it, or correct source \"file\" { path }", err)
+	} else if !info.IsDir() {
+		return nil, known, fmt.Errorf("read mesh directory: %s is not a directory", dir)
+	}
+	r := newReader(dir, datacenter)
+	r.known = known
 	for _, entry := range r.list(dir) {
 		if entry.Name() != stateJSON && !entry.IsDir() {
 			r.misplaced(filepath.Join(dir, entry.Name()), entry)
@@ -64,12 +74,12 @@ func readMesh(dir, datacenter string) (*mesh, error) {
 	r.readConfig()
 	r.strangers()
 	if err := hclfile.Join(r.errs...); err != nil {
-		return nil, err
+		return nil, r.parts, err
 	}
 	slices.SortFunc(r.mesh.problems, func(a, b catalog.Problem) int {
 		return cmp.Or(cmp.Compare(a.Service, b.Service), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Text, b.Text))
 	})
-	return r.mesh, nil
+	return r.mesh, r.parts, nil
 }
 
 func (r *reader) fail(err error) { r.errs = append(r.errs, err) }
@@ -89,8 +99,7 @@ func isDefinition(name string) bool {
 }
 
 // files reads every .hcl and .json file of a directory; others are no concern of ours, as with Consul.
-func (r *reader) files(dir string) []*hclfile.File {
-	var files []*hclfile.File
+func (r *reader) files(dir string, read func(*reader, *hclfile.File)) {
 	for _, entry := range r.list(dir) {
 		if !isDefinition(entry.Name()) {
 			continue
@@ -105,16 +114,11 @@ func (r *reader) files(dir string) []*hclfile.File {
 		r.bytes += info.Size()
 		if r.count > maxFiles || r.bytes > maxBytes && info.Size() <= hclfile.MaxSize {
 			r.fail(hclfile.Pos{File: path}.Errorf("with this file the directory holds more than %d files or %d MiB", maxFiles, maxBytes>>20))
-			return files
+			return
 		}
-		f, err := hclfile.Read(path)
-		if err != nil {
-			r.fail(err)
-			continue
-		}
-		files = append(files, f)
+		r.parts[path] = r.part(path, info, read)
+		r.merge(r.parts[path])
 	}
-	return files
 }
 
 func hasPort(address string) bool {

@@ -25,11 +25,13 @@ type run struct {
 	watcher *fsnotify.Watcher // nil: there is none, only rescans
 
 	generation  uint64
-	world       *world // the last good one, nil at first
-	fingerprint string // of the directory when it was last read; "" to read it again in any case
-	readErr     error  // what is wrong with the directory
-	caErr       error  // what is wrong with the CA, while an older one is in force
-	leafErr     error  // what keeps leaves from being issued
+	last        *catalog.Snapshot // that was delivered; nil when a newer one of the same world could not be
+	world       *world            // the last good one, nil at first
+	parts       parts             // of the directory when it was last read
+	fingerprint string            // of the directory when it was last read; "" to read it again in any case
+	readErr     error             // what is wrong with the directory
+	caErr       error             // what is wrong with the CA, while an older one is in force
+	leafErr     error             // what keeps leaves from being issued
 }
 
 // watch starts to watch for events. Without a watcher, which the kernel may refuse, only rescans remain.
@@ -60,7 +62,8 @@ func (r *run) loop(ctx context.Context, events <-chan fsnotify.Event) {
 	defer quiet.Stop()
 	renew := time.NewTimer(0)
 	defer renew.Stop()
-	var since time.Time // of the first event that has not been acted on
+	var since time.Time           // of the first event that has not been acted on
+	told := make(map[string]bool) // which files these events are of
 	for {
 		select {
 		case <-ctx.Done():
@@ -76,13 +79,19 @@ func (r *run) loop(ctx context.Context, events <-chan fsnotify.Event) {
 			if since.IsZero() {
 				since = time.Now()
 			}
+			told[event.Name] = true
 			quiet.Reset(min(settleTime, max(0, settleMax-time.Since(since))))
 			continue
 		case <-quiet.C:
 			since, r.fingerprint = time.Time{}, ""
-			r.refresh(ctx)
+			if !r.intend(told) {
+				r.watchAll()
+				r.reread(ctx)
+			}
+			clear(told)
 		case <-look.C:
-			r.refresh(ctx)
+			r.watchAll()
+			r.look(ctx)
 		case <-r.checker.changed:
 			r.rebuild(true)
 		case <-r.needed:
@@ -101,24 +110,36 @@ func isTemporary(path string) bool {
 	return strings.HasPrefix(name, ".") && !strings.HasPrefix(name, "..")
 }
 
-// refresh reads the directory, unless it looks as it did, and delivers what has changed.
-func (r *run) refresh(ctx context.Context) {
-	if r.watcher != nil {
-		for _, dir := range directories(r.cfg.Dir) {
-			_ = r.watcher.Add(dir) // one that is gone by now is seen by the next look
-		}
+// watchAll watches what directories there are now.
+func (r *run) watchAll() {
+	if r.watcher == nil {
+		return
 	}
+	for _, dir := range directories(r.cfg.Dir) {
+		_ = r.watcher.Add(dir) // one that is gone by now is seen by the next look
+	}
+}
+
+// look reads the directory, unless it looks as it did when it was last looked at.
+func (r *run) look(ctx context.Context) {
 	seen := fingerprint(r.cfg.Dir)
-	if seen != r.fingerprint {
-		r.fingerprint = "" // what is wrong need not be in the files: look again
-		if r.readErr = r.reread(ctx); r.readErr == nil && r.caErr == nil {
-			r.fingerprint = seen
-		}
+	if seen == r.fingerprint {
+		r.report()
+		return
 	}
+	r.fingerprint = "" // what is wrong need not be in the files: look again
+	if r.reread(ctx); r.readErr == nil && r.caErr == nil {
+		r.fingerprint = seen
+	}
+}
+
+// reread reads the directory and delivers what has changed.
+func (r *run) reread(ctx context.Context) {
+	r.readErr = r.renew(ctx)
 	r.report()
 }
 
-func (r *run) reread(ctx context.Context) error {
+func (r *run) renew(ctx context.Context) error {
 	next, err := r.read(ctx)
 	if err != nil {
 		return err
@@ -136,7 +157,9 @@ func (r *run) reread(ctx context.Context) error {
 // read reads all of the directory.
 func (r *run) read(ctx context.Context) (*world, error) {
 	r.caErr = nil
-	m, err := readMesh(r.cfg.Dir, r.cfg.Datacenter)
+	var m *mesh
+	var err error
+	m, r.parts, err = readMesh(r.cfg.Dir, r.cfg.Datacenter, r.parts)
 	if err != nil {
 		return nil, err
 	}
@@ -192,6 +215,11 @@ func (r *run) adopt(next *world) error {
 			return err
 		}
 	}
+	if r.last != nil && next.sameButIntentions(r.world) { // the way of what must be fast: that somebody is denied from now on
+		r.world = next
+		r.give(r.last.WithPolicy(next.policy, r.generation+1, r.now()))
+		return nil
+	}
 	if _, err := r.snapshot(next); err != nil { // before leaves are issued for it
 		return err
 	}
@@ -223,13 +251,19 @@ func (r *run) snapshot(w *world) (*catalog.Snapshot, error) {
 }
 
 func (r *run) send(w *world) error {
+	r.last = nil
 	snap, err := r.snapshot(w)
 	if err != nil {
 		return err
 	}
-	r.generation++
-	r.deliver(snap)
+	r.give(snap)
 	return nil
+}
+
+func (r *run) give(snap *catalog.Snapshot) {
+	r.generation++
+	r.last = snap
+	r.deliver(snap)
 }
 
 func (r *run) wanted() []string {

@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"cmp"
 	"fmt"
 	"time"
 )
@@ -14,20 +15,25 @@ const (
 type drifts struct {
 	at         time.Time
 	audits     int
-	cgroups    map[uint64]error // by id
-	namespaces map[uint64]error // by cookie
+	cgroups    map[uint64]error        // by id
+	namespaces map[uint64]error        // by cookie
+	foreign    map[uint64]foreignRules // by cgroup id
 	shared     error
 }
 
-// audit compares, every few seconds, what the kernel has of ours with what it should have. What cannot be repaired is a
+// audit compares, every few seconds, what the kernel has of ours with what it should have, and looks for what others have added. What cannot be repaired is a
 // problem of the workloads that it concerns, until an audit finds it in order.
 func (m *Manager) audit() {
 	if time.Since(m.drifted.at) >= auditEvery {
 		m.lookForDrift()
 	}
 	for _, e := range m.workloads {
-		if err := m.drifted.of(e, m.namespaces); e.enrolled && e.problem == nil && err != nil {
-			e.problem = err
+		if !e.enrolled {
+			continue
+		}
+		e.foreign = m.drifted.foreign[e.cgroup]
+		if e.problem == nil {
+			e.problem = cmp.Or(m.drifted.of(e, m.namespaces), e.disputed())
 		}
 	}
 }
@@ -35,6 +41,7 @@ func (m *Manager) audit() {
 func (m *Manager) lookForDrift() {
 	last := m.drifted
 	m.drifted = drifts{at: time.Now(), audits: last.audits + 1, cgroups: make(map[uint64]error), namespaces: make(map[uint64]error)}
+	m.drifted.foreign = m.auditForeign(last.foreign)
 	for _, d := range m.redirect.Audit(last.audits%auditMapsEach == 0) {
 		if d.Err == nil {
 			m.repairs.Add(1)

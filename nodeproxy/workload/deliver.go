@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,6 +59,9 @@ func (m *Manager) DialCheck(ctx context.Context, instance, network, addr string)
 		to, err := literal(ctx, addr)
 		if err != nil {
 			return nil, fmt.Errorf("check instance %s at %q: %w", instance, addr, err)
+		}
+		if s.mapped.IsValid() && to.Port() == s.instance.Address.Port() {
+			to = s.mapped
 		}
 		return s.space.Dial(ctx, netip.Addr{}, to, redirect.Announcement{Kind: redirect.Check, Workload: s.Workloads[0].ID})
 	}
@@ -136,10 +140,7 @@ func deliverTCP(ctx context.Context, v *view, s *served, client netip.AddrPort) 
 // pickTarget finds the address on which the workload listens for the instance, and refuses if anybody else's listener
 // could get the connection.
 func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Workload, error) {
-	port := s.instance.Address.Port()
-	if s.instance.Delivery.Port() != 0 {
-		port = s.instance.Delivery.Port()
-	}
+	port := s.port()
 	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() && !ip.IsLoopback() && !s.space.has(ip) {
 		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
 			"deliver to instance %s: address %s is not one of the workload's network namespace; correct the service definition", s.Instance, ip)}
@@ -168,10 +169,29 @@ func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Wor
 		"deliver to instance %s: nothing listens on port %d in its network namespace; is the application up?", s.Instance, port)}
 }
 
+// port is where the application listens. A sidecar's definition without one of its own has that of the instance, which the node
+// may lead to another.
+func (s *served) port() uint16 {
+	own := s.instance.Address.Port()
+	if port := s.instance.Delivery.Port(); port != 0 && port != own {
+		return port
+	}
+	return cmp.Or(s.mapped.Port(), own)
+}
+
+// address is the application's own, other than loopback.
+func (s *served) address() netip.Addr {
+	if s.mapped.IsValid() {
+		return s.mapped.Addr()
+	}
+	return s.instance.Address.Addr()
+}
+
 // candidates are the addresses to try, in order: the one the definition names, or loopback and then the instance's own,
-// each first in the client's address family, so that the application can be shown the client's address.
+// each first in the client's address family, so that the application can be shown the client's address. What the node leads to
+// is an address that the definition cannot know.
 func (s *served) candidates(client netip.AddrPort) []netip.Addr {
-	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() {
+	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() && !(s.mapped.IsValid() && ip.IsLoopback()) {
 		return []netip.Addr{ip}
 	}
 	v4, v6 := netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()
@@ -179,9 +199,9 @@ func (s *served) candidates(client netip.AddrPort) []netip.Addr {
 	if client.Addr().Is6() {
 		all = []netip.Addr{v6, v4}
 	}
-	all = append(all, s.instance.Address.Addr())
+	all = append(all, s.address())
 	for _, ip := range s.space.addrs {
-		if ip != s.instance.Address.Addr() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() {
+		if ip != s.address() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() {
 			all = append(all, ip)
 		}
 	}

@@ -70,7 +70,7 @@ func (m *Manager) directTargets(v *view) []target {
 // directAddress is where others of this node reach the application of s. One that is delivered to on loopback, as Consul has it
 // unless told otherwise, is reached at the instance's own address if it is the same listener that is there.
 func (s *served) directAddress(listeners []redirect.Socket) (at netip.AddrPort, why string) {
-	ip, port := s.instance.Address.Addr(), cmp.Or(s.instance.Delivery.Port(), s.instance.Address.Port())
+	ip, port := s.address(), s.port()
 	if to := s.instance.Delivery.Addr(); to.IsLoopback() && (to.Is4() != ip.Is4() || !onEveryAddress(listeners, port)) {
 		return at, "its application is reached on loopback alone"
 	} else if to.IsValid() && !to.IsUnspecified() && !to.IsLoopback() {

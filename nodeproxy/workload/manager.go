@@ -86,10 +86,11 @@ type Manager struct {
 
 	// What reconcile, the only user, knows.
 	serve      func(*redirect.Namespace, *Namespace)
-	inherited  *inheritance      // nil: nothing, or it is settled
-	workloads  map[string]*entry // by cgroup path
-	namespaces map[uint64]*space // by inode
-	host       []netip.Addr      // the node's addresses
+	inherited  *inheritance               // nil: nothing, or it is settled
+	workloads  map[string]*entry          // by cgroup path
+	namespaces map[uint64]*space          // by inode
+	found      map[uint64]*foundNamespace // by inode; not open
+	host       []netip.Addr               // the node's addresses
 	refused    []RefusedClaim
 	pruned     bool
 	warned     map[warning]bool
@@ -119,6 +120,7 @@ type entry struct {
 	inodes      []uint64        // of the network namespaces its processes are in
 	subtree     map[uint64]bool // ids of its cgroup and those below
 	problem     error
+	foreign     foreignRules
 	access      Access
 	left        bool     // was released before the last reconciliation
 	steered     uint64   // the cgroup whose name queries are
@@ -179,6 +181,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		ended:      make(map[string]error),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),
+		found:      make(map[uint64]*foundNamespace),
 		warned:     make(map[warning]bool),
 		groups:     make(map[string]uint32),
 		older:      make(map[uint64]*older),

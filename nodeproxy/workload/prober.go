@@ -222,7 +222,7 @@ func ownedByRoot(dir string) bool {
 }
 
 // probeTargets lists the places at which probers check the instances of this node's workloads: the checked ports at every
-// address of the workload's namespaces, loopback included where that is the node's.
+// address of the workload's namespaces, loopback included where that is the node's, and the node's own that lead there.
 func (m *Manager) probeTargets(snap *catalog.Snapshot, ready []*entry) []redirect.ProbeTarget {
 	var all []redirect.ProbeTarget
 	for _, e := range m.protected(ready) {
@@ -241,6 +241,24 @@ func (m *Manager) probeTargets(snap *catalog.Snapshot, ready []*entry) []redirec
 					all = append(all, redirect.ProbeTarget{Addr: netip.AddrPortFrom(ip, port), Namespace: s.Cookie, Workload: e.ID})
 				}
 			}
+			all = append(all, m.mappedProbes(snap, e, s)...)
+		}
+	}
+	return all
+}
+
+// mappedProbes are the node's places at which probers check instances that e serves from s.
+func (m *Manager) mappedProbes(snap *catalog.Snapshot, e *entry, s *space) (all []redirect.ProbeTarget) {
+	for _, inst := range e.instancesIn(snap) {
+		to := e.mapping(inst.Address)
+		if !to.IsValid() || !s.has(to.Addr()) {
+			continue
+		}
+		if slices.Contains(inst.Probed, inst.Address.Port()) {
+			all = append(all, redirect.ProbeTarget{Addr: inst.Address, Namespace: s.Cookie, Workload: e.ID, Mapped: to})
+		}
+		if host := m.hostSpace(); host != nil && !inst.Native && slices.Contains(inst.Probed, inst.Mesh.Port()) {
+			all = append(all, redirect.ProbeTarget{Addr: inst.Mesh, Namespace: host.Cookie, Workload: e.ID})
 		}
 	}
 	return all
@@ -260,12 +278,12 @@ var loopbacks = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6L
 // an address connects to 127.0.0.1.
 func probeRules(s *served) []redirect.Rule {
 	mesh := s.instance.Mesh
-	if !s.space.Host || !slices.Contains(s.instance.Probed, mesh.Port()) {
+	if !s.Namespace.Host || !slices.Contains(s.instance.Probed, mesh.Port()) {
 		return nil
 	}
 	var all []redirect.Rule
 	for _, ip := range loopbacks {
-		all = append(all, redirect.Rule{Namespace: s.space.Cookie, Addr: ip, Port: mesh.Port(), Action: redirect.Steer, Workload: s.Workloads[0].ID})
+		all = append(all, redirect.Rule{Namespace: s.Namespace.Cookie, Addr: ip, Port: mesh.Port(), Action: redirect.Steer, Workload: s.Workloads[0].ID})
 	}
 	return all
 }

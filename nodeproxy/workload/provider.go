@@ -108,23 +108,28 @@ func (m *Manual) Freeze(frozen bool) {
 	m.frozen = frozen
 }
 
-// replace writes the file whole, by rename, before anything changes.
-func (m *Manual) replace(claims []Claim) error {
-	if m.frozen {
-		return ErrHandingOver
-	}
+// Remember writes claims into a file for a daemon that runs later: whole, by rename.
+func Remember(path string, claims any) error {
 	data, err := json.MarshalIndent(claims, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(m.path), 0o700); err != nil {
-		return fmt.Errorf("store workloads enrolled by hand: %w", err)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
 	}
-	aside := m.path + ".new"
+	aside := path + ".new"
 	if err := os.WriteFile(aside, data, 0o600); err != nil {
-		return fmt.Errorf("store workloads enrolled by hand: %w", err)
+		return err
 	}
-	if err := os.Rename(aside, m.path); err != nil {
+	return os.Rename(aside, path)
+}
+
+// replace writes the file before anything changes.
+func (m *Manual) replace(claims []Claim) error {
+	if m.frozen {
+		return ErrHandingOver
+	}
+	if err := Remember(m.path, claims); err != nil {
 		return fmt.Errorf("store workloads enrolled by hand: %w", err)
 	}
 	m.claims = claims

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +27,8 @@ func (m *Manager) reconcile(h Handler) {
 	for _, e := range m.workloads {
 		m.scan(e)
 	}
+	m.openNamespaces()
+	m.openHost()
 	m.watchHost()
 	m.watchNamespaces()
 	m.openDNS()
@@ -136,7 +137,7 @@ func (m *Manager) isUnguarded(e *entry) bool {
 // scan finds the processes of a workload, the network namespaces they are in, and the ids of the cgroups below.
 func (m *Manager) scan(e *entry) {
 	last := e.inodes
-	e.processes, e.inodes, e.subtree = 0, nil, make(map[uint64]bool)
+	e.processes, e.inodes, e.subtree, e.foreign = 0, nil, make(map[uint64]bool), foreignRules{}
 	err := filepath.WalkDir(e.Cgroup, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return skipGone(err)
@@ -189,75 +190,10 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 		}
 		e.inodes = append(e.inodes, st.Ino)
 		if _, open := m.namespaces[st.Ino]; !open {
-			m.openNamespace(e, pid, len(slices.Compact(slices.Sorted(slices.Values(e.inodes)))))
+			m.findNamespace(e, st.Ino, pid)
 		}
 	}
 	return nil
-}
-
-// openNamespace listens in the namespace of a process, the nth of its workload, unless the process has left it meanwhile.
-// A workload that makes ever more namespaces has its own connections refused, not the node's.
-func (m *Manager) openNamespace(e *entry, pid string, nth int) {
-	if nth > maxNamespaces {
-		m.warn(e.Cgroup, "workload is unprotected", fmt.Errorf("its processes are in more than %d network namespaces: enroll cgroups further below instead", maxNamespaces), "service", e.Service)
-		return
-	}
-	f, err := os.Open("/proc/" + pid + "/ns/net")
-	if err != nil {
-		return
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil || m.namespaces[st.Ino] != nil {
-		f.Close()
-		return // the process has moved to one we know
-	}
-	ns, err := m.redirect.OpenNamespace(f)
-	if err != nil {
-		m.missed = true
-		m.warn(e.Cgroup, "workload is unprotected", err, "service", e.Service)
-		return
-	}
-	s := &space{used: time.Now(), Namespace: ns, public: &Namespace{Cookie: ns.Cookie, Inode: ns.Inode, Host: ns.Host}}
-	m.namespaces[ns.Inode] = s
-	m.begin(func() { m.serve(ns, s.public) })
-	m.log.Debug("listening in network namespace", "inode", ns.Inode, "host", ns.Host)
-}
-
-// watchNamespaces reads the addresses of the open namespaces and notes which of them are in use.
-func (m *Manager) watchNamespaces() {
-	used := make(map[uint64]bool)
-	for _, e := range m.workloads {
-		for _, inode := range e.inodes {
-			used[inode] = true
-		}
-	}
-	for inode, s := range m.namespaces {
-		if used[inode] || s.Host && len(m.workloads) > 0 {
-			s.used = time.Now()
-		}
-		addrs, err := s.Addresses()
-		if err != nil {
-			m.log.Error("cannot see a network namespace's addresses; keeping the last", "inode", inode, "error", err)
-			continue
-		}
-		if !slices.Equal(addrs, s.addrs) {
-			changed := *s // the data path reads the other one
-			changed.addrs = addrs
-			m.namespaces[inode] = &changed
-		}
-	}
-}
-
-func (m *Manager) closeNamespaces() {
-	for inode, s := range m.namespaces {
-		if time.Since(s.used) < grace {
-			continue
-		}
-		delete(m.namespaces, inode)
-		if err := s.Close(); err != nil {
-			m.log.Error("closing a network namespace left something behind", "inode", inode, "error", err)
-		}
-	}
 }
 
 // enrollable lists the workloads to switch on now: the cgroup is there and so are the certificates, unless an earlier
@@ -294,35 +230,16 @@ func (m *Manager) enrollable(v *view) []*entry {
 	return ready
 }
 
-// foreignRedirect says whose rules redirect what e sends already: two proxies must not have one workload. Whoever sets such
-// rules later has a workload that is enrolled, and stays so.
-func (m *Manager) foreignRedirect(e *entry) error {
-	for _, inode := range e.inodes {
-		s := m.namespaces[inode]
-		if s == nil {
-			continue
-		}
-		rule, err := s.ForeignRedirect()
-		if err != nil {
-			m.warn(e.Cgroup, "whether another proxy has the workload is not known", err, "service", e.Service)
-		}
-		if rule != "" {
-			return fmt.Errorf("another proxy's rules redirect its connections (%s, in network namespace %d): remove them, and the workload is enrolled", rule, inode)
-		}
-	}
-	return nil
-}
-
 func (m *Manager) enroll(e *entry) {
 	if e.ID == 0 {
 		return
 	}
 	e.enrolled = true // counts in the nesting of the others already
-	m.settleNesting()
+	nesting := m.settleNesting()
 	joins := e.Mesh == Enabled && !m.redirect.Redirects(e.cgroup)
 	err := m.redirect.Treat(e.ID, e.treatment())
 	if err == nil {
-		err = m.redirect.Enroll(e.Cgroup, e.ID, m.nesting(e))
+		err = m.redirect.Enroll(e.Cgroup, e.ID, nesting[e.Cgroup])
 	}
 	if err != nil {
 		e.enrolled, e.problem, e.ID = false, err, 0
@@ -343,28 +260,40 @@ func (e *entry) treatment() redirect.Treatment {
 	return redirect.Treatment{Ports: x.OutboundPorts, Networks: x.OutboundNetworks, Observe: e.Mesh == Observe}
 }
 
-// settleNesting tells every enrolled cgroup what is enrolled around it.
-func (m *Manager) settleNesting() {
+// settleNesting tells every enrolled cgroup what is enrolled around it, and returns that.
+func (m *Manager) settleNesting() map[string]redirect.Nesting {
+	all := m.nesting()
 	for _, e := range m.workloads {
 		if !e.enrolled {
 			continue
 		}
-		if err := m.redirect.SetNesting(e.cgroup, m.nesting(e)); err != nil {
+		if err := m.redirect.SetNesting(e.cgroup, all[e.Cgroup]); err != nil {
 			m.log.Error("nested workloads may be taken for each other", "cgroup", e.Cgroup, "error", err)
 		}
 	}
+	return all
 }
 
-func (m *Manager) nesting(e *entry) redirect.Nesting {
-	var n redirect.Nesting
-	for _, other := range slices.AppendSeq(slices.Clone(m.leaving), maps.Values(m.workloads)) {
-		if other.Cgroup == e.Cgroup || !other.enrolled {
-			continue
+// nesting says of each enrolled cgroup what is enrolled around it.
+func (m *Manager) nesting() map[string]redirect.Nesting {
+	all := make(map[string]redirect.Nesting)
+	for _, e := range slices.AppendSeq(slices.Clone(m.leaving), maps.Values(m.workloads)) {
+		if e.enrolled {
+			all[e.Cgroup] = redirect.Nesting{}
 		}
-		n.Outer = n.Outer || within(e.Cgroup, other.Cgroup)
-		n.Inner = n.Inner || within(other.Cgroup, e.Cgroup)
 	}
-	return n
+	for path := range all {
+		for dir := filepath.Dir(path); len(dir) > 1; dir = filepath.Dir(dir) {
+			outer, enrolled := all[dir]
+			if !enrolled {
+				continue
+			}
+			inner := all[path]
+			inner.Outer, outer.Inner = true, true
+			all[path], all[dir] = inner, outer
+		}
+	}
+	return all
 }
 
 // prune removes, once, what an earlier daemon enrolled and nobody claims any more. While a namespace cannot be opened or a
@@ -423,6 +352,7 @@ func (m *Manager) states() []WorkloadState {
 			}
 		}
 		s.State, s.Detail = e.state(len(s.Namespaces))
+		s.Foreign = e.foreign.rule.Kind
 		if err := m.shortfall(e); err != nil && s.State == "protected" {
 			s.State, s.Detail = "unprotected", err.Error()
 		}
@@ -469,6 +399,9 @@ func (e *entry) state(open int) (state, detail string) {
 	var remarks []string
 	if len(e.misplaced) > 0 {
 		remarks = append(remarks, "not served from here: "+strings.Join(e.misplaced, "; "))
+	}
+	if e.foreign.err != nil {
+		remarks = append(remarks, "whether another proxy's rules redirect its connections is not known: "+e.foreign.err.Error())
 	}
 	detail = strings.Join(append(remarks, e.contested...), "; ")
 	if e.Mesh == Observe {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -31,7 +32,7 @@ func (m *Manager) rules(v *view, ready []*entry) []redirect.Rule {
 	all := slices.Collect(maps.Values(guards))
 	for _, s := range v.served {
 		if len(s.Workloads) > 0 {
-			all = append(all, redirect.Rule{Namespace: s.space.Cookie, Addr: s.instance.Mesh.Addr(), Port: s.instance.Mesh.Port(),
+			all = append(all, redirect.Rule{Namespace: s.Namespace.Cookie, Addr: s.instance.Mesh.Addr(), Port: s.instance.Mesh.Port(),
 				Action: redirect.Steer, Workload: s.Workloads[0].ID})
 			all = append(all, probeRules(s)...)
 		}
@@ -95,19 +96,38 @@ func (m *Manager) guardWorkload(guards map[guard]redirect.Rule, snap *catalog.Sn
 		switch {
 		case !inst.Local:
 		case inst.Native:
-			add(inst.Mesh.Port(), redirect.Untouched)
+			add(e.inside(inst.Mesh), redirect.Untouched)
 		default:
 			action := mode
 			if inst.Permissive && e.Mesh == Enabled {
 				action = redirect.Permissive
 			}
-			for _, port := range []uint16{inst.Address.Port(), inst.Delivery.Port()} {
+			for _, port := range []uint16{e.inside(inst.Address), inst.Delivery.Port()} {
 				if port != 0 {
 					add(port, action)
 				}
 			}
 		}
 	}
+}
+
+// inside is the port in e's namespaces that connections to an instance's address reach.
+func (e *entry) inside(at netip.AddrPort) uint16 {
+	if to := e.mapping(at); to.IsValid() {
+		return to.Port()
+	}
+	return at.Port()
+}
+
+// mapping is where the node leads connections to one of its addresses, if that is into e.
+func (e *entry) mapping(at netip.AddrPort) netip.AddrPort {
+	for _, m := range e.claim.Mapped {
+		every := m.Node.Addr().IsUnspecified() && m.Node.Addr().Is4() == at.Addr().Is4()
+		if m.Node.Port() == at.Port() && (every || m.Node.Addr() == at.Addr()) {
+			return m.To
+		}
+	}
+	return netip.AddrPort{}
 }
 
 // instancesIn lists the instances of e's services.

@@ -32,11 +32,12 @@ type servedKey struct {
 	mesh      netip.AddrPort
 }
 
-// served is a Served with what delivery needs.
+// served is a Served with what delivery needs. Its Namespace is where the instance's mesh address is.
 type served struct {
 	Served
 	instance *catalog.Instance
-	space    *space
+	space    *space         // where the application listens
+	mapped   netip.AddrPort // and at which address, if a port of the node leads there; zero: at the instance's own
 }
 
 func (v *view) hasLeaf(service string) bool {
@@ -87,24 +88,32 @@ func (m *Manager) assign() *view {
 	return v
 }
 
-// assignTo makes e serve inst from each of its namespaces that has the instance's address, and says whether one has.
+// assignTo makes e serve inst from each of its namespaces that has the instance's address, or from the node's if that leads to
+// one of them, and says whether there is such.
 func (m *Manager) assignTo(v *view, e *entry, inst *catalog.Instance) (found bool) {
-	for _, inode := range e.inodes {
-		s := m.namespaces[inode]
-		if s == nil || !slices.Contains(s.addrs, inst.Mesh.Addr()) {
-			continue
-		}
+	serve := func(at, s *space, mapped netip.AddrPort) {
 		found = true
 		if inst.Native {
-			continue // it speaks mTLS itself
+			return // it speaks mTLS itself
 		}
-		key := servedKey{s.Cookie, inst.Mesh}
+		key := servedKey{at.Cookie, inst.Mesh}
 		sv := v.served[key]
 		if sv == nil {
-			sv = &served{instance: inst, space: s, Served: Served{Instance: inst.ID, Service: inst.Service, Namespace: s.public}}
+			sv = &served{instance: inst, space: s, mapped: mapped, Served: Served{Instance: inst.ID, Service: inst.Service, Namespace: at.public}}
 			v.served[key] = sv
 		}
-		sv.Workloads = append(sv.Workloads, &e.Workload)
+		if sv.space == s {
+			sv.Workloads = append(sv.Workloads, &e.Workload)
+		}
+	}
+	host, to := m.hostSpace(), e.mapping(inst.Address)
+	for _, s := range m.spacesOf(e) {
+		switch {
+		case s.has(inst.Mesh.Addr()):
+			serve(s, s, netip.AddrPort{})
+		case host != nil && host.has(inst.Mesh.Addr()) && s.has(to.Addr()):
+			serve(host, s, to)
+		}
 	}
 	if found {
 		e.instances = append(e.instances, inst.ID)

@@ -47,7 +47,7 @@ type Claim struct {
 	Service  string     // whose identity its connections have; may be "" where Mesh is Disabled
 	Also     []string   `json:",omitempty"` // further services that others reach in it, on ports of their own
 	Name     string     `json:",omitempty"` // what people know it by, where that is not the cgroup: "pod shop/web-1"
-	Provider string     // "config", "enroll", "systemd", "xattr", "kubernetes"; shown in status
+	Provider string     // "config", "enroll", "systemd", "xattr", "kubernetes", "containers", "consul"; shown in status
 	Mode     *Mode      // nil: the node's inbound.mode
 	Access   Access     `json:",omitempty"` // to Consul's agents
 	Mesh     Mesh       `json:",omitzero"`
@@ -56,6 +56,7 @@ type Claim struct {
 	DNS      *bool      `json:",omitempty"` // whether names of the mesh are answered; nil: as dns.enabled says
 	Proxied  bool       `json:",omitempty"` // no connection of its, either way, goes direct within the node
 	Probed   []uint16   `json:",omitempty"` // to which probers may connect besides those of its service's instances
+	Mapped   []Mapping  `json:",omitempty"` // ports of the node that lead to it
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
 	Denied   string     `json:",omitempty"` // why it may not be that service: it is refused, and ends an enrolment
 }
@@ -67,12 +68,19 @@ type Exclusions struct {
 	OutboundNetworks []netip.Prefix // not redirected, whatever the port
 }
 
+// Mapping is an address of the node whose connections are led into a workload's network namespace by rules of the kernel or by
+// somebody's proxy, as the published port of a container is.
+type Mapping struct {
+	Node netip.AddrPort // the unspecified address is every one of its family
+	To   netip.AddrPort // in the namespace
+}
+
 // services are all that others reach in it.
 func (c Claim) services() []string { return append([]string{c.Service}, c.Also...) }
 
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
-	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) && slices.Equal(c.Probed, o.Probed) &&
+	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) && slices.Equal(c.Probed, o.Probed) && slices.Equal(c.Mapped, o.Mapped) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)
@@ -204,6 +212,7 @@ type WorkloadState struct {
 	Workload   *Workload
 	State      string // "protected", "empty", "waiting", "unprotected", "leaving"
 	Detail     string // what is wrong and what to do, when there is something
+	Foreign    string // what kind of another proxy's rules redirect what it sends: redirect.ForeignRule's
 	Namespaces []*Namespace
 	Instances  []string
 	Processes  int

@@ -18,7 +18,7 @@ import (
 
 // TestMain lets the test's executable be the load and the servers inside the lab.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && (os.Args[1] == "load" || os.Args[1] == "serve") {
+	if len(os.Args) == 3 && slices.Contains([]string{"load", "serve", "member", "hold"}, os.Args[1]) {
 		if err := run(context.Background(), os.Args[1:], os.Stdout); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -34,10 +34,7 @@ func TestSmoke(t *testing.T) {
 	if testing.Short() {
 		t.Skip("slow: end to end")
 	}
-	binary, out := filepath.Join(t.TempDir(), "nodeproxy"), t.TempDir()
-	if text, err := exec.Command("go", "-C", "../..", "build", "-o", binary, "./cmd/nodeproxy").CombinedOutput(); err != nil {
-		t.Fatalf("build nodeproxy: %v\n%s", err, text)
-	}
+	binary, out := buildNodeproxy(t), t.TempDir()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	var shown strings.Builder
@@ -75,6 +72,15 @@ func TestSmoke(t *testing.T) {
 	if !strings.HasSuffix(string(markdown), shown.String()) || !strings.Contains(shown.String(), "| round trip p99.9") {
 		t.Errorf("the Markdown does not end with the tables of the terminal:\n%s", shown.String())
 	}
+}
+
+func buildNodeproxy(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "nodeproxy")
+	if text, err := exec.Command("go", "-C", "../..", "build", "-o", binary, "./cmd/nodeproxy").CombinedOutput(); err != nil {
+		t.Fatalf("build nodeproxy: %v\n%s", err, text)
+	}
+	return binary
 }
 
 func TestSpreadIsMedianAndExtremes(t *testing.T) {

@@ -23,6 +23,20 @@ type machine struct {
 }
 
 func (b *bench) machine(ctx context.Context) (machine, error) {
+	m, err := thisMachine()
+	if err != nil {
+		return m, err
+	}
+	status, err := b.labs[0].Daemons[0].Admin().Status(ctx)
+	if err != nil {
+		return m, err
+	}
+	m.Nodeproxy = status.Version
+	return m, nil
+}
+
+// thisMachine is all of it but nodeproxy.
+func thisMachine() (machine, error) {
 	m := machine{Cores: runtime.NumCPU(), Go: runtime.Version(), Processor: "unknown (" + runtime.GOARCH + ")"}
 	if name, err := field("/proc/cpuinfo", "model name"); err == nil { // not every architecture names it
 		m.Processor = strings.TrimLeft(name, "\t: ")
@@ -37,18 +51,14 @@ func (b *bench) machine(ctx context.Context) (machine, error) {
 		return m, fmt.Errorf("ask for the kernel's version: %w", err)
 	}
 	m.Kernel = unix.ByteSliceToString(name.Release[:])
-	status, err := b.labs[0].Daemons[0].Admin().Status(ctx)
-	if err != nil {
-		return m, err
-	}
-	m.Nodeproxy = status.Version
 	return m, nil
 }
 
 func (m *machine) markdown() string {
-	return fmt.Sprintf(`- machine: %s, %d cores, %d MiB
-- kernel: %s
-- nodeproxy %s, built with %s
-- other work on the machine meanwhile: %.0f %% of its processors
-`, m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Nodeproxy, m.Go, 100*m.Others)
+	return m.header() + fmt.Sprintf("- other work on the machine meanwhile: %.0f %% of its processors\n", 100*m.Others)
+}
+
+func (m *machine) header() string {
+	return fmt.Sprintf("- machine: %s, %d cores, %d MiB\n- kernel: %s\n- nodeproxy %s, built with %s\n",
+		m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Nodeproxy, m.Go)
 }

@@ -7,6 +7,7 @@
 //
 //	go -C tests/bench run . -nodeproxy ../../build/nodeproxy            the tables, after some twenty minutes
 //	go -C tests/bench run . -nodeproxy ../../build/nodeproxy -smoke     one tiny round: does all of it still work?
+//	go -C tests/bench run . scale -nodeproxy ../../build/nodeproxy      a node of a large mesh, after some ten minutes
 //
 // Before it measures, it proves by the daemons' own trace that each path carries its bytes the way it claims, and that the peers do
 // mTLS of the same kind.
@@ -40,7 +41,7 @@ func main() {
 	}
 }
 
-// run is the command. The roles "load" and "serve" are what it starts of itself inside the lab.
+// run is the command. The roles "load", "serve", "member" and "hold" are what it starts of itself inside the lab.
 func run(ctx context.Context, args []string, out io.Writer) error {
 	if len(args) == 2 {
 		switch args[0] {
@@ -52,17 +53,25 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 			return load(o, os.Stdin, out)
 		case "serve":
 			return serve(args[1], out)
+		case "member":
+			return member(out)
+		case "hold":
+			return hold(args[1], out)
 		}
+	}
+	if missing := netlab.Missing(); len(missing) > 0 {
+		return fmt.Errorf("build the lab: missing %v", missing)
+	}
+	show := &progress{out: os.Stderr, terminal: isTerminal(os.Stderr)}
+	if len(args) > 0 && args[0] == "scale" {
+		return scale(ctx, args[1:], out, show)
 	}
 	s, err := parse(args)
 	if err != nil {
 		return err
 	}
-	if missing := netlab.Missing(); len(missing) > 0 {
-		return fmt.Errorf("build the lab: missing %v", missing)
-	}
 	began := time.Now()
-	r, err := measure(ctx, s, &progress{out: os.Stderr, terminal: isTerminal(os.Stderr)})
+	r, err := measure(ctx, s, show)
 	if err != nil {
 		return err
 	}

@@ -119,6 +119,53 @@ func TestANamespaceThatAnotherProxyRedirectsIsLeftToIt(t *testing.T) {
 	}
 }
 
+// TestRulesOfAnotherProxyThatComeAfterTheEnrolmentAreNamedAndOpenNothing sets rules as consul-cni does, and one that takes even
+// what goes to the daemon, in namespaces of workloads that are enrolled.
+func TestRulesOfAnotherProxyThatComeAfterTheEnrolmentAreNamedAndOpenNothing(t *testing.T) {
+	m := newMesh(t)
+	m.place(1, "api")
+	cni, legacy, all := m.place(0, "cni"), m.place(0, "legacy"), m.place(0, "all")
+	m.must(m.Intentions("*", meshlab.Allow("*")))
+	for _, w := range []*netlab.Workload{cni, legacy} {
+		m.serve(w, "127.0.0.1:15001") // the other proxy
+	}
+	m.start()
+	stranger := m.stranger(0)
+	for _, c := range []struct {
+		w            *netlab.Workload
+		iptables     string
+		before       string // what it leaves alone
+		rule, metric string
+	}{
+		{cni, "iptables-nft", "-d 127.0.0.1/32 -j RETURN", "nftables table ip nat, chain CONSUL_PROXY_REDIRECT", "CONSUL_PROXY_"},
+		{legacy, "iptables-legacy", "-d 127.0.0.1/32 -j RETURN", "iptables table nat, chain CONSUL_PROXY_REDIRECT", "CONSUL_PROXY_"},
+		{all, "iptables-nft", "-d 192.0.2.1/32 -j RETURN", "nftables table ip nat, chain OUTPUT, target REDIRECT", "redirect"},
+	} {
+		chain := "CONSUL_PROXY_REDIRECT"
+		if c.metric == "redirect" {
+			chain = "OUTPUT"
+		} else {
+			m.netfilter(c.w, c.iptables+" -t nat -N "+chain, c.iptables+" -t nat -A OUTPUT -p tcp -j "+chain)
+		}
+		m.netfilter(c.w, c.iptables+" -t nat -A "+chain+" "+c.before, c.iptables+" -t nat -A "+chain+" -p tcp -j REDIRECT --to-port 15001")
+		got := m.awaitWorkload(c.w.Cgroup, c.w.Name, "unprotected")
+		if !strings.Contains(got.Detail, c.rule) || !strings.Contains(got.Detail, "set since it was enrolled") {
+			t.Errorf("%s: status says %q, want %q", c.w.Name, got.Detail, c.rule)
+		}
+		if n := m.metric(0, "nodeproxy_foreign_redirects", fmt.Sprintf("source_service=%q", c.w.Name), fmt.Sprintf("rule=%q", c.metric)); n != 1 {
+			t.Errorf("%s: the metric is %v, want 1: %s", c.w.Name, n, m.series(0, "nodeproxy_foreign_redirects"))
+		}
+		m.getsNothing(stranger, at(c.w.IPv4, port)) // it is still guarded
+		m.getsNothing(c.w, m.vip("api"))            // what reaches the other proxy, where there is one, is TLS
+		m.netfilter(c.w, c.iptables+" -t nat -F")
+		m.awaitWorkload(c.w.Cgroup, c.w.Name, "protected")
+		m.comesToReach(c.w, m.vip("api"))
+	}
+	if series := m.series(0, "nodeproxy_foreign_redirects"); series != "" {
+		t.Errorf("with no rule left there is %s", series)
+	}
+}
+
 // isLeft says whether a workload is unprotected because of a rule, or protected where there is none.
 func isLeft(status *admin.Status, w *netlab.Workload, rule string) error {
 	for _, got := range status.Workloads {

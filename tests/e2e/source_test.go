@@ -60,6 +60,7 @@ var fileOnly = map[string][]string{
 	"is about processes, cgroups and network namespaces, which no source has a part in": {
 		"TestACgroupThatIsNotEnrolledRunsNoProgramOfOurs",
 		"TestANamespaceThatAnotherProxyRedirectsIsLeftToIt",
+		"TestRulesOfAnotherProxyThatComeAfterTheEnrolmentAreNamedAndOpenNothing",
 		"TestAStrictPortInTheHostsNamespaceStaysClosedWhileItsApplicationRestarts",
 		"TestAStrictPortInAPrivateNamespaceStaysClosedWhileItsApplicationRestarts",
 		"TestAStrictPortStaysClosedWhenTheRegisteredAddressLeavesTheInterface",

@@ -87,17 +87,22 @@ func (d *Daemon) WriteConfig() error {
 	return os.WriteFile(d.ConfigPath(), []byte(b.String()), 0o600)
 }
 
-// Start writes the configuration, starts the daemon in its own cgroup in the node's network namespace, and waits until
-// it answers with a snapshot in force.
-func (d *Daemon) Start(ctx context.Context) error {
+// Launch writes the configuration and starts the daemon in its own cgroup in the node's network namespace.
+func (d *Daemon) Launch() error {
 	if err := d.WriteConfig(); err != nil {
 		return fmt.Errorf("write the daemon's configuration: %w", err)
 	}
 	var err error
-	if d.Process, err = d.StartNext(d.cgroup); err != nil {
+	d.Process, err = d.StartNext(d.cgroup)
+	return err
+}
+
+// Start launches the daemon and waits until it answers with a snapshot in force.
+func (d *Daemon) Start(ctx context.Context) error {
+	if err := d.Launch(); err != nil {
 		return err
 	}
-	_, err = d.Await(ctx, func(s *admin.Status) error {
+	_, err := d.Await(ctx, func(s *admin.Status) error {
 		if s.Source.Generation == 0 {
 			return fmt.Errorf("no definitions are in force: %s", s.Source.Error)
 		}

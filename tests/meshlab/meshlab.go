@@ -95,8 +95,11 @@ func (m *Mesh) Define(i int, name, hcl string) error {
 }
 
 // DefineElsewhere writes service definitions of a node where no daemon runs, into the directory.
-func (m *Mesh) DefineElsewhere(name, hcl string) error {
-	dir := filepath.Join(m.MeshD, "nodes", "elsewhere")
+func (m *Mesh) DefineElsewhere(name, hcl string) error { return m.DefineAt("elsewhere", name, hcl) }
+
+// DefineAt is DefineElsewhere for one of several such nodes.
+func (m *Mesh) DefineAt(node, name, hcl string) error {
+	dir := filepath.Join(m.MeshD, "nodes", node)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("define a node: %w", err)
 	}

@@ -45,6 +45,7 @@ type Config struct {
 	Kubeconfig string              // "": what Kubernetes gives to a pod
 	Namespaces map[string][]string // the services that pods of each may be
 	Mount      string              // of cgroup2
+	DaemonSet  DaemonSet           // of which this process is a pod; none: it is not
 	StateFile  string              // keeps what is claimed, for a daemon that starts while the API server is away
 	Log        *slog.Logger
 }
@@ -54,8 +55,9 @@ type Cluster struct {
 	cfg                                Config
 	kinds                              []*objects
 	pods, namespaces, services, slices *objects
-	cgroups                            cgroups // Run's own
-	workloads                          []pod   // that are claimed, or refused; Run's own
+	own                                *ownDaemonSet // nil: this process is no pod
+	cgroups                            cgroups       // Run's own
+	workloads                          []pod         // that are claimed, or refused; Run's own
 
 	mu        sync.Mutex
 	began     time.Time
@@ -87,7 +89,7 @@ func New(cfg Config) (*Cluster, error) {
 	c.namespaces = c.follow(core, "namespaces", new(corev1.Namespace), fields.Everything())
 	c.services = c.follow(core, "services", new(corev1.Service), fields.Everything())
 	c.slices = c.follow(discovery, "endpointslices", new(discoveryv1.EndpointSlice), fields.Everything())
-	return c, nil
+	return c, c.followDaemonSet(access)
 }
 
 // note remembers whether the API server answered, and returns err.
@@ -171,6 +173,9 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 	c.mu.Unlock()
 	for _, o := range c.kinds {
 		running.Go(func() { o.reflector.RunWithContext(ctx) })
+	}
+	if c.own != nil {
+		running.Go(func() { c.own.told.reflector.RunWithContext(ctx) })
 	}
 	tick := time.NewTicker(changesLast) // until all is read
 	defer tick.Stop()

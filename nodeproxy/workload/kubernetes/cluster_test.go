@@ -58,6 +58,7 @@ func startCluster(t *testing.T) *cluster {
 	c.mkdir("kubelet/kubepods")
 	c.Cluster, err = New(Config{
 		Node: node, Kubeconfig: c.kubeconfig, Mount: c.mount, Log: slog.New(slog.DiscardHandler), StateFile: c.stateFile(),
+		DaemonSet:  DaemonSet{"elsewhere", "nodeproxy"},
 		Namespaces: map[string][]string{"shop": {"web", "cart"}, "meshed": {"web"}},
 	})
 	if err != nil {
@@ -174,6 +175,7 @@ func TestPods(t *testing.T) {
 		{"registered as instances", testDefinitions},
 		{"ClusterIPs", testClusterIPs},
 		{"the API server stops and starts", testOutage},
+		{"the DaemonSet of its own", testDaemonSet},
 	} {
 		t.Run(part.name, func(t *testing.T) { part.run(t, c) })
 	}

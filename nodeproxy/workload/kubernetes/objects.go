@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -34,9 +35,15 @@ type objects struct {
 	changed   func()
 }
 
-// follow keeps the objects of one kind, once the Cluster runs.
+// follow keeps the objects of one kind, once the Cluster runs, and has it wait for them.
 func (c *Cluster) follow(client cache.Getter, name string, of runtime.Object, which fields.Selector) *objects {
-	all := cache.NewListWatchFromClient(client, name, metav1.NamespaceAll, which)
+	o := c.objects(client, name, metav1.NamespaceAll, of, which)
+	c.kinds = append(c.kinds, o)
+	return o
+}
+
+func (c *Cluster) objects(client cache.Getter, name, namespace string, of runtime.Object, which fields.Selector) *objects {
+	all := cache.NewListWatchFromClient(client, name, namespace, which)
 	o := &objects{Store: cache.NewStore(cache.MetaNamespaceKeyFunc), name: name, lister: all, changed: c.tell}
 	noted := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
@@ -52,7 +59,6 @@ func (c *Cluster) follow(client cache.Getter, name string, of runtime.Object, wh
 		Name: name, Backoff: &retry,
 		Logger: new(logr.Discard()), // what is wrong is said by Problem
 	})
-	c.kinds = append(c.kinds, o)
 	return o
 }
 
@@ -106,7 +112,7 @@ func list[T any](store *objects) []*T {
 // newClient knows the few types that are needed, where the usual client has all there are.
 func newClient(access *rest.Config, path string, version schema.GroupVersion) (*rest.RESTClient, error) {
 	scheme := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(appsv1.AddToScheme(scheme), corev1.AddToScheme(scheme), discoveryv1.AddToScheme(scheme)); err != nil {
 		return nil, err
 	}
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})

@@ -88,15 +88,23 @@ func (s *apiServer) access(name, token string) string {
 // grant lets nodeproxy do what docs/labels.md says that it does, and nothing else.
 func (s *apiServer) grant() {
 	s.t.Helper()
+	s.role("nodeproxy", `{"apiGroups": [""], "resources": ["pods", "namespaces", "services"], "verbs": ["list", "watch"]},
+{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}`)
+	s.role("daemonset", `{"apiGroups": ["apps"], "resources": ["daemonsets"], "resourceNames": ["nodeproxy"], "verbs": ["get", "list", "watch"]}`)
+}
+
+const rbac = "/apis/rbac.authorization.k8s.io/v1"
+
+// role gives nodeproxy the rights of rules.
+func (s *apiServer) role(name, rules string) {
+	s.t.Helper()
 	for kind, text := range map[string]string{
-		"clusterroles": `{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "nodeproxy"}, "rules": [
-{"apiGroups": [""], "resources": ["pods", "namespaces", "services"], "verbs": ["list", "watch"]},
-{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}]}`,
-		"clusterrolebindings": `{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "nodeproxy"},
-"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "nodeproxy"},
-"subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "nodeproxy"}]}`,
+		"clusterroles": fmt.Sprintf(`{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": %q}, "rules": [%s]}`, name, rules),
+		"clusterrolebindings": fmt.Sprintf(`{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": %[1]q},
+"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": %[1]q},
+"subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "nodeproxy"}]}`, name),
 	} {
-		s.do(s.core.Post().AbsPath("/apis/rbac.authorization.k8s.io/v1", kind).SetHeader("Content-Type", "application/json").Body([]byte(text)), nil)
+		s.do(s.core.Post().AbsPath(rbac, kind).SetHeader("Content-Type", "application/json").Body([]byte(text)), nil)
 	}
 }
 

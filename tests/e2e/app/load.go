@@ -13,11 +13,12 @@ import (
 	"time"
 )
 
-// load makes a number of connections, so many at a time, each of which asks "peer", and with -more goes on until its input ends. It
-// prints "done N failed F" and the first failures.
+// load makes a number of connections, so many at a time, each of which asks "peer". With -more, or none, it goes on until its stdin
+// ends. It prints "done N failed F" and the first failures.
 func load(args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
-	n := flags.Int64("n", 100, "connections")
+	n := flags.Int64("n", 100, "connections; 0: until stdin ends")
+	pause := flags.Duration("pause", 0, "of each that is made at a time, before the next")
 	workers := flags.Int("c", 2, "at a time")
 	more := flags.Bool("more", false, "go on until stdin ends")
 	if err := flags.Parse(args); err != nil {
@@ -29,8 +30,8 @@ func load(args []string) error {
 	}
 	var next, failed, done atomic.Int64
 	var enough atomic.Bool
-	enough.Store(!*more)
-	if *more {
+	enough.Store(*n > 0 && !*more)
+	if !enough.Load() {
 		go func() {
 			_, _ = io.Copy(io.Discard, os.Stdin)
 			enough.Store(true)
@@ -44,6 +45,7 @@ func load(args []string) error {
 				if err := ask(to); err != nil && failed.Add(1) <= 3 {
 					fmt.Printf("failed at %s: %v\n", time.Now().Format(time.StampMilli), err)
 				}
+				time.Sleep(*pause)
 			}
 		})
 	}

@@ -1,0 +1,223 @@
+package kubernetes
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"nodeproxy.io/tests/netlab"
+)
+
+func TestPodsOfANode(t *testing.T) {
+	m := newMesh(t, false)
+	m.install()
+	m.intentions("api", map[string]string{"web": "allow", "edge": "allow"})
+	m.create(
+		pod{name: "web", account: "web", labels: meshed},
+		pod{name: "api", account: "api", labels: meshed, annotations: map[string]string{"nodeproxy.io/exclude-inbound-ports": "9090"}, args: []string{"serve", ":8080", ":9090"}},
+		pod{name: "other", account: "other", labels: meshed}, pod{name: "stranger", account: "default"})
+	m.protected("shop/web", "shop/api", "shop/other")
+	node := m.Members[0]
+	vip, api := m.vip("api", 1), m.at("shop", "api")
+
+	run := func(name string, test func(*mesh)) {
+		t.Helper()
+		t.Run(name, func(t *testing.T) { test(m.within(t)) })
+	}
+	run("an allowed pod reaches another, a denied one and a stranger do not", func(m *mesh) {
+		m.reaches("shop/web", vip)
+		m.reaches("shop/web", api)
+		m.refused("shop/other", vip)
+		m.refused("shop/other", api)
+		m.refused("shop/stranger", api)
+		m.takes(node, vip, "direct")
+	})
+	run("by mTLS, where a pod asks for it", func(m *mesh) {
+		m.kubectl("-n", "shop", "label", "pod", "web", "nodeproxy.io/same-node=mtls")
+		m.takes(node, vip, "mtls", "tunnel")
+		m.refused("shop/other", vip)
+	})
+	run("the kubelet's probe is let in, a process of the node is not", func(m *mesh) {
+		if out := m.dialFromNode(api); reached(out) {
+			m.t.Errorf("a process of the node reaches the pod: %s", out)
+		}
+		m.kubectl("-n", "shop", "wait", "pod", "api", "--for", "condition=Ready", "--timeout", "1s")
+	})
+	run("an excluded port is everybody's", func(m *mesh) { m.reaches("shop/stranger", strings.Replace(api, ":8080", ":9090", 1)) })
+	run("an intention that is changed holds at once", func(m *mesh) {
+		m.intentions("api", map[string]string{"web": "deny", "edge": "allow"})
+		m.refused("shop/web", vip)
+		m.intentions("api", map[string]string{"web": "allow", "edge": "allow"})
+		m.reaches("shop/web", vip)
+	})
+	run("a ClusterIP stands for its service", func(m *mesh) {
+		m.kubectl("-n", "shop", "label", "pod", "api", "app=api")
+		m.kubectl("create", "-f", m.write("service.json", `{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "api", "namespace": "shop"},
+"spec": {"clusterIP": "10.96.7.7", "selector": {"app": "api"}, "ports": [{"port": 80, "targetPort": 8080}]}}`))
+		m.reaches("shop/web", "10.96.7.7:80")
+		m.refused("shop/other", "10.96.7.7:80")
+	})
+	run("a label is removed and added while pods run", func(m *mesh) {
+		m.kubectl("-n", "shop", "label", "pod", "api", "nodeproxy.io/mesh-")
+		m.reaches("shop/stranger", api)
+		m.kubectl("-n", "shop", "label", "pod", "api", "nodeproxy.io/mesh=enabled")
+		m.refused("shop/stranger", api)
+		m.reaches("shop/web", vip)
+	})
+	run("a namespace is labelled", func(m *mesh) {
+		m.create(pod{name: "cart", namespace: "meshed", account: "cart"})
+		cart := m.at("meshed", "cart")
+		m.reaches("shop/stranger", cart)
+		m.intentions("cart", map[string]string{"web": "allow"})
+		m.kubectl("label", "namespace", "meshed", "nodeproxy.io/mesh=enabled")
+		m.refused("shop/stranger", cart)
+		m.reaches("shop/web", m.vip("cart", 1))
+	})
+	run("a pod with the node's network", func(m *mesh) {
+		m.intentions("edge", map[string]string{"web": "allow"})
+		m.create(pod{name: "edge", account: "edge", labels: meshed, more: `"hostNetwork": true,`, args: []string{"serve", ":7070"}})
+		m.protected("shop/edge")
+		m.reaches("shop/edge", vip)
+		m.reaches("shop/web", m.vip("edge", 1))
+		address := node.IPv4.String() + ":7070"
+		m.refused("shop/stranger", address)
+		if out := m.dialFromNode(address); reached(out) {
+			m.t.Errorf("a process of the node reaches its guarded port: %s", out)
+		}
+	})
+	run("a pod is replaced", func(m *mesh) {
+		m.kubectl("-n", "shop", "delete", "pod", "api")
+		m.create(pod{name: "api", account: "api", labels: meshed})
+		m.protected("shop/api")
+		m.refused("shop/stranger", m.at("shop", "api"))
+		m.reaches("shop/web", m.vip("api", 1))
+	})
+	run("a Deployment is rolled over while it is called", testRollout)
+	run("the daemon's pod is replaced, and what is pinned holds", testReplaced)
+	run("what is deleted leaves nothing", testDeleted)
+}
+
+const deployment = `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "api", "namespace": "shop"}, "spec": {"replicas": 2,
+"selector": {"matchLabels": {"app": "replica"}}, "template": {"metadata": {"labels": {"app": "replica", "nodeproxy.io/mesh": "enabled"}}, "spec": {
+"serviceAccountName": "api", "terminationGracePeriodSeconds": 10, "containers": [{"name": "app", "image": "app:lab", "args": ["serve", ":8080"], "ports": [{"containerPort": 8080}],
+"readinessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1}, "lifecycle": {"preStop": {"sleep": {"seconds": 3}}}}]}}}}`
+
+// testRollout replaces every instance of api, as a Deployment does, under load.
+func testRollout(m *mesh) {
+	m.kubectl("create", "-f", m.write("deployment.json", deployment))
+	m.kubectl("-n", "shop", "delete", "pod", "api")
+	m.kubectl("-n", "shop", "rollout", "status", "deployment/api", "--timeout", patience.String())
+	vip := m.vip("api", 2)
+	for _, same := range []string{"mtls", "direct"} {
+		m.kubectl("-n", "shop", "label", "--overwrite", "pod", "web", "nodeproxy.io/same-node="+same)
+		m.reaches("shop/web", vip)
+		stdin, stop := io.Pipe()
+		load, err := m.StartKubectl(stdin, "-n", "shop", "exec", "-i", "web", "--", "/app", "load", "-n", "0", "-c", "2", "-pause", "20ms", vip)
+		m.must(err)
+		m.kubectl("-n", "shop", "rollout", "restart", "deployment/api")
+		m.kubectl("-n", "shop", "rollout", "status", "deployment/api", "--timeout", patience.String())
+		m.await("the old pods are gone", func() error {
+			if left := strings.Fields(m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "name")); len(left) != 2 {
+				return fmt.Errorf("there are %v", left)
+			}
+			return nil
+		})
+		m.must(stop.Close())
+		m.must(load.Wait(m.ctx()))
+		if out := load.Output(); !strings.Contains(out, " failed 0\n") {
+			m.t.Errorf("same-node=%s: %s", same, out)
+		}
+		m.t.Logf("same-node=%s: %s", same, load.Output())
+	}
+}
+
+// testReplaced deletes the daemon's pod, which its DaemonSet makes anew.
+func testReplaced(m *mesh) {
+	api := m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "jsonpath={.items[0].status.podIP}") + ":8080"
+	stream, err := m.StartKubectl(nil, "-n", "shop", "exec", "web", "--", "/app", "dial", "-timeout", "5m", m.vip("api", 2), "stream")
+	m.must(err)
+	m.must(stream.WaitOutput(m.ctx(), "a line"))
+	before := m.kubectl("-n", "nodeproxy", "get", "pods", "-o", "name")
+	m.kubectl("-n", "nodeproxy", "delete", "--wait=false", before)
+	m.await("another daemon is ready", func() error {
+		if out := m.dial("shop/stranger", api); reached(out) {
+			m.t.Fatalf("meanwhile a stranger reaches a pod of the mesh: %s", out)
+		}
+		out, err := m.Kubectl(m.ctx(), "-n", "nodeproxy", "get", "pods", "-o", "jsonpath={range .items[*]}pod/{.metadata.name} {.status.containerStatuses[0].ready}{end}")
+		if err == nil && (strings.Contains(out, before) || !strings.HasSuffix(out, " true")) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	m.reaches("shop/web", m.vip("api", 2))
+	select {
+	case <-stream.Done():
+		out := stream.Output()
+		m.t.Errorf("a direct connection has ended: %s", out[max(0, len(out)-300):])
+	default:
+		stream.Kill()
+	}
+}
+
+// testDeleted removes all that was installed.
+func testDeleted(m *mesh) {
+	api := m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "jsonpath={.items[0].status.podIP}") + ":8080"
+	m.refused("shop/stranger", api)
+	m.uninstall()
+	m.reaches("shop/stranger", api)
+}
+
+// uninstall deletes what was installed, and asserts that nothing of it is left on the nodes and in Consul.
+func (m *mesh) uninstall() {
+	m.t.Helper()
+	var objects []netlab.BPFObject
+	for _, n := range m.Members {
+		pinned, err := netlab.Pinned(n.Inside("/sys/fs/bpf/nodeproxy"))
+		m.must(err)
+		if len(pinned) == 0 {
+			m.t.Errorf("nothing is pinned at %s before", n.Name)
+		}
+		objects = append(objects, pinned...)
+	}
+	m.kubectl("delete", "-k", m.overlay, "--timeout", "2m")
+	for _, n := range m.Members {
+		if _, err := os.Stat(n.Inside("/sys/fs/bpf/nodeproxy")); !errors.Is(err, os.ErrNotExist) {
+			left, _ := netlab.Pinned(n.Inside("/sys/fs/bpf/nodeproxy"))
+			m.t.Errorf("%s has pins: %v, %v", n.Name, left, err)
+		}
+		m.must(filepath.WalkDir(n.Cgroups(), func(path string, d os.DirEntry, err error) error {
+			if err != nil || !d.IsDir() {
+				return err
+			}
+			names := make([]byte, 4096)
+			size, err := unix.Listxattr(path, names)
+			if err == nil && strings.Contains(string(names[:size]), "nodeproxy") {
+				m.t.Errorf("%s has attributes %q", path, names[:size])
+			}
+			if strings.HasPrefix(d.Name(), "nodeproxy-") {
+				m.t.Errorf("there is a cgroup %s", path)
+			}
+			return nil
+		}))
+	}
+	m.await("the kernel has nothing of it", func() error {
+		for _, o := range objects {
+			if o.Exists() {
+				return fmt.Errorf("it has %s", o)
+			}
+		}
+		return nil
+	})
+	var nodes []struct{ Node string }
+	m.must(m.consul.Do(m.ctx(), http.MethodGet, "/v1/catalog/nodes", nil, &nodes))
+	if len(nodes) != 1 {
+		m.t.Errorf("Consul has the nodes %v", nodes)
+	}
+}
