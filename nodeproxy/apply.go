@@ -121,6 +121,14 @@ func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 	return true
 }
 
+// Snapshot is what is in force, nil before there is one.
+func (p *Proxy) Snapshot() *catalog.Snapshot {
+	if now := p.gate.current(); now != nil {
+		return now.snap
+	}
+	return nil
+}
+
 // recheck evaluates the intention of every live connection again, also of one that is still dialling, and resets what
 // the policy in force denies. Direct ones are ended by Kernel.Revoke.
 func (p *Proxy) recheck() {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"time"
@@ -93,7 +94,7 @@ func (p *Proxy) Applications() []admin.Application {
 func (p *Proxy) Status() admin.Status {
 	kernel := p.cfg.Kernel.State()
 	s := admin.Status{
-		Version: p.cfg.Version, MapABI: p.cfg.MapABI, Node: p.cfg.Node, Started: p.started,
+		Version: p.cfg.Version, MapABI: p.cfg.MapABI, Node: p.cfg.Node, Started: p.started, PID: os.Getpid(),
 		Source:    p.sourceStatus(),
 		Workloads: []admin.Workload{}, Refused: []admin.Refused{}, Services: []admin.Service{},
 		Kernel: admin.Kernel{Pins: kernel.Pins, Heartbeat: kernel.Heartbeat, Links: kernel.Links, Repairs: kernel.Repairs, Maps: []admin.KernelMap{}, Counters: kernel.Counters},

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -27,6 +28,18 @@ func (r *Redirect) Audit(maps bool) []Drift {
 	defer r.mu.Unlock()
 	a := audit{r: r}
 	a.link(&r.own, hook{daemonPin, ebpf.AttachCGroupSockOps, r.obj.ProxySockops}, r.cgroup, r.dir)
+	for id, l := range r.former {
+		if linkedCgroup(l) != 0 {
+			a.pin(&l, "the link of an earlier daemon", filepath.Join(r.dir, formerDir, strconv.FormatUint(id, 10)))
+			a.program(l, "the link of an earlier daemon", r.obj.ProxySockops)
+			r.former[id] = l
+		}
+	}
+	for _, err := range r.dropFormer() {
+		if err != nil {
+			a.repair("the link of an earlier daemon is of no use any more", func() error { return err })
+		}
+	}
 	for id, e := range r.enrolled {
 		if now, err := CgroupID(e.cgroup); err == nil && now == id { // else it is gone, or an earlier daemon's
 			a.Drift = Drift{Cgroup: id}

@@ -82,9 +82,10 @@ func CgroupID(dir string) (uint64, error) {
 	return st.Ino, nil
 }
 
-// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody
-// else can be there, else a new one, <cgroup2>/nodeproxy-<node>, into which the process moves. Cleanup removes that.
-func OwnCgroup(node string) (string, error) {
+// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody else can
+// be there, or if it is that of the daemon before, whose process is given, 0 for none; else a new one, <cgroup2>/nodeproxy-<node>,
+// into which the process moves. Cleanup removes that.
+func OwnCgroup(node string, before int) (string, error) {
 	mount, err := CgroupMount()
 	if err != nil {
 		return "", err
@@ -94,7 +95,7 @@ func OwnCgroup(node string) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(mount, current)
-	if current != "/" && alone(dir) {
+	if current != "/" && (alone(dir) || isIn(current, before)) {
 		return dir, nil
 	}
 	dir = filepath.Join(mount, daemonCgroup(node))
@@ -108,6 +109,15 @@ func OwnCgroup(node string) (string, error) {
 }
 
 func daemonCgroup(node string) string { return "nodeproxy-" + node }
+
+// isIn reports whether a process, 0 for none, is in a cgroup.
+func isIn(cgroup string, pid int) bool {
+	if pid == 0 {
+		return false
+	}
+	its, err := processCgroup(strconv.Itoa(pid))
+	return err == nil && its == cgroup
+}
 
 // alone reports whether this process is the only one in the cgroup and no cgroup is below.
 func alone(dir string) bool {

@@ -64,16 +64,17 @@ func (ns *Namespace) OpenDNS() (_ *DNS, err error) {
 
 // listen adds the two sockets of an address.
 func (d *DNS) listen(network string, at netip.AddrPort) error {
-	var conn net.PacketConn
-	var ln net.Listener
-	err := d.ns.Do(func() (err error) {
-		lc := net.ListenConfig{Control: prepareDNSSocket}
-		lc.SetMultipathTCP(false) // its sockets take no filter
-		if conn, err = lc.ListenPacket(context.Background(), network, at.String()); err == nil {
-			ln, err = lc.Listen(context.Background(), "tcp"+network[3:], at.String())
-		}
-		return err
-	})
+	conn, ln, err := d.inherit(at)
+	if conn == nil && ln == nil && err == nil {
+		err = d.ns.Do(func() (err error) {
+			lc := net.ListenConfig{Control: prepareDNSSocket}
+			lc.SetMultipathTCP(false) // its sockets take no filter
+			if conn, err = lc.ListenPacket(context.Background(), network, at.String()); err == nil {
+				ln, err = lc.Listen(context.Background(), "tcp"+network[3:], at.String())
+			}
+			return err
+		})
+	}
 	if conn != nil {
 		packets := &DNSPackets{conn: conn.(*net.UDPConn)}
 		if at.Addr().Is6() {

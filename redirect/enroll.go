@@ -78,20 +78,27 @@ func (r *Redirect) NewWorkload(group uint32) (uint32, error) {
 	return id, nil
 }
 
-// Forget takes back an id from NewWorkload that no cgroup was enrolled with.
+// Forget takes back an id from NewWorkload, unless a cgroup was enrolled with it.
 func (r *Redirect) Forget(workload uint32) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for _, e := range r.enrolled {
+		if e.workload == workload {
+			return nil
+		}
+	}
 	return r.forgetWorkload(workload)
 }
 
 // Enroll attaches to a cgroup and switches the hooks on together, as workload, an id from NewWorkload. An enrolled cgroup
-// becomes the new workload in one step. On error the cgroup is as it was, and the id is gone.
+// becomes the new workload in one step, or stays the workload that it is. On error the cgroup is as it was, and an id that is
+// new to it is gone.
 func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	same := false
 	defer func() {
-		if err != nil {
+		if err != nil && !same {
 			err = errors.Join(err, r.forgetWorkload(workload))
 		}
 	}()
@@ -99,6 +106,7 @@ func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error)
 	if err != nil {
 		return err
 	}
+	same = r.enrolled[id] != nil && r.enrolled[id].workload == workload
 	var w outboundWorkload
 	if err := r.obj.Workloads.Lookup(workload, &w); err != nil {
 		return fmt.Errorf("enroll %s: find workload %d: %w", cgroup, workload, err)
@@ -120,7 +128,8 @@ func (r *Redirect) Enroll(cgroup string, workload uint32, n Nesting) (err error)
 	}
 	e.cgroup, e.group = cgroup, w.Group
 	r.enrolled[id] = e
-	if old != 0 {
+	delete(r.unclaimed, workload)
+	if old != 0 && !same {
 		return r.forgetWorkload(old)
 	}
 	return nil

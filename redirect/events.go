@@ -118,8 +118,10 @@ const flushEvery = 100 * time.Millisecond
 func (r *Redirect) Events(verdict func(Event), grant func(GrantEvent)) error {
 	var rec ringbuf.Record
 	for {
+		r.reading.Lock()
 		r.events.SetDeadline(time.Now().Add(flushEvery))
 		err := r.events.ReadInto(&rec)
+		r.reading.Unlock()
 		switch {
 		case errors.Is(err, os.ErrClosed):
 			return nil

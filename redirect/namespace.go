@@ -203,7 +203,11 @@ func (ns *Namespace) listen(kind outboundListenerKind) ([]*net.TCPListener, erro
 		network, addr string
 		family        uint32
 	}{{"tcp4", "127.0.0.1:0", unix.AF_INET}, {"tcp6", "[::1]:0", unix.AF_INET6}} {
-		ln, err := ns.listenOne(at.network, at.addr, kind)
+		key := outboundListenerKey{Netns: ns.Cookie, Kind: uint32(kind), Family: at.family}
+		ln, err := ns.inheritListener(key)
+		if ln == nil && err == nil {
+			ln, err = ns.listenOne(at.network, at.addr, kind)
+		}
 		if at.family == unix.AF_INET6 && (errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT)) {
 			continue
 		}
@@ -211,7 +215,7 @@ func (ns *Namespace) listen(kind outboundListenerKind) ([]*net.TCPListener, erro
 			return lns, fmt.Errorf("listen on %s in network namespace %d: %w (is its loopback interface up?)", at.addr, ns.Inode, err)
 		}
 		lns = append(lns, ln)
-		if err := ns.showListener(ln, outboundListenerKey{Netns: ns.Cookie, Kind: uint32(kind), Family: at.family}); err != nil {
+		if err := ns.showListener(ln, key); err != nil {
 			return lns, err
 		}
 	}
@@ -275,7 +279,12 @@ func (ns *Namespace) showListener(ln *net.TCPListener, key outboundListenerKey) 
 		return err
 	}
 	var errPut error
-	if err := raw.Control(func(fd uintptr) { errPut = ns.r.obj.Listeners.Put(key, uint64(fd)) }); err != nil {
+	err = raw.Control(func(fd uintptr) {
+		if !ns.isShown(int(fd), key) {
+			errPut = ns.r.obj.Listeners.Put(key, uint64(fd))
+		}
+	})
+	if err != nil {
 		return err
 	}
 	if errPut != nil {

@@ -42,6 +42,10 @@ type Config struct {
 	Cgroup   string // the daemon's own cgroup2 directory, from OwnCgroup
 	FailOpen bool   // on_failure = "open"
 	DNS      bool   // name queries of workloads may be steered: OpenDNS, SteerDNS
+
+	// Inherited takes, by name, a file that a daemon which still runs has from Files; nil for one that it has not. A nil
+	// function: no daemon runs.
+	Inherited func(name string) *os.File
 }
 
 // Redirect is the kernel state of one node. Its methods may be called concurrently.
@@ -55,6 +59,9 @@ type Redirect struct {
 	cgroup string    // the daemon's own
 	own    link.Link // proxy_sockops on it
 	events *ringbuf.Reader
+
+	inherit func(name string) *os.File
+	reading sync.Mutex // held by who reads events: the ring has one reader, in whatever process
 
 	mu           sync.Mutex
 	enrolled     map[uint64]*enrolment                               // by cgroup id
@@ -74,12 +81,13 @@ type Redirect struct {
 	mappedProbes shadow[outboundProbeKey, outboundProbeKey]
 	grants       shadow[outboundGrantKey, outboundGrant]
 	probers      map[uint64]link.Link // by cgroup id
+	former       map[uint64]link.Link // proxy_sockops on the cgroups of earlier daemons that have handed over, by id
 }
 
 // Open loads the programs, creates the maps or takes over the pinned ones, and attaches to the daemon's own cgroup. The
 // workloads that an earlier daemon left enrolled stay so, now with this daemon's programs. On error nothing has changed.
 //
-// Only one process at a time may have a node open.
+// Only one process at a time may have a node open, and the one to which it hands over.
 func Open(cfg Config) (_ *Redirect, err error) {
 	r := &Redirect{
 		cgroup:     cfg.Cgroup,
@@ -91,6 +99,12 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		unclaimed:  make(map[uint32]bool),
 		treated:    make(map[uint32]uint32),
 		probers:    make(map[uint64]link.Link),
+		former:     make(map[uint64]link.Link),
+		inherit:    cfg.Inherited,
+	}
+	handed := r.inherit != nil
+	if !handed {
+		r.inherit = func(string) *os.File { return nil }
 	}
 	if err := checkPins(cfg, r.dir); err != nil {
 		return nil, err
@@ -100,12 +114,12 @@ func Open(cfg Config) (_ *Redirect, err error) {
 			err = errors.Join(err, r.Close())
 		}
 	}()
-	for _, sub := range []string{"maps", "cgroups", "namespaces", probersDir} {
+	for _, sub := range []string{"maps", "cgroups", "namespaces", probersDir, formerDir} {
 		if err := os.MkdirAll(filepath.Join(r.dir, sub), 0o700); err != nil {
 			return nil, fmt.Errorf("create pin directory: %w", err)
 		}
 	}
-	if r.lock, err = lockDir(r.dir); err != nil {
+	if r.lock, err = r.takeLock(); err != nil {
 		return nil, err
 	}
 	// Not /proc/self: the process's first thread may be inside another namespace at this moment.
@@ -118,9 +132,11 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if err := r.loadShadows(); err != nil {
 		return nil, err
 	}
-	// An earlier daemon's grants must not come into force again with our first Beat.
-	if err := r.SetGrants(nil); err != nil {
-		return nil, err
+	// The grants of a daemon that is dead must not come into force again with our first Beat.
+	if !handed {
+		if err := r.SetGrants(nil); err != nil {
+			return nil, err
+		}
 	}
 	if r.noDNS = ErrNoDNS; cfg.DNS {
 		r.dns, r.noDNS = r.loadDNS()
@@ -130,6 +146,9 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	}
 	if r.events, err = ringbuf.NewReader(r.obj.Events); err != nil {
 		return nil, fmt.Errorf("read kernel events: %w", err)
+	}
+	if err := r.keepFormer(handed); err != nil {
+		return nil, err
 	}
 	if r.own, err = r.attachPinned(cfg.Cgroup, filepath.Join(r.dir, daemonPin), ebpf.AttachCGroupSockOps, r.obj.ProxySockops); err != nil {
 		return nil, fmt.Errorf("attach to the daemon's cgroup %s: %w", cfg.Cgroup, err)
@@ -163,6 +182,9 @@ func (r *Redirect) Close() error {
 		errs = append(errs, e.close())
 	}
 	for _, l := range r.probers {
+		errs = append(errs, l.Close())
+	}
+	for _, l := range r.former {
 		errs = append(errs, l.Close())
 	}
 	if r.own != nil {
@@ -354,14 +376,19 @@ func lockDir(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open pin directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("lock %s: %w", dir, ErrInUse)
-		}
 		return nil, fmt.Errorf("lock %s: %w", dir, err)
 	}
 	return f, nil
+}
+
+func flock(f *os.File) error {
+	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return ErrInUse
+	}
+	return err
 }
 
 // ErrInUse says that a running daemon has the node's state.

@@ -87,8 +87,8 @@ func newRoot(e *env) *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return &usageError{err, cmd} })
 	root.AddCommand(
-		newRun(e), newBoot(e), newDemo(e), newDemoApp(e), newCheck(e), newCanary(e), newStatus(e), newTrace(e), newExplain(e),
-		newEnroll(e), newUnenroll(e), newCleanup(e), newCA(e), newVersion(e), newMan(e),
+		newRun(e), newReload(e), newBoot(e), newDemo(e), newDemoApp(e), newCheck(e), newCanary(e), newStatus(e), newTrace(e), newExplain(e),
+		newEnroll(e), newUnenroll(e), newCleanup(e), newCA(e), newVersion(e), newReady(e), newMan(e),
 	)
 	return root
 }

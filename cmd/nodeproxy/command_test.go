@@ -130,7 +130,7 @@ func TestEveryCommandOfTheTableExistsAndListingsHaveJSON(t *testing.T) {
 	root := newRoot(&env{})
 	for name, listing := range map[string]bool{
 		"run": false, "demo": false, "check": true, "status": true, "trace": true, "explain": true,
-		"enroll": false, "unenroll": false, "cleanup": true, "version": true,
+		"enroll": false, "unenroll": false, "cleanup": true, "version": true, "reload": false,
 	} {
 		cmd, _, err := root.Find([]string{name})
 		if err != nil || cmd.Name() != name {

@@ -16,6 +16,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
+	"nodeproxy.io/nodeproxy/handover"
 	"nodeproxy.io/redirect"
 )
 
@@ -23,8 +24,9 @@ func newRun(e *env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the daemon",
-		Long: "Runs the daemon of this node. SIGTERM or SIGINT lets live connections end until limits.drain has passed; a second one\n" +
-			"ends it at once. Either way what is pinned in the kernel stays in force: enrolled workloads connect again when a\n" +
+		Long: "Runs the daemon of this node. If one runs already, this one takes over from it, and no new connection fails.\n\n" +
+			"SIGTERM or SIGINT lets live connections end until limits.drain has passed; a second one ends it at once.\n" +
+			"Either way what is pinned in the kernel stays in force: enrolled workloads connect again when a\n" +
 			"daemon runs again, or after \"nodeproxy cleanup\".",
 		Example: "  nodeproxy run --config /etc/nodeproxy/nodeproxy.hcl",
 		Args:    exactly(),
@@ -58,7 +60,11 @@ func newLogs(cfg config.Log, out io.Writer) (log, access *slog.Logger) {
 // runDaemon runs until ctx ends, drains, and returns.
 func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	log, access := newLogs(cfg.Log, out)
-	d, err := newNode(cfg, log, access)
+	before, err := handover.Begin(handoverSocket(cfg), self(cfg))
+	if err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	d, err := newNode(cfg, log, access, before)
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return fmt.Errorf("start the daemon: %w: run it as root", err)
 	}
@@ -73,7 +79,13 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	defer stopping()
 	var supervising sync.WaitGroup
 	supervised, stop := context.WithCancel(ctx)
-	supervising.Go(func() { d.supervise(supervised) })
+	supervising.Go(func() {
+		select {
+		case <-d.inOffice:
+			d.supervise(supervised)
+		case <-supervised.Done():
+		}
+	})
 	err = d.run(ctx)
 	stop()
 	supervising.Wait()

@@ -81,6 +81,13 @@ func (v *statusView) summary() {
 	var t table
 	t.add(cell{"node", v.dim}, cell{s.Node, v.bold})
 	t.add(cell{"daemon", v.dim}, daemon)
+	if h := s.Handover; h != nil {
+		text := fmt.Sprintf("from version %s, %s", h.From, v.ago(h.At))
+		if h.Draining {
+			text += fmt.Sprintf("; that one (pid %d) lets its live connections end", h.PID)
+		}
+		t.add(cell{"took over", v.dim}, cell{text, nil})
+	}
 	t.add(cell{"source", v.dim}, source)
 	t.add(cell{"store", v.dim}, v.store())
 	t.add(cell{"policy", v.dim}, cell{fmt.Sprintf("generation %d, %s, default %s", s.Policy.Generation, count(s.Policy.Intentions, "intention"), s.Policy.Default), nil})

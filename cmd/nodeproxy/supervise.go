@@ -29,7 +29,8 @@ func (d *node) supervise(ctx context.Context) {
 	if err != nil {
 		d.log.Warn("the service manager's watchdog is not fed", "error", err)
 	}
-	s := supervisor{watched: watched > 0, tell: func(state string) { notify(d.log, state) }, log: d.log, source: func() string { return d.Status().Source.Error }}
+	// One that took over is not told whether there is a watchdog.
+	s := supervisor{watched: watched > 0 || d.before != nil, tell: func(state string) { notify(d.log, state) }, log: d.log, source: func() string { return d.Status().Source.Error }}
 	tick := time.NewTicker(readyEvery)
 	defer tick.Stop()
 	for ctx.Err() == nil {

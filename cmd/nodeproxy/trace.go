@@ -50,6 +50,9 @@ func traceLine(s style, c *admin.Connection) string {
 	if c.Event == admin.EventDropped {
 		return at + "  " + s.yellow(fmt.Sprintf("dropped   %d events: this reader was too slow for them", c.Dropped))
 	}
+	if c.Event == admin.EventHandover {
+		return at + "  " + s.yellow("handover  "+clean(c.Detail))
+	}
 	verdict := s.green(fmt.Sprintf("%-7s", c.Verdict))
 	if c.Verdict == admin.Denied {
 		verdict = s.red(fmt.Sprintf("%-7s", c.Verdict))

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nodeproxy.io/nodeproxy"
@@ -19,6 +20,7 @@ import (
 	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/dns"
 	"nodeproxy.io/nodeproxy/file"
+	"nodeproxy.io/nodeproxy/handover"
 	"nodeproxy.io/nodeproxy/keep"
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/nodeproxy/workload/containers"
@@ -36,14 +38,25 @@ type node struct {
 	server   *admin.Server
 	metrics  *admin.MetricsServer // nil for none
 	kept     *keep.Source         // nil: the source needs no store
+	source   catalog.Source       // what delivers in the end
 	pods     *kubernetes.Cluster  // nil: pods are no workloads
 	finder   *registered.Finder   // nil: what is registered is no workload
 	log      *slog.Logger
+
+	self       handover.Self
+	handover   string                         // the path of its socket
+	before     *handover.Succession           // nil: no daemon ran
+	taking     sync.Mutex                     // guards its files
+	tookOver   atomic.Pointer[admin.Handover] // nil: from nobody
+	inOffice   chan struct{}                  // closed once this is the node's daemon
+	stopPublic context.CancelFunc             // ends admin API and metrics
+	public     sync.WaitGroup                 // these
 }
 
-// newNode builds all parts, what can be refused first and the kernel's state last. On error nothing is left open.
-func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) {
-	d := &node{log: log}
+// newNode builds all parts, what can be refused first and the kernel's state last, from what the daemon before has left, if there
+// is one. On error nothing is left open.
+func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succession) (_ *node, err error) {
+	d := &node{log: log, self: self(cfg), handover: handoverSocket(cfg), before: before, inOffice: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			d.close()
@@ -64,7 +77,8 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if d.pods, err = newCluster(cfg, log); err != nil {
 		return nil, err
 	}
-	source, err := newSource(cfg, log, d.pods, func(ctx context.Context, instance, network, address string) (net.Conn, error) {
+	known := d.knownBefore()
+	source, err := newSource(cfg, log, d.pods, known.generation(), func(ctx context.Context, instance, network, address string) (net.Conn, error) {
 		return d.manager.DialCheck(ctx, instance, network, address)
 	})
 	if err != nil {
@@ -73,7 +87,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 	if d.finder, err = newFinder(cfg, log); err != nil {
 		return nil, err
 	}
-	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder); err != nil {
+	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder, d.kernelBefore()); err != nil {
 		return nil, err
 	}
 	caller, _ := source.(catalog.Caller)
@@ -95,8 +109,9 @@ func newNode(cfg *config.Config, log, access *slog.Logger) (_ *node, err error) 
 		log.Warn("limits.connections is lowered to what the limit of open files allows: raise LimitNOFILE", "from", cfg.Limits.Connections, "to", fit)
 		cfg.Limits.Connections = fit
 	}
+	d.source = d.keeping(source)
 	d.Proxy, err = nodeproxy.New(nodeproxy.Config{
-		Node: cfg.Node.Name, Source: &toldSource{d.keeping(source), apply}, Kernel: d.manager, Observer: observer, Log: log,
+		Node: cfg.Node.Name, Source: &toldSource{known.resume(d.source, log), apply}, Kernel: d.manager, Observer: observer, Log: log,
 		Limits: nodeproxy.Limits{
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
@@ -117,6 +132,7 @@ func (d *node) keeping(source catalog.Source) catalog.Source {
 // Status implements admin.Backend.
 func (d *node) Status() admin.Status {
 	s := d.Proxy.Status()
+	s.Handover = d.handoverStatus()
 	if d.kept == nil {
 		s.Store = admin.Store{Kind: "none", Detail: "not needed: the source reads its directory and its CA itself"}
 		return s
@@ -130,15 +146,15 @@ func (d *node) Status() admin.Status {
 }
 
 func (d *node) listen(cfg config.Admin) (err error) {
-	d.server, err = admin.Listen(admin.ServerConfig{Socket: cfg.Socket, Backend: d, Hub: d.recorder.Hub, Log: d.log})
+	d.server, err = admin.Listen(admin.ServerConfig{Socket: cfg.Socket, Backend: d, Hub: d.recorder.Hub, Log: d.log, Inherited: d.inherit(adminFile + cfg.Socket)})
 	if err != nil || cfg.Metrics == "" {
 		return err
 	}
-	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.recorder.Metrics, func() error { return alive(time.Now(), d.manager.Health()) }, d.log)
+	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.inherit(metricsFile+cfg.Metrics), d.recorder.Metrics, func() error { return alive(time.Now(), d.manager.Health()) }, d.log)
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder, before *workload.Before) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -157,7 +173,7 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, p
 	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
-		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Log: log,
+		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Before: before, Log: log,
 	})
 }
 
@@ -254,8 +270,8 @@ func modeOf[M ~string](m M) *workload.Mode {
 // dialFunc dials for a check of an instance.
 type dialFunc = func(ctx context.Context, instance, network, address string) (net.Conn, error)
 
-// newSource makes the configured source. With a nil dial it only reads, and of no pods.
-func newSource(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster, dial dialFunc) (catalog.Source, error) {
+// newSource makes the configured source, whose snapshots follow one of generation after. With a nil dial it only reads, and of no pods.
+func newSource(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster, after uint64, dial dialFunc) (catalog.Source, error) {
 	if cfg.Consul != nil {
 		c := consulConfig(cfg)
 		c.Log = log
@@ -273,7 +289,7 @@ func newSource(cfg *config.Config, log *slog.Logger, pods *kubernetes.Cluster, d
 	return file.New(file.Config{
 		Dir: cfg.Source.Path, Node: cfg.Node.Name, NodeAddress: cfg.Node.Address,
 		VirtualRange: cfg.Source.VirtualIPs, Ports: file.Ports{First: cfg.Inbound.FirstPort, Last: cfg.Inbound.LastPort},
-		Permissive: cfg.Inbound.Mode == config.Permissive, DialContext: dial, Log: log,
+		After: after, Permissive: cfg.Inbound.Mode == config.Permissive, DialContext: dial, Log: log,
 	})
 }
 
@@ -318,28 +334,45 @@ func (s *toldSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) e
 	})
 }
 
-// run serves until ctx ends and live connections have drained. The admin API answers meanwhile; that it fails is
-// logged, and stops nothing.
+// run serves until ctx ends, or another daemon has taken over, and live connections have drained. The admin API answers
+// meanwhile, unless it is the other daemon's; that it fails is logged, and stops nothing.
 func (d *node) run(ctx context.Context) error {
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	public, stopPublic := context.WithCancel(background)
+	d.stopPublic = stopPublic
+	defer stopPublic()
 	var servers sync.WaitGroup
-	serve := func(name string, serve func(context.Context) error) {
-		servers.Go(func() {
-			if err := serve(background); err != nil {
+	serve := func(ctx context.Context, in *sync.WaitGroup, name string, serve func(context.Context) error) {
+		in.Go(func() {
+			if err := serve(ctx); err != nil {
 				d.log.Error("serve "+name, "error", err)
 			}
 		})
 	}
 	servers.Go(func() { d.recorder.Access.Run(background) })
-	serve("the admin API", d.server.Serve)
-	if d.metrics != nil {
-		serve("metrics", d.metrics.Serve)
-	}
+	servers.Go(func() {
+		if err := d.succeed(ctx); err != nil {
+			fail(err)
+			return
+		}
+		serve(public, &d.public, "the admin API", d.server.Serve)
+		if d.metrics != nil {
+			serve(public, &d.public, "metrics", d.metrics.Serve)
+		}
+		serve(background, &servers, "the next daemon", d.handOver)
+		close(d.inOffice)
+	})
 	err := d.Run(ctx)
 	stop()
 	servers.Wait()
-	return errors.Join(err, d.manager.Close())
+	d.public.Wait()
+	if d.before != nil {
+		_ = d.before.Close()
+	}
+	return errors.Join(err, d.lost(ctx), d.manager.Close())
 }
 
 // close gives up what newNode opened.
@@ -352,6 +385,9 @@ func (d *node) close() {
 	}
 	if d.manager != nil {
 		_ = d.manager.Close()
+	}
+	if d.before != nil {
+		_ = d.before.Close()
 	}
 }
 
@@ -366,7 +402,14 @@ func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
 	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
 		return admin.Classify(err, admin.ErrRefused)
 	}
-	return d.manual.Enroll(c)
+	return refusedByHandover(d.manual.Enroll(c))
+}
+
+func refusedByHandover(err error) error {
+	if errors.Is(err, workload.ErrHandingOver) {
+		return admin.Classify(err, admin.ErrRefused)
+	}
+	return err
 }
 
 // claimedElsewhere says which other provider has c's cgroup: two claims of one cgroup are never both granted.
@@ -385,7 +428,7 @@ func (d *node) Unenroll(_ context.Context, req admin.EnrollRequest) error {
 	if errors.Is(err, workload.ErrNotEnrolled) {
 		return admin.Classify(err, admin.ErrNotFound)
 	}
-	return err
+	return refusedByHandover(err)
 }
 
 const (
@@ -395,7 +438,7 @@ const (
 
 // readSource returns the source's first snapshot, or what keeps it from making one.
 func readSource(ctx context.Context, cfg *config.Config) (*catalog.Snapshot, error) {
-	source, err := newSource(cfg, nil, nil, nil)
+	source, err := newSource(cfg, nil, nil, 0, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -17,6 +17,7 @@ type collector struct {
 	dnsAnswered, dnsForwarded, dnsFailed                          *prometheus.Desc
 	unprotectedUDP, eventsLost, repairs, observed                 *prometheus.Desc
 	idleTunnels, sourceAddressRejected                            *prometheus.Desc
+	tookOver, draining                                            *prometheus.Desc
 }
 
 var pairLabels = [...]string{"source_service", "destination_service", "direction", "path"}
@@ -51,6 +52,9 @@ func newCollector(m *Metrics) *collector {
 		dnsForwarded: desc("dns_forwarded_total", "Name queries of workloads that the name server which they asked has answered."),
 		dnsFailed:    desc("dns_failed_total", "Name queries of workloads that were malformed, not answered in time, or one too many."),
 
+		tookOver: desc("handover_timestamp_seconds", "When this daemon took over from the one before; absent where none ran."),
+		draining: desc("handover_draining", "1 while the daemon before still carries connections; absent where none ran."),
+
 		idleTunnels:           desc("idle_tunnels", "Tunnels to other nodeproxies that carry no connection.", "direction"),
 		sourceAddressRejected: desc("source_address_rejected_total", "Streams of tunnels whose client address was claimed, and not shown to the application."),
 	}
@@ -60,7 +64,7 @@ func newCollector(m *Metrics) *collector {
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{c.opened, c.closed, c.active, c.bytes, c.denied, c.handshake,
 		c.certificateExpiry, c.sourceAge, c.unprotected, c.foreign, c.refused, c.l7Ignored, c.unprotectedUDP, c.eventsLost, c.repairs, c.observed, c.dnsAnswered, c.dnsForwarded, c.dnsFailed,
-		c.idleTunnels, c.sourceAddressRejected} {
+		c.idleTunnels, c.sourceAddressRejected, c.tookOver, c.draining} {
 		ch <- d
 	}
 }
@@ -135,6 +139,14 @@ func (c *collector) collectStatus(ch chan<- prometheus.Metric) {
 	ch <- counter(c.unprotectedUDP, status.Kernel.Counters[CounterUnprotectedUDP])
 	ch <- counter(c.repairs, status.Kernel.Repairs)
 	ch <- counter(c.eventsLost, status.Kernel.Counters[CounterEventsLost])
+	if h := status.Handover; h != nil {
+		ch <- gauge(c.tookOver, float64(h.At.UnixMilli())/1000)
+		draining := 0.0
+		if h.Draining {
+			draining = 1
+		}
+		ch <- gauge(c.draining, draining)
+	}
 	if q := status.DNS; q != nil {
 		ch <- counter(c.dnsAnswered, q.Answered)
 		ch <- counter(c.dnsForwarded, q.Forwarded)

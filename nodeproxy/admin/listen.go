@@ -15,10 +15,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listenUnix binds path, mode 0600, in a directory that it makes if need be. A socket that is already there is replaced
+// listenUnix takes over inherited, which is bound to path, or binds that, mode 0600, in a directory that it makes if need be. A socket that is already there is replaced
 // only when nobody answers on it; the directory is locked meanwhile, so that two daemons that start at once cannot
 // both find nobody.
-func listenUnix(path string) (*net.UnixListener, error) {
+func listenUnix(path string, inherited *os.File) (*net.UnixListener, error) {
+	if inherited != nil {
+		defer inherited.Close()
+		ln, err := net.FileListener(inherited)
+		if err != nil {
+			return nil, fmt.Errorf("take over admin.socket %s: %w", path, err)
+		}
+		return ln.(*net.UnixListener), nil
+	}
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("make the admin socket's directory: %w", err)

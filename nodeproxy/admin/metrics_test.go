@@ -201,7 +201,7 @@ func TestGaugesComeFromTheStatusAndTheSnapshot(t *testing.T) {
 
 func TestMetricsServerServesTwoPathsOnly(t *testing.T) {
 	m := newTestMetrics()
-	srv, err := ListenMetrics("127.0.0.1:0", m, func() error { return errors.New("hung") }, slog.New(slog.DiscardHandler))
+	srv, err := ListenMetrics("127.0.0.1:0", nil, m, func() error { return errors.New("hung") }, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

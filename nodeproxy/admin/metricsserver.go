@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -16,13 +18,16 @@ const maxScrapes = 4
 
 // MetricsServer serves /metrics, /healthz and /livez, and nothing else, over plain HTTP.
 type MetricsServer struct {
-	ln  net.Listener
-	srv *http.Server
+	address string
+	ln      net.Listener
+	socket  *net.TCPListener // of ln
+	srv     *http.Server
 }
 
-// ListenMetrics binds address. /livez answers 200 while alive returns nil. The caller calls Serve, or Close if it never gets that far.
-func ListenMetrics(address string, m *Metrics, alive func() error, log *slog.Logger) (*MetricsServer, error) {
-	ln, err := net.Listen("tcp", address)
+// ListenMetrics binds address, or takes over inherited, which is bound to it. /livez answers 200 while alive returns nil. The caller
+// calls Serve, or Close if it never gets that far.
+func ListenMetrics(address string, inherited *os.File, m *Metrics, alive func() error, log *slog.Logger) (*MetricsServer, error) {
+	ln, err := listenTCP(address, inherited)
 	if err != nil {
 		return nil, fmt.Errorf("listen on admin.metrics %s: %w (set admin.metrics to another address, or to \"\" for none)", address, err)
 	}
@@ -36,7 +41,7 @@ func ListenMetrics(address string, m *Metrics, alive func() error, log *slog.Log
 		_, _ = fmt.Fprintln(w, "ok")
 	})
 	guarded := &guardedListener{Listener: ln, log: log, max: maxClients}
-	return &MetricsServer{ln: guarded, srv: &http.Server{
+	return &MetricsServer{address: address, ln: guarded, socket: ln.(*net.TCPListener), srv: &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
@@ -46,6 +51,20 @@ func ListenMetrics(address string, m *Metrics, alive func() error, log *slog.Log
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}}, nil
 }
+
+func listenTCP(address string, inherited *os.File) (net.Listener, error) {
+	if inherited == nil {
+		return net.Listen("tcp", address)
+	}
+	defer inherited.Close()
+	return net.FileListener(inherited)
+}
+
+// File is the socket, for the daemon to which this one hands over.
+func (s *MetricsServer) File() syscall.Conn { return s.socket }
+
+// Address is what ListenMetrics was asked to bind.
+func (s *MetricsServer) Address() string { return s.address }
 
 // Addr is the bound address.
 func (s *MetricsServer) Addr() net.Addr { return s.ln.Addr() }

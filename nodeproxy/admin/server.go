@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -55,12 +57,14 @@ type Backend interface {
 	Connections() []Connection
 }
 
-// ServerConfig is what a Server needs; every field is required.
+// ServerConfig is what a Server needs; every field but the last is required.
 type ServerConfig struct {
 	Socket  string // absolute path
 	Backend Backend
 	Hub     *Hub
 	Log     *slog.Logger
+
+	Inherited *os.File // the socket, from a daemon that hands over; nil: it is bound
 }
 
 func (c *ServerConfig) validate() error {
@@ -80,7 +84,8 @@ func (c *ServerConfig) validate() error {
 type Server struct {
 	cfg    ServerConfig
 	ln     net.Listener
-	traces chan struct{} // one token per running trace
+	socket *net.UnixListener // of ln
+	traces chan struct{}     // one token per running trace
 }
 
 // Listen binds the socket. The caller calls Serve, or Close if it never gets that far.
@@ -88,19 +93,29 @@ func Listen(cfg ServerConfig) (*Server, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	ln, err := listenUnix(cfg.Socket)
+	ln, err := listenUnix(cfg.Socket, cfg.Inherited)
 	if err != nil {
 		return nil, err
 	}
 	guarded := &guardedListener{Listener: ln, log: cfg.Log, admit: rootOnly, max: maxClients}
-	return &Server{cfg: cfg, ln: guarded, traces: make(chan struct{}, maxTraces)}, nil
+	return &Server{cfg: cfg, ln: guarded, socket: ln, traces: make(chan struct{}, maxTraces)}, nil
 }
 
-// Close removes the socket of a Server that does not serve.
+// Path is where the socket is.
+func (s *Server) Path() string { return s.cfg.Socket }
+
+// File is the socket, for the daemon to which this one hands over.
+func (s *Server) File() syscall.Conn { return s.socket }
+
+// Yield leaves the socket to that daemon when Serve ends.
+func (s *Server) Yield() { s.socket.SetUnlinkOnClose(false) }
+
+// Close removes the socket of a Server that does not serve, unless it is inherited.
 func (s *Server) Close() error { return s.ln.Close() }
 
 // Serve answers until ctx ends, then ends the traces, waits shortly for running requests and removes the socket.
 func (s *Server) Serve(ctx context.Context) error {
+	s.socket.SetUnlinkOnClose(true)
 	srv := &http.Server{
 		Handler:           s.Handler(),
 		ReadHeaderTimeout: readTimeout,

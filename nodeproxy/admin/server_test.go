@@ -238,12 +238,12 @@ func TestStaleSocketIsReplacedAndALiveOneIsNot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listenUnix(path); err == nil || !strings.Contains(err.Error(), "another daemon") {
+	if _, err := listenUnix(path, nil); err == nil || !strings.Contains(err.Error(), "another daemon") {
 		t.Errorf("listen on a live socket = %v, want a refusal", err)
 	}
 	ln.SetUnlinkOnClose(false)
 	_ = ln.Close() // as a killed daemon leaves it
-	again, err := listenUnix(path)
+	again, err := listenUnix(path, nil)
 	if err != nil {
 		t.Fatalf("listen on a stale socket: %v", err)
 	}
@@ -255,7 +255,7 @@ func TestAFileInPlaceOfTheSocketIsLeftAlone(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listenUnix(path); err == nil || !strings.Contains(err.Error(), "not a socket") {
+	if _, err := listenUnix(path, nil); err == nil || !strings.Contains(err.Error(), "not a socket") {
 		t.Errorf("listen = %v, want a refusal", err)
 	}
 	if b, _ := os.ReadFile(path); string(b) != "precious" {
@@ -265,7 +265,7 @@ func TestAFileInPlaceOfTheSocketIsLeftAlone(t *testing.T) {
 
 func TestClientsBeyondTheLimitAreTurnedAwayAndMakeRoomAgain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "admin.sock")
-	unixLn, err := listenUnix(path)
+	unixLn, err := listenUnix(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

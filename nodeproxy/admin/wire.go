@@ -28,6 +28,7 @@ const (
 	EventClose    = "close"
 	EventDenied   = "denied"
 	EventObserved = "observed" // of a workload that is only watched: Verdict and Reason are what it would have met in the mesh
+	EventHandover = "handover" // trace only: another daemon took over the node, as Detail says; no connection
 	EventDropped  = "dropped"  // trace only: no connection, only Time and Dropped are set
 )
 
@@ -98,6 +99,7 @@ type Status struct {
 	MapABI       int           `json:"map_abi"`
 	Node         string        `json:"node"`
 	Started      time.Time     `json:"started"`
+	PID          int           `json:"pid"` // as the daemon sees itself
 	Source       SourceStatus  `json:"source"`
 	Policy       PolicyStatus  `json:"policy"`
 	Workloads    []Workload    `json:"workloads"`
@@ -117,8 +119,18 @@ type Status struct {
 	Goroutines int `json:"goroutines"`
 	// Stopping: no new connections are taken, the live ones may end by themselves.
 	Stopping bool `json:"stopping,omitempty"`
+	// Handover says from whom this daemon has the node; absent where no daemon ran when it started.
+	Handover *Handover `json:"handover,omitempty"`
 	// DNS counts the name queries of workloads; absent where dns.enabled is false.
 	DNS *Queries `json:"dns,omitempty"`
+}
+
+// Handover is how this daemon took over from the one before.
+type Handover struct {
+	From     string    `json:"from"` // its version
+	PID      int       `json:"pid"`  // 0 where it is not seen from here
+	At       time.Time `json:"at"`
+	Draining bool      `json:"draining,omitempty"` // it still carries connections, or waits for limits.drain
 }
 
 // Queries counts name queries since the start of the daemon.

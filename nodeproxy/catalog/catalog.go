@@ -49,6 +49,12 @@ type Restorer interface {
 	Restore(snap *Snapshot, updated time.Time) error
 }
 
+// Yielder is a Source that changes something outside of its process.
+type Yielder interface {
+	// Yield ends that, while the source runs: the node's next daemon does it from now on. It delivers as before.
+	Yield()
+}
+
 // Health is a source's state as status shows it.
 type Health struct {
 	Kind     string    // "file" or "consul"

@@ -122,14 +122,17 @@ type Source struct {
 	named chan struct{} // gets a value, without blocking, when the names of services may have changed
 	known chan struct{} // the same for the services that are in the mesh, or on this node
 
+	yielded atomic.Bool // another daemon registers this node's sidecars
+
 	ports   *ports // nil: nothing is registered
 	wanted  chan *wanted
 	lookNow chan struct{} // gets a value, without blocking, when this node's registrations may have changed
 }
 
 var (
-	_ catalog.Source = (*Source)(nil)
-	_ catalog.Caller = (*Source)(nil)
+	_ catalog.Source  = (*Source)(nil)
+	_ catalog.Caller  = (*Source)(nil)
+	_ catalog.Yielder = (*Source)(nil)
 )
 
 // New checks cfg and reads its certificates. It does not ask the agent.
@@ -169,6 +172,9 @@ func (s *Source) Need(services []string) {
 	s.leaves.need(slices.Clone(services))
 	wake(s.known)
 }
+
+// Yield implements catalog.Yielder: nothing is registered any more, and what is stays when Run ends.
+func (s *Source) Yield() { s.yielded.Store(true) }
 
 // Called implements catalog.Caller.
 func (s *Source) Called(service string) { s.called.add(service) }

@@ -277,7 +277,7 @@ func (r *run) keepRegistered(ctx context.Context) {
 		l := &enlister{run: r}
 		register = l.register
 		defer func() {
-			if w != nil {
+			if w != nil && !r.yielded.Load() {
 				l.leave(ctx)
 			}
 		}()
@@ -292,7 +292,7 @@ func (r *run) keepRegistered(ctx context.Context) {
 			alive = true
 		case <-retry.C:
 		}
-		if w == nil {
+		if w == nil || r.yielded.Load() {
 			continue
 		}
 		for _, name := range w.needed {

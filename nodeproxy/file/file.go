@@ -55,6 +55,8 @@ type Config struct {
 	VirtualRange netip.Prefix // virtual IPs are given out of it; the same on every node
 	Ports        Ports        // mesh ports of this node's instances are given out of it
 
+	After uint64 // generations of its snapshots are higher
+
 	Permissive   bool // plaintext is let in where Consul's MutualTLSMode says nothing
 	DefaultAllow bool // connections that no intention matches are allowed
 
@@ -145,7 +147,7 @@ func (s *Source) Health() catalog.Health {
 func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &run{
-		Source: s, deliver: deliver, leaves: newLeaves(s.now),
+		Source: s, deliver: deliver, leaves: newLeaves(s.now), generation: s.cfg.After,
 		checker: newChecker(s.cfg.DialContext, s.cfg.Log),
 	}
 	defer r.checker.wait()

@@ -46,9 +46,10 @@ type Source struct {
 	log      *slog.Logger
 	restored *catalog.Snapshot
 
-	mu     sync.Mutex
-	newest *catalog.Snapshot
-	state  State
+	mu      sync.Mutex
+	newest  *catalog.Snapshot
+	state   State
+	yielded bool
 }
 
 // State is what is kept.
@@ -71,10 +72,31 @@ func (s *Source) State() State {
 	return s.state
 }
 
+// Restore implements catalog.Restorer. What is kept is not looked at then.
+func (s *Source) Restore(snap *catalog.Snapshot, updated time.Time) error {
+	err := s.Restorable.Restore(snap, updated)
+	if err == nil {
+		s.restored = snap
+	}
+	return err
+}
+
+// Yield implements catalog.Yielder: nothing is written any more.
+func (s *Source) Yield() {
+	s.mu.Lock()
+	s.yielded = true
+	s.mu.Unlock()
+	if y, ok := s.Restorable.(catalog.Yielder); ok {
+		y.Yield()
+	}
+}
+
 // Run implements catalog.Source.
 func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
-	if err := s.restore(); err != nil {
-		s.log.Warn("what an earlier daemon knew is not used", "error", err)
+	if s.restored == nil {
+		if err := s.restore(); err != nil {
+			s.log.Warn("what an earlier daemon knew is not used", "error", err)
+		}
 	}
 	changed := make(chan struct{}, 1)
 	saving, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -112,7 +134,6 @@ func (s *Source) restore() error {
 	if kept.Kind != now.Kind || kept.Location != now.Location {
 		return fmt.Errorf("it is from %s %s, and the source is %s %s", kept.Kind, kept.Location, now.Kind, now.Location)
 	}
-	s.restored = kept.Snapshot
 	return s.Restore(kept.Snapshot, kept.Updated)
 }
 
@@ -145,9 +166,9 @@ func (s *Source) saveAll(ctx context.Context, changed <-chan struct{}) {
 
 func (s *Source) save() {
 	s.mu.Lock()
-	newest := s.newest
+	newest, yielded := s.newest, s.yielded
 	s.mu.Unlock()
-	if newest == nil || newest == s.restored {
+	if newest == nil || newest == s.restored || yielded {
 		return
 	}
 	size, err := s.write(newest)

@@ -130,7 +130,7 @@ type told struct {
 func (h *told) Direct(c DirectConnection) { h.all = append(h.all, c) }
 
 func managerOf(k *reluctant) *Manager {
-	m := &Manager{direct: newDirect(Config{}, k), log: slog.New(slog.DiscardHandler), ready: make(chan struct{})}
+	m := &Manager{pen: newPen(), direct: newDirect(Config{}, k), log: slog.New(slog.DiscardHandler), ready: make(chan struct{})}
 	close(m.ready)
 	return m
 }

@@ -41,7 +41,7 @@ func (m *Manager) openDNS() {
 		for _, p := range sockets.Packets {
 			packets = append(packets, p)
 		}
-		m.serving.Go(func() { m.cfg.DNS.Serve(sockets, packets, sockets.Streams) })
+		m.begin(func() { m.serving.Go(func() { m.cfg.DNS.Serve(sockets, packets, sockets.Streams) }) })
 	}
 }
 

@@ -40,6 +40,8 @@ type Config struct {
 	NotDirect   string // why connections within the node pass the proxy; "": they need not
 	PreferLocal bool   // a virtual IP leads to this node's instances even if there are others
 
+	Before *Before // the daemon that hands over; nil: none runs
+
 	Existing *time.Duration // how long a workload keeps the connections it has when it is enrolled; nil: until they end
 	Log      *slog.Logger
 }
@@ -65,6 +67,13 @@ type Manager struct {
 	once  sync.Once     // closes ready
 	view  atomic.Pointer[view]
 
+	pen      pen
+	frozen   atomic.Bool   // another daemon is taking over, or has
+	stopped  atomic.Bool   // Run is about to end
+	inOffice atomic.Bool   // the daemon before, if there was one, has let go
+	yielding chan struct{} // closed by Yield
+	yielded  chan struct{} // closed once that is done
+
 	repairs atomic.Uint64
 	looked  atomic.Pointer[time.Time] // when the last reconciliation ended
 	direct  *direct
@@ -77,6 +86,7 @@ type Manager struct {
 
 	// What reconcile, the only user, knows.
 	serve      func(*redirect.Namespace, *Namespace)
+	inherited  *inheritance               // nil: nothing, or it is settled
 	workloads  map[string]*entry          // by cgroup path
 	namespaces map[uint64]*space          // by inode
 	found      map[uint64]*foundNamespace // by inode; not open
@@ -144,11 +154,17 @@ func NewManager(cfg Config) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	own, err := redirect.OwnCgroup(cfg.Node)
+	var before Before
+	if cfg.Before != nil {
+		before = *cfg.Before
+	}
+	own, err := redirect.OwnCgroup(cfg.Node, before.PID)
 	if err != nil {
 		return nil, err
 	}
-	r, err := redirect.Open(redirect.Config{Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen, DNS: cfg.DNS != nil})
+	r, err := redirect.Open(redirect.Config{
+		Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen, DNS: cfg.DNS != nil, Inherited: before.Take,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -157,6 +173,8 @@ func NewManager(cfg Config) (*Manager, error) {
 	}
 	m := &Manager{
 		cfg: cfg, log: cfg.Log, redirect: r, cgroup: own, mount: mount, direct: newDirect(cfg, r),
+		pen:      newPen(),
+		yielding: make(chan struct{}), yielded: make(chan struct{}),
 		kick:       make(chan struct{}, 1),
 		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),
@@ -173,6 +191,11 @@ func NewManager(cfg Config) (*Manager, error) {
 	for _, e := range r.Enrolled() {
 		m.adopted[e.Cgroup] = true
 	}
+	if cfg.Before != nil {
+		if err := m.inherit(cfg.Before); err != nil {
+			return nil, errors.Join(err, r.Close())
+		}
+	}
 	m.probers.listening = cfg.Probers.listening()
 	m.view.Store(&view{})
 	return m, nil
@@ -181,12 +204,24 @@ func NewManager(cfg Config) (*Manager, error) {
 // Close lets go of the kernel state, which stays in force. Run must have returned.
 func (m *Manager) Close() error { return m.redirect.Close() }
 
+// Ready is closed once the workloads are known, and served.
+func (m *Manager) Ready() <-chan struct{} { return m.ready }
+
 // Store is the node's memory in the kernel. It may be used until Close.
 func (m *Manager) Store() *redirect.Store { return m.redirect.Store() }
 
-// Run implements the proxy's Kernel.
+// Run implements the proxy's Kernel. It also ends with Yield.
 func (m *Manager) Run(ctx context.Context, h Handler) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	var wg sync.WaitGroup
+	wg.Go(func() {
+		select {
+		case <-m.yielding:
+			stop()
+		case <-ctx.Done():
+		}
+	})
 	m.serve = func(ns *redirect.Namespace, public *Namespace) {
 		for _, ln := range ns.Outbound {
 			wg.Go(func() { h.ServeOutbound(public, ln) })
@@ -217,6 +252,13 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	})
 	m.loop(ctx, h)
 	beating.Wait() // a last beat must not come after Rest
+	if m.leaves() {
+		err := errors.Join(m.leaveToNext(), m.watcher.close())
+		wg.Wait()
+		m.serving.Wait()
+		close(m.yielded)
+		return err
+	}
 	for _, e := range m.leaving {
 		e.left = true // nothing is redirected for it any more, and there is no later
 	}
@@ -224,14 +266,18 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	for _, s := range m.sockets.open {
 		s.close(m)
 	}
-	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close())
+	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close(), m.closeListeners())
+	wg.Wait()
+	m.serving.Wait()
+	return err
+}
+
+func (m *Manager) closeListeners() (err error) {
 	for _, ns := range m.namespaces {
 		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {
 			err = errors.Join(err, ignoreClosed(ln.Close()))
 		}
 	}
-	wg.Wait()
-	m.serving.Wait()
 	return err
 }
 
@@ -292,7 +338,7 @@ func (m *Manager) beat(ctx context.Context, h Handler) {
 			return
 		case <-tick.C:
 		case <-reap.C:
-			if err := errors.Join(m.redirect.Reap(), m.reapDirect(h)); err != nil {
+			if err := m.pen.write(func() error { return errors.Join(m.redirect.Reap(), m.reapDirect(h)) }); err != nil && !errors.Is(err, ErrHandingOver) {
 				m.log.Error("entries of the kernel's maps could not be reaped", "error", err)
 			}
 		}
@@ -308,7 +354,11 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			needed = need
 			h.Need(need)
 		}
+		if m.pen.Acquire(ctx, 1) != nil {
+			return
+		}
 		m.reconcile(h)
+		m.pen.Release(1)
 		now := time.Now()
 		m.looked.Store(&now)
 		select {
@@ -338,7 +388,7 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	m.mu.Lock()
 	m.snap = snap
 	m.mu.Unlock()
-	err := m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges)
+	err := m.pen.write(func() error { return m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges) })
 	m.mu.Lock()
 	m.passed = err
 	m.mu.Unlock()

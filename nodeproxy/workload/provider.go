@@ -32,6 +32,7 @@ type Manual struct {
 	mu     sync.Mutex
 	claims []Claim
 	claim  func([]Claim)
+	frozen bool
 }
 
 // NewManual reads the workloads enrolled by hand from path; a file that is not there holds none.
@@ -100,6 +101,13 @@ func (m *Manual) without(cgroup string) []Claim {
 	return slices.DeleteFunc(slices.Clone(m.claims), func(c Claim) bool { return c.Cgroup == cgroup })
 }
 
+// Freeze has changes refused with ErrHandingOver until it is called again: the daemon that takes over reads the file.
+func (m *Manual) Freeze(frozen bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.frozen = frozen
+}
+
 // Remember writes claims into a file for a daemon that runs later: whole, by rename.
 func Remember(path string, claims any) error {
 	data, err := json.MarshalIndent(claims, "", "  ")
@@ -118,6 +126,9 @@ func Remember(path string, claims any) error {
 
 // replace writes the file before anything changes.
 func (m *Manual) replace(claims []Claim) error {
+	if m.frozen {
+		return ErrHandingOver
+	}
 	if err := Remember(m.path, claims); err != nil {
 		return fmt.Errorf("store workloads enrolled by hand: %w", err)
 	}

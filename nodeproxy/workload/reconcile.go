@@ -46,6 +46,7 @@ func (m *Manager) reconcile(h Handler) {
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
 	if known {
+		m.settle()
 		m.once.Do(func() { close(m.ready) })
 		m.settleDirect(h)
 	}
@@ -80,6 +81,9 @@ func (m *Manager) silent() map[string]bool {
 func (m *Manager) protect(next *view, h Handler) {
 	ready := m.enrollable(next)
 	for _, e := range ready {
+		if e.ID != 0 {
+			continue // it stays what it is
+		}
 		id, err := m.redirect.NewWorkload(m.group(&e.Workload))
 		if err != nil {
 			e.problem = err
@@ -207,6 +211,7 @@ func (m *Manager) enrollable(v *view) []*entry {
 		id, left := pinned[e.cgroup]
 		if left {
 			m.direct.remember(id, owner{e.Service, e.Cgroup})
+			e.ID = m.sameWorkload(e, id)
 		}
 		e.uncertified = slices.DeleteFunc(e.Services(), v.hasLeaf)
 		if !left && e.Mesh == Enabled {

@@ -161,6 +161,11 @@ func (m *Manager) openSocket(key socketKey, pid string) error {
 	if err != nil {
 		return err
 	}
+	if s := m.inheritSocket(key, user); s != nil {
+		m.sockets.open[key] = s
+		m.sockets.serve(s)
+		return nil
+	}
 	s := &upstreamSocket{key: key, base: path.Base(key.path), user: user}
 	if err := user.do(func() error { return s.open(pid, m.sockets.at) }); err != nil || s.ln == nil {
 		return err

@@ -240,6 +240,16 @@ func TestANodeWithoutAnAgent(t *testing.T) {
 		m.must(m.agents[0].Do(m.ctx(), http.MethodPut, "/v1/catalog/deregister", map[string]any{"Node": ourNode, "ServiceID": "api-1"}, nil))
 		m.inCatalog(append(all, "theirs")...) // what others remove comes back
 		m.statusesAre(passing)
+	}) && t.Run("stays passing when it hands over", func(t *testing.T) {
+		m := m.within(t)
+		before, err := m.Daemons[1].Replace(m.ctx(), nil)
+		m.must(err)
+		m.must(before.Wait(m.ctx()))
+		m.statusesAre(passing)
+		if n := m.logins(); len(n) != 1 {
+			t.Errorf("%d logins are there, and one daemon", len(n))
+		}
+		m.eventually("web reaches api", web, m.vip(0, "api"), reached)
 	}) && t.Run("is critical and logged out when it stops, and goes on where it was", func(t *testing.T) {
 		m := m.within(t)
 		port := m.inCatalog(append(all, "theirs")...)["api-1-sidecar-proxy"].Port

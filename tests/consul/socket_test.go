@@ -126,6 +126,18 @@ func TestAnUpstreamsSocketIsTheWorkloadsOwn(t *testing.T) {
 	m.Daemons[0].Process.Kill()
 	m.must(m.Daemons[0].Start(m.ctx()))
 	reaches("what a killed daemon left is replaced", toAPI, at(api))
+
+	made, err := seen(toAPI)
+	m.must(err)
+	before, err := m.Daemons[0].Replace(m.ctx(), nil)
+	m.must(err)
+	m.must(before.Wait(m.ctx()))
+	if out := dial(web, toAPI, "peer"); !at(api)(out) {
+		t.Errorf("after a hand-over web does not reach api at its socket: %s", out)
+	}
+	if now, err := seen(toAPI); err != nil || !os.SameFile(made, now) {
+		t.Errorf("the socket is not the one that was handed over: %v, %v", now, err)
+	}
 	isGone := func(what string, paths ...string) {
 		t.Helper()
 		m.await(what, func() error {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -261,12 +262,35 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 			h.t.Errorf("the daemon is in %s", got)
 		}
 	})
-	run("an upgrade keeps live connections", func(h *host) {
+	run("an upgrade keeps live connections, and fails no new one", func(h *host) {
 		live, err := h.Start("web.service", built.app, "dial", "-timeout", "10m", api, "stream")
 		h.must(err)
 		defer live.Kill()
 		h.must(live.WaitOutput(h.ctx(), "\n"))
+		const n = 3000
+		loads, err := h.Start("proxied.service", built.app, "load", "-n", strconv.Itoa(n), "-c", "2", api)
+		h.must(err)
+		defer loads.Kill()
+		main := h.sh("systemctl show -P MainPID nodeproxy")
 		h.sh("dpkg --force-unsafe-io -i " + deb(built.second, secondVersion))
+		select {
+		case <-loads.Done():
+			h.t.Error("the load was over before the upgrade")
+		default:
+		}
+		h.must(loads.Wait(h.ctx()))
+		if want := fmt.Sprintf("done %d failed 0\n", n); loads.Output() != want {
+			h.t.Errorf("the load says %q, want %q", loads.Output(), want)
+		}
+		h.eventually("the older daemon is gone, and the next is the unit's main process", func() error {
+			if got := h.sh("systemctl show -P MainPID nodeproxy; cat /sys/fs/cgroup/nodeproxy.slice/nodeproxy.service/cgroup.procs"); got == "0" || strings.Contains(got, main) || strings.Count(got, "\n") != 1 {
+				return errors.New(got)
+			}
+			return nil
+		})
+		if got := h.sh("systemctl show -P NRestarts -P SubState nodeproxy"); got != "0\nrunning" {
+			h.t.Errorf("restarts and state of the unit: %s", got)
+		}
 		if got := h.status().Version; got != secondVersion {
 			h.t.Errorf("version %s runs", got)
 		}
@@ -280,6 +304,17 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 		h.awaitStatus("3 workloads, all protected")
 		h.reaches("web.service", api)
 		h.getsNothing("", address+":8080")
+	})
+	run("a reload with a configuration that is wrong says so, and the daemon goes on", func(h *host) {
+		h.sh("cp /etc/nodeproxy/nodeproxy.hcl /run/good; echo 'limit {}' >>/etc/nodeproxy/nodeproxy.hcl")
+		if out, err := h.Run(h.ctx(), "", "systemctl", "reload", "nodeproxy"); err == nil {
+			h.t.Errorf("it is taken: %s", out)
+		}
+		h.sh("cp /run/good /etc/nodeproxy/nodeproxy.hcl")
+		h.reaches("web.service", api)
+		h.sh("systemctl reload nodeproxy")
+		h.awaitStatus("3 workloads, all protected")
+		h.reaches("web.service", api)
 	})
 	run("a downgrade to another map ABI is refused", func(h *host) {
 		h.sh("mkdir /sys/fs/bpf/nodeproxy/node-1/v99")

@@ -45,6 +45,8 @@ var eitherSource = []string{
 	"TestWithOnFailureOpenADeadDaemonLetsInstanceAddressesPassAndNoVirtualIP",
 	"TestARestartedDaemonKeepsVirtualIPsAndMeshPorts",
 	"TestCallsFollowServiceResolvers",
+	"TestADaemonHandsOverUnderLoadAndNoNewConnectionFails",
+	"TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone",
 }
 
 // fileOnly are the others, by reason.
@@ -103,6 +105,11 @@ var fileOnly = map[string][]string{
 		"TestTheTraceShowsWhatItsFiltersLetThrough",
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
 		"TestWhatCannotBeRepairedIsAnUnprotectedWorkload",
+		"TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName",
+	},
+	"has a daemon that does not serve yet, by a mesh directory that is not there": {
+		"TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn",
+		"TestWhenTheDaemonBeforeDiesInMidHandOverTheNextGoesOn",
 	},
 	"Consul's sidecars are delivered to at 127.0.0.1 alone, where the directory's are tried at each address": {
 		"TestASquatterOnTheApplicationsPortGetsNoDelivery",
@@ -112,6 +119,7 @@ var fileOnly = map[string][]string{
 		"TestEveryResolverFindsTheNamesOfTheMesh",
 		"TestMessagesAreThoseOfANameServer",
 		"TestQueriesOutliveTheDaemon",
+		"TestNamesOfTheMeshAreAnsweredWhileADaemonHandsOver",
 		"TestASquatterOnTheDNSPortGetsNothing",
 		"TestWithoutDNSNothingIsAttachedForIt",
 		"TestWorkloadsInTheNodesNamespaceFindTheNames",
@@ -154,6 +162,7 @@ var fileOnly = map[string][]string{
 		"TestWorkloadsOfTheNodesNamespaceGoDirectAndTheirOwnServiceToo",
 		"TestTenThousandDirectConnectionsLeaveNothing",
 		"TestFlipsOfAnIntentionAgainstDirectConnectionsNeverGoBack",
+		"TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver",
 	},
 	"is about what was open before the enrolment, which no source has a part in": {
 		"TestWhatAWorkloadDialledBeforeItsEnrolmentIsResetIfConfigured",

@@ -93,10 +93,7 @@ func (d *Daemon) Launch() error {
 		return fmt.Errorf("write the daemon's configuration: %w", err)
 	}
 	var err error
-	d.Process, err = d.lab.Start(netlab.Command{
-		Path: d.Binary, Args: []string{"run", "--config", d.ConfigPath()},
-		Env: d.Env, Namespace: d.Node.Namespace, Cgroup: d.cgroup,
-	})
+	d.Process, err = d.StartNext(d.cgroup)
 	return err
 }
 
@@ -111,6 +108,39 @@ func (d *Daemon) Start(ctx context.Context) error {
 		}
 		return nil
 	})
+	return err
+}
+
+// StartNext starts a process of the daemon with the configuration as it was written, in a cgroup or, with nil, in the same as
+// the one that runs. That one hands over to it, if it can.
+func (d *Daemon) StartNext(cgroup *netlab.Cgroup) (*netlab.Process, error) {
+	if cgroup == nil {
+		cgroup = d.cgroup
+	}
+	return d.lab.Start(netlab.Command{
+		Path: d.Binary, Args: []string{"run", "--config", d.ConfigPath()},
+		Env: d.Env, Namespace: d.Node.Namespace, Cgroup: cgroup,
+	})
+}
+
+// Replace starts the next process of the daemon as StartNext does, waits until it has taken over, and returns the one before, which
+// drains.
+func (d *Daemon) Replace(ctx context.Context, cgroup *netlab.Cgroup) (before *netlab.Process, err error) {
+	next, err := d.StartNext(cgroup)
+	if err != nil {
+		return nil, err
+	}
+	if err := next.WaitOutput(ctx, "took over from the daemon before"); err != nil {
+		return nil, fmt.Errorf("%s: %w; the output of the daemon before:\n%s", d.Node.Name, err, d.Process.Output())
+	}
+	before, d.Process = d.Process, next
+	return before, nil
+}
+
+// LeaveCgroup removes the cgroup in which the daemon before ran, once that has ended; the daemon is in next now.
+func (d *Daemon) LeaveCgroup(next *netlab.Cgroup) error {
+	err := d.cgroup.Remove()
+	d.cgroup = next
 	return err
 }
 

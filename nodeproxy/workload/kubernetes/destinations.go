@@ -68,6 +68,13 @@ func (r *restorable) Restore(snap *catalog.Snapshot, updated time.Time) error {
 	return err
 }
 
+// Yield implements catalog.Yielder.
+func (d *destinations) Yield() {
+	if y, ok := d.Source.(catalog.Yielder); ok {
+		y.Yield()
+	}
+}
+
 // Run implements catalog.Source.
 func (d *destinations) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error {
 	d.deliver = deliver

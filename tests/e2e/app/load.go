@@ -13,13 +13,14 @@ import (
 	"time"
 )
 
-// load makes a fixed number of connections, or as many as it can until its stdin ends, so many at a time, each of which asks
-// "peer". It prints "done N failed F" and the first failures.
+// load makes a number of connections, so many at a time, each of which asks "peer". With -more, or none, it goes on until its stdin
+// ends. It prints "done N failed F" and the first failures.
 func load(args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
 	n := flags.Int64("n", 100, "connections; 0: until stdin ends")
 	pause := flags.Duration("pause", 0, "of each that is made at a time, before the next")
 	workers := flags.Int("c", 2, "at a time")
+	more := flags.Bool("more", false, "go on until stdin ends")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -27,19 +28,20 @@ func load(args []string) error {
 	if err != nil {
 		return err
 	}
-	var next, made, failed atomic.Int64
-	var ended atomic.Bool
-	if *n == 0 {
+	var next, failed, done atomic.Int64
+	var enough atomic.Bool
+	enough.Store(*n > 0 && !*more)
+	if !enough.Load() {
 		go func() {
 			_, _ = io.Copy(io.Discard, os.Stdin)
-			ended.Store(true)
+			enough.Store(true)
 		}()
 	}
 	var working sync.WaitGroup
 	for range *workers {
 		working.Go(func() {
-			for !ended.Load() && (*n == 0 || next.Add(1) <= *n) {
-				made.Add(1)
+			for next.Add(1) <= *n || !enough.Load() {
+				done.Add(1)
 				if err := ask(to); err != nil && failed.Add(1) <= 3 {
 					fmt.Printf("failed at %s: %v\n", time.Now().Format(time.StampMilli), err)
 				}
@@ -48,7 +50,7 @@ func load(args []string) error {
 		})
 	}
 	working.Wait()
-	fmt.Printf("done %d failed %d\n", made.Load(), failed.Load())
+	fmt.Printf("done %d failed %d\n", done.Load(), failed.Load())
 	return nil
 }
 
