@@ -47,6 +47,9 @@ var eitherSource = []string{
 	"TestCallsFollowServiceResolvers",
 	"TestADaemonHandsOverUnderLoadAndNoNewConnectionFails",
 	"TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone",
+	"TestAContainerIsReachedAtItsPublishedPort",
+	"TestContainersOnABridgeAndInTheNodesNamespace",
+	"TestAContainerThatNamesAServiceItMayNotBeGetsNoCertificate",
 }
 
 // fileOnly are the others, by reason.
