@@ -179,6 +179,9 @@ func (m *mesh) uninstall() {
 	m.t.Helper()
 	var objects []netlab.BPFObject
 	for _, n := range m.Members {
+		if _, err := os.Stat(filepath.Join(n.Cgroups(), "nodeproxy-"+n.Name)); err == nil {
+			m.t.Errorf("the daemon of %s did not find the cgroup of its container, and made another", n.Name)
+		}
 		pinned, err := netlab.Pinned(n.Inside("/sys/fs/bpf/nodeproxy"))
 		m.must(err)
 		if len(pinned) == 0 {
