@@ -79,12 +79,14 @@ func TestPassiveHealthCheckOfACallerEjectsAfterItsFailures(t *testing.T) {
 	s["ID"] = "api-2"
 	sidecar := s["Connect"].(map[string]any)["SidecarService"].(map[string]any)
 	sidecar["Checks"] = []map[string]any{{"Name": "set by the test", "TTL": "1h", "Status": "passing"}}
-	m.must(m.agents[1].Register(m.ctx(), s))
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
 	m.must(m.agents[0].Write(m.ctx(), map[string]any{"Kind": "service-defaults", "Name": "web", "Protocol": "tcp", "UpstreamConfig": map[string]any{
 		"Defaults": map[string]any{"PassiveHealthCheck": map[string]any{"MaxFailures": failures, "Interval": "1s", "BaseEjectionTime": "1h", "MaxEjectionPercent": 100}}}}))
+	m.Daemons[0].Plain = true // a tunnel that is not taken up is dialled twice
 	m.start([]string{"web"}, []string{"api"})
 	vip := m.vip(0, "api")
+	m.eventually("web reaches api", web, vip, reached) // it has read how web calls
+	m.must(m.agents[1].Register(m.ctx(), s))
 	m.must(m.Daemons[0].AwaitInstances(m.ctx(), "api", 2))
 	came := func() int { return strings.Count(listener.Output(), "accepted") }
 	for i := 0; came() < failures; i++ {
@@ -101,6 +103,6 @@ func TestPassiveHealthCheckOfACallerEjectsAfterItsFailures(t *testing.T) {
 		}
 	}
 	if n := came(); n != failures {
-		t.Errorf("the instance was tried %d times, and is ejected after %d failures", n, failures)
+		t.Errorf("the instance was tried %d times, and is ejected after %d failures:\n%s", n, failures, listener.Output())
 	}
 }
