@@ -91,19 +91,25 @@ static __always_inline int our_outbound_port(const struct flow *f)
 	return f->family == AF_INET ? f->t.dst.w[3] == bpf_htonl(0x7f000001) : addr_is_loopback(&f->t.dst);
 }
 
+/* The rule of the port at its address goes first, then that of the port, then that of the namespace. The first is looked for
+ * again before another one is believed: it is written before those, and removed after them, by whoever takes a port over. */
 static __always_inline struct rule *find_rule(const struct flow *f)
 {
-	struct rule_key key = { .netns = netns_cookie, .ip = f->t.dst, .port = f->port };
-	struct rule *r = bpf_map_lookup_elem(&rules, &key);
+	struct rule_key exact = { .netns = netns_cookie, .ip = f->t.dst, .port = f->port };
+	struct rule_key key = { .netns = netns_cookie, .port = f->port };
+	struct rule *r = bpf_map_lookup_elem(&rules, &exact), *wide;
 
 	if (r)
 		return r;
-	__builtin_memset(&key.ip, 0, sizeof(key.ip));
-	r = bpf_map_lookup_elem(&rules, &key);
-	if (r)
-		return r;
-	key.port = 0;
-	return bpf_map_lookup_elem(&rules, &key);
+	wide = bpf_map_lookup_elem(&rules, &key);
+	if (!wide) {
+		key.port = 0;
+		wide = bpf_map_lookup_elem(&rules, &key);
+	}
+	if (!wide)
+		return 0;
+	r = bpf_map_lookup_elem(&rules, &exact);
+	return r ? r : wide;
 }
 
 /* Whether the grant that sent a connection here still stands and leads here. */

@@ -44,37 +44,39 @@ func TestAPortIsNeverGuardedAloneWhileItIsTakenOverOrGivenBack(t *testing.T) {
 		{Namespace: p.ns.Cookie, Port: port, Action: redirect.Strict, Workload: p.id},
 		{Namespace: p.ns.Cookie, Addr: p.v4, Port: port, Action: redirect.Steer, Workload: p.id},
 	}
-	const connections = 200 // of some tens of which one is refused if the rules change in another order
-	ended := make(chan error, 1)
+	ctx, stop := context.WithCancel(t.Context())
+	failed := make(chan error, 1)
+	dialled := 0
 	go func() {
-		for i := range connections {
+		defer close(failed)
+		for ; ctx.Err() == nil; dialled++ {
 			dialling, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			conn, err := n.hub.Dial(dialling, "tcp4", at.String())
 			cancel()
 			if err != nil {
-				ended <- fmt.Errorf("connection %d: %w", i, err)
+				failed <- fmt.Errorf("connection %d: %w", dialled, err)
 				return
 			}
 			conn.Close()
 		}
-		ended <- nil
 	}()
-	for move := 0; ; move++ {
+	const moves = 20_000
+	for move := range moves {
 		given := rules
 		if move%2 == 1 {
 			given = nil
 		}
 		if err := n.r.SetRules(given); err != nil {
-			t.Error(err)
+			t.Fatal(err)
 		}
-		select {
-		case err := <-ended:
-			if err != nil {
-				t.Error(err)
-			}
-			t.Logf("%d moves", move)
-			return
-		default:
+		if len(failed) > 0 {
+			break
 		}
 	}
+	stop()
+	if err := <-failed; err != nil {
+		t.Error(err)
+	}
+	<-failed
+	t.Logf("%d connections in %d moves", dialled, moves)
 }

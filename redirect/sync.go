@@ -142,8 +142,7 @@ func rangeKey(p netip.Prefix) outboundRangeKey {
 // SetRules makes the inbound rules exactly those given, by diff, but for those of namespaces that an earlier daemon guarded
 // and this one has not opened, and of workloads that it enrolled and this one has not: they stay until Prune, or until a
 // given one is in their place. A port that is steered to us comes to be so before, and ceases to be so after, all else: at no moment is it
-// guarded alone, which would refuse what whoever listens there is about to have, or had. A SYN whose two look-ups the machine interrupts
-// for as long as all of it takes may still see it so. An error is an *Unguarded.
+// guarded alone, which would refuse what whoever listens there is about to have, or had. An error is an *Unguarded.
 func (r *Redirect) SetRules(rules []Rule) error {
 	want := make(shadow[outboundRuleKey, outboundRule], len(rules))
 	for _, rule := range rules {
