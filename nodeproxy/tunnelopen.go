@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"time"
 
@@ -53,7 +54,7 @@ func isFull(err error) bool {
 func (d *dialer) openStream(inst *catalog.Instance) (leg, error) {
 	timeout := d.timeout()
 	begin := time.Now()
-	o := tunnel.Opening{Source: d.origin.Client}
+	var o tunnel.Opening
 	_, _ = rand.Read(o.ID[:]) // it never fails
 	doubt := false            // bytes of the application were sent, and not answered
 	for attempt := 1; ; attempt++ {
@@ -67,6 +68,7 @@ func (d *dialer) openStream(inst *catalog.Instance) (leg, error) {
 			err = fmt.Errorf("open a stream at instance %q again: it makes no tunnels any more", inst.ID)
 		}
 		if err == nil {
+			o.Source = d.claim(l)
 			first := d.application.first(plainChunk - tunnel.OpeningSize)
 			err = d.openOver(l, o, first, time.Now().Add(timeout+d.cfg.Limits.Handshake))
 			if err == nil {
@@ -89,6 +91,16 @@ func (d *dialer) openStream(inst *catalog.Instance) (leg, error) {
 		}
 		return nil, withReason(err, catalog.ReasonConnectFailed)
 	}
+}
+
+// claim is the address that the application calls from. One that has bound its socket to none got loopback by the redirect, and has
+// the address of the way to the instance, which is l's.
+func (d *dialer) claim(l *link) netip.AddrPort {
+	client := d.origin.Client
+	if !client.Addr().IsLoopback() {
+		return client
+	}
+	return netip.AddrPortFrom(addrPort(l.wire.LocalAddr()).Addr(), client.Port())
 }
 
 // openOver asks for the stream over l.

@@ -29,7 +29,7 @@ func TestAnIntentionEndsAThousandConnectionsAtOnce(t *testing.T) {
 	m.must(err)
 	t.Cleanup(func() { release.Close(); stdin.Close() })
 	held, err := web.Start(netlab.Command{Path: programs.app, Stdin: stdin,
-		Args: []string{"hold", "-n", fmt.Sprint(n), "-say", hex.EncodeToString([]byte("hold\n")), vip}})
+		Args: []string{"hold", "-n", fmt.Sprint(n), "-say", hex.EncodeToString([]byte("hold\n")), "-await", vip}})
 	m.must(err)
 	t.Cleanup(held.Kill)
 	for node := range m.Daemons {

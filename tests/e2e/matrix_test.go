@@ -71,6 +71,9 @@ func testEveryFamilyAndNode(t *testing.T, m *mesh, between admin.Path) {
 			})
 		}
 	}
+	if rejected := m.metric(1, "nodeproxy_source_address_rejected_total"); rejected != 0 {
+		t.Errorf("node 2 did not believe node 1 in %v of its clients' addresses", rejected)
+	}
 	if opened := m.metric(0, "nodeproxy_connections_opened_total", `direction="outbound"`); opened != 6 {
 		t.Errorf("node 1 opened %v outbound connections, 6 were to the mesh", opened)
 	}

@@ -180,11 +180,12 @@ func (o *options) establish(fd int, to unix.Sockaddr, command string) error {
 	}
 }
 
-// hold opens connections, sends nothing on them, and keeps them until stdin ends.
+// hold opens connections and keeps them until stdin ends.
 func hold(args []string) error {
 	flags := flag.NewFlagSet("hold", flag.ContinueOnError)
 	n := flags.Int("n", 1, "connections")
 	say := flags.String("say", "", "what is sent on each, in hexadecimal")
+	await := flags.Bool("await", false, "open each when something has come on the one before")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -209,6 +210,11 @@ func hold(args []string) error {
 			continue
 		}
 		_, _ = unix.Write(fd, hello) // it may be closed by now
+		if *await {
+			if _, err := unix.Read(fd, make([]byte, 1)); err != nil {
+				return err
+			}
+		}
 		held = append(held, fd)
 	}
 	fmt.Printf("held=%d refused=%v\n", len(held), refused)
