@@ -86,12 +86,20 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@go -C deploy/dist vet ./...
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 ./... | $(FAILURES)
-	@echo '── tests'
-	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m ./...
+	@echo '── tests, and beside them those that attach nothing to this kernel and wait much'
+	@$(MAKE) -j 2 test-most test-beside
 	@echo '── the benchmark, tiny'
 	@cd tests/bench && $(GOTESTSUM) --format pkgname -- -count 1 -timeout 15m .
 	@echo '── end to end once more, with Consul as the source'
 	@$(GOTESTSUM) --format pkgname -- -race -count 1 -timeout 15m ./tests/e2e -source consul
+
+BESIDE := nodeproxy.io/nodeproxy/consul nodeproxy.io/tests/vm
+
+.PHONY: test-most test-beside
+test-most:
+	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m $(filter-out $(BESIDE),$(shell go list ./...))
+test-beside:
+	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m $(BESIDE)
 
 .PHONY: test-quick
 test-quick: ## run the tests that take no foreign tools, in under five minutes (as root: more of them)
