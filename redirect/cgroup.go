@@ -2,6 +2,7 @@ package redirect
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -82,9 +83,9 @@ func CgroupID(dir string) (uint64, error) {
 	return st.Ino, nil
 }
 
-// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if nobody else can
-// be there, or if it is that of the daemon before, whose process is given, 0 for none; else a new one, <cgroup2>/nodeproxy-<node>,
-// into which the process moves. Cleanup removes that.
+// OwnCgroup makes sure that this process has a cgroup of its own and returns its directory: the one it is in if it was there first,
+// as in a container, where probes come after it, or if it is that of the daemon before, whose process is given, 0 for none; else a
+// new one, <cgroup2>/nodeproxy-<node>, into which the process moves. Cleanup removes that.
 func OwnCgroup(node string, before int) (string, error) {
 	mount, err := CgroupMount()
 	if err != nil {
@@ -95,7 +96,7 @@ func OwnCgroup(node string, before int) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(mount, current)
-	if current != "/" && (alone(dir) || isIn(current, before)) {
+	if current != "/" && (isFirst(dir) || isIn(current, before)) {
 		return dir, nil
 	}
 	dir = filepath.Join(mount, daemonCgroup(node))
@@ -119,11 +120,28 @@ func isIn(cgroup string, pid int) bool {
 	return err == nil && its == cgroup
 }
 
-// alone reports whether this process is the only one in the cgroup and no cgroup is below.
-func alone(dir string) bool {
+// isFirst reports whether no process of the cgroup is older than this one, and no cgroup is below.
+func isFirst(dir string) bool {
 	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-	if err != nil || strings.TrimSpace(string(procs)) != strconv.Itoa(os.Getpid()) {
+	if err != nil {
 		return false
+	}
+	own := strconv.Itoa(os.Getpid())
+	since, err := started(own)
+	if err != nil {
+		return false
+	}
+	for _, pid := range strings.Fields(string(procs)) {
+		if pid == own {
+			continue
+		}
+		its, err := started(pid)
+		if errors.Is(err, fs.ErrNotExist) && pid != "0" || errors.Is(err, unix.ESRCH) {
+			continue // it has ended
+		}
+		if err != nil || its <= since {
+			return false
+		}
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -135,6 +153,19 @@ func alone(dir string) bool {
 		}
 	}
 	return true
+}
+
+// started is when a process was, in ticks since boot.
+func started(pid string) (uint64, error) {
+	text, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("read the start of process %s: %q", pid, text)
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
 }
 
 // processCgroup returns the path of a process's cgroup on the cgroup2 hierarchy, from its root.

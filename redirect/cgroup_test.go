@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -66,6 +68,55 @@ func TestAContainerSeesCgroupsAsItsNodeDoes(t *testing.T) {
 		}
 		if err != nil || out != want {
 			t.Errorf("%s: %q, %v, want %q", where, out, err, want)
+		}
+	}
+}
+
+// appOwn is a daemon that looks for its own cgroup, in which another process is that has come after it.
+func appOwn() {
+	time.Sleep(50 * time.Millisecond) // the kernel counts starts in hundredths of a second
+	probe := exec.Command("sleep", "600")
+	if err := probe.Start(); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println(redirect.OwnCgroup(os.Getenv("NP_NODE"), 0))
+	_ = probe.Process.Kill()
+	_ = probe.Wait()
+}
+
+func TestTheCgroupInWhichADaemonIsFirstIsItsOwn(t *testing.T) {
+	netlab.Require(t)
+	lab, err := netlab.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := lab.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	mount, err := redirect.CgroupMount()
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := lab.Name()
+	made := filepath.Join(mount, "nodeproxy-"+node)
+	t.Cleanup(func() { _ = os.Remove(made) })
+	for name, command := range map[string]string{"first": `exec "$0"`, "second": `"$0"; :`} {
+		cgroup, err := lab.Cgroup().Child(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := lab.Run(ctx, netlab.Command{Path: "sh", Args: []string{"-c", command, os.Args[0]}, Cgroup: cgroup, Env: []string{"NP_APP=own", "NP_NODE=" + node}})
+		want := cgroup.Path()
+		if name == "second" {
+			want = made
+		}
+		if err != nil || out != want+" <nil>\n" {
+			t.Errorf("%s: %q, %v, want %s", name, out, err, want)
 		}
 	}
 }

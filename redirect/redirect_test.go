@@ -41,6 +41,8 @@ func TestMain(m *testing.M) {
 		appReuse()
 	case "backlog":
 		appBacklog()
+	case "own":
+		appOwn()
 	case "join":
 		appJoin()
 	default:

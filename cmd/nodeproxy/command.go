@@ -88,7 +88,7 @@ func newRoot(e *env) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return &usageError{err, cmd} })
 	root.AddCommand(
 		newRun(e), newReload(e), newBoot(e), newDemo(e), newDemoApp(e), newCheck(e), newCanary(e), newStatus(e), newTrace(e), newExplain(e),
-		newEnroll(e), newUnenroll(e), newCleanup(e), newCA(e), newVersion(e), newReady(e), newMan(e),
+		newEnroll(e), newUnenroll(e), newCleanup(e), newCA(e), newVersion(e), newReady(), newLive(), newMan(e),
 	)
 	return root
 }

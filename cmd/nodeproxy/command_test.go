@@ -49,6 +49,7 @@ func invoke(t *testing.T, terminal bool, variables []string, args ...string) res
 // backend answers from its fields.
 type backend struct {
 	status      admin.Status
+	health      admin.Health
 	explanation admin.Explanation
 	live        []admin.Connection
 	requests    []admin.EnrollRequest
@@ -57,6 +58,7 @@ type backend struct {
 
 func (b *backend) Applications() []admin.Application              { return []admin.Application{} }
 func (b *backend) Status() admin.Status                           { return b.status }
+func (b *backend) Health() admin.Health                           { return b.health }
 func (b *backend) Explain(_, _ string) (admin.Explanation, error) { return b.explanation, b.err }
 func (b *backend) Connections() []admin.Connection                { return b.live }
 func (b *backend) Enroll(_ context.Context, r admin.EnrollRequest) error {

@@ -227,6 +227,7 @@ func (d *node) Release(to handover.Self) {
 	d.manager.Yield()
 	d.stopPublic()
 	d.public.Wait()
+	d.released.Store(true)
 	if to.PID > 0 {
 		notify(d.log, fmt.Sprintf("MAINPID=%d", to.PID))
 	}

@@ -89,11 +89,32 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	err = d.run(ctx)
 	stop()
 	supervising.Wait()
-	if d.pods != nil && err == nil {
+	switch {
+	case d.released.Load():
+		stopping()
+		log.Info("stopped: another daemon has the node")
+		d.linger(ctx, cfg)
+		return err
+	case d.pods != nil && err == nil:
 		return d.leave(context.WithoutCancel(ctx), cfg)
 	}
 	log.Info("stopped: what is pinned stays in force")
 	return err
+}
+
+// lingering is how long a pod that has handed over waits for its end. Where nobody ends it, it is started anew and takes the node
+// back, by which it is ready again.
+const lingering = 2 * time.Minute
+
+// linger waits for the end of the pod of a DaemonSet: what ends by itself there is started again at once.
+func (d *node) linger(ctx context.Context, cfg *config.Config) {
+	if cfg.Pods == nil || cfg.Pods.DaemonSet == "" {
+		return
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(lingering):
+	}
 }
 
 // leaveTimeout is how long an API server that does not answer may hold up the end of a pod.
@@ -114,6 +135,10 @@ func (d *node) leave(ctx context.Context, cfg *config.Config) error {
 		return nil
 	}
 	gone, err := redirect.Cleanup(cfg.State.Pins, cfg.Node.Name)
+	if errors.Is(err, redirect.ErrInUse) {
+		d.log.Info("stopped: another daemon has the node, and all that is pinned")
+		return nil
+	}
 	if err == nil && cfg.Consul != nil {
 		withdrawing, cancel := context.WithTimeout(ctx, withdrawTimeout)
 		defer cancel()

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nodeproxy.io/nodeproxy"
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
@@ -37,6 +39,7 @@ type node struct {
 	recorder *admin.Recorder
 	server   *admin.Server
 	metrics  *admin.MetricsServer // nil for none
+	blocked  string               // where metrics are to be once the daemon before, which is in the way, has let go
 	kept     *keep.Source         // nil: the source needs no store
 	source   catalog.Source       // what delivers in the end
 	pods     *kubernetes.Cluster  // nil: pods are no workloads
@@ -49,6 +52,7 @@ type node struct {
 	taking     sync.Mutex                     // guards its files
 	tookOver   atomic.Pointer[admin.Handover] // nil: from nobody
 	inOffice   chan struct{}                  // closed once this is the node's daemon
+	released   atomic.Bool                    // it is no more: another one has taken over
 	stopPublic context.CancelFunc             // ends admin API and metrics
 	public     sync.WaitGroup                 // these
 }
@@ -145,12 +149,37 @@ func (d *node) Status() admin.Status {
 	return s
 }
 
+// Health implements admin.Backend.
+func (d *node) Health() (h admin.Health) {
+	if d.Snapshot() == nil {
+		h.NotReady = "no snapshot yet"
+		if err := d.source.Health().Err; err != nil {
+			h.NotReady += ": " + err.Error()
+		}
+	}
+	if err := d.alive(); err != nil {
+		h.Hung = err.Error()
+	}
+	return h
+}
+
+func (d *node) alive() error { return alive(time.Now(), d.manager.Health()) }
+
 func (d *node) listen(cfg config.Admin) (err error) {
 	d.server, err = admin.Listen(admin.ServerConfig{Socket: cfg.Socket, Backend: d, Hub: d.recorder.Hub, Log: d.log, Inherited: d.inherit(adminFile + cfg.Socket)})
 	if err != nil || cfg.Metrics == "" {
 		return err
 	}
-	d.metrics, err = admin.ListenMetrics(cfg.Metrics, d.inherit(metricsFile+cfg.Metrics), d.recorder.Metrics, func() error { return alive(time.Now(), d.manager.Health()) }, d.log)
+	err = d.listenMetrics(cfg.Metrics)
+	if errors.Is(err, unix.EADDRINUSE) && d.before != nil {
+		d.blocked = cfg.Metrics
+		return nil
+	}
+	return err
+}
+
+func (d *node) listenMetrics(address string) (err error) {
+	d.metrics, err = admin.ListenMetrics(address, d.inherit(metricsFile+address), d.recorder.Metrics, d.alive, d.log)
 	return err
 }
 
@@ -359,6 +388,11 @@ func (d *node) run(ctx context.Context) error {
 			return
 		}
 		serve(public, &d.public, "the admin API", d.server.Serve)
+		if d.blocked != "" {
+			if err := d.listenMetrics(d.blocked); err != nil {
+				d.log.Error("serve metrics", "error", err)
+			}
+		}
 		if d.metrics != nil {
 			serve(public, &d.public, "metrics", d.metrics.Serve)
 		}

@@ -5,6 +5,6 @@ workloads {
 }
 
 admin {
-  # For Prometheus, on every address of the node; "127.0.0.1:20210" is enough for the probes.
+  # For Prometheus, on every address of the node.
   metrics = "0.0.0.0:20210"
 }

@@ -46,6 +46,26 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 	return &s, c.ask(ctx, http.MethodGet, "/v1/status", nil, &s)
 }
 
+// Health says how the daemon is.
+func (c *Client) Health(ctx context.Context) (*Health, error) {
+	var h Health
+	return &h, c.ask(ctx, http.MethodGet, "/v1/health", nil, &h)
+}
+
+// PID returns the process that serves the socket, even if it hangs; 0 where it is not seen from here.
+func (c *Client) PID(ctx context.Context) (int, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", c.socket)
+	if err != nil {
+		return 0, c.explain(err)
+	}
+	defer func() { _ = conn.Close() }()
+	cred, err := peer(conn)
+	if err != nil {
+		return 0, err
+	}
+	return int(cred.Pid), nil
+}
+
 // Applications says where each local instance is delivered to, and what is wrong with that now.
 func (c *Client) Applications(ctx context.Context) ([]Application, error) {
 	var all []Application

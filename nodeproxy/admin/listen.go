@@ -53,6 +53,23 @@ func listenUnix(path string, inherited *os.File) (*net.UnixListener, error) {
 	return ln.(*net.UnixListener), nil
 }
 
+// backlog is cut to net.core.somaxconn.
+const backlog = 4096
+
+// claim makes this process the one that the kernel names to who connects: until then that is who has bound the socket.
+func claim(socket *net.UnixListener) error {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("claim the admin socket: %w", err)
+	}
+	var listenErr error
+	err = raw.Control(func(fd uintptr) { listenErr = unix.Listen(int(fd), backlog) })
+	if err := errors.Join(err, listenErr); err != nil {
+		return fmt.Errorf("claim the admin socket: %w", err)
+	}
+	return nil
+}
+
 func lockDir(dir string) (unlock func(), err error) {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -163,26 +180,27 @@ func (c *guardedConn) Close() error {
 
 // rootOnly admits root, and the daemon's own user.
 func rootOnly(conn net.Conn) error {
-	uid, err := peerUID(conn.(*net.UnixConn))
+	cred, err := peer(conn)
 	if err != nil {
 		return err
 	}
-	if uid != 0 && int(uid) != os.Geteuid() {
-		return fmt.Errorf("uid %d is not root", uid)
+	if cred.Uid != 0 && int(cred.Uid) != os.Geteuid() {
+		return fmt.Errorf("uid %d is not root", cred.Uid)
 	}
 	return nil
 }
 
-func peerUID(conn *net.UnixConn) (uint32, error) {
-	raw, err := conn.SyscallConn()
+// peer is who is at the other end of a unix connection.
+func peer(conn net.Conn) (*unix.Ucred, error) {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
 	if err != nil {
-		return 0, fmt.Errorf("read the peer's credentials: %w", err)
+		return nil, fmt.Errorf("read the peer's credentials: %w", err)
 	}
 	var cred *unix.Ucred
 	var credErr error
 	err = raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
 	if err := errors.Join(err, credErr); err != nil {
-		return 0, fmt.Errorf("read the peer's credentials: %w", err)
+		return nil, fmt.Errorf("read the peer's credentials: %w", err)
 	}
-	return cred.Uid, nil
+	return cred, nil
 }

@@ -47,6 +47,8 @@ func (e *classified) Unwrap() []error { return []error{e.err, e.as} }
 // Backend is the daemon as the API sees it. Its methods may be called concurrently.
 type Backend interface {
 	Status() Status
+	// Health is cheap: probes ask for it every few seconds.
+	Health() Health
 	// Applications looks at the listeners of each local instance; it connects to none.
 	Applications() []Application
 	Explain(source, destination string) (Explanation, error)
@@ -79,7 +81,7 @@ func (c *ServerConfig) validate() error {
 	return nil
 }
 
-// Server is the API on its unix socket: GET /v1/status, /v1/applications, /v1/trace and /v1/explain, POST /v1/enroll and /v1/unenroll.
+// Server is the API on its unix socket: GET /v1/status, /v1/health, /v1/applications, /v1/trace and /v1/explain, POST /v1/enroll and /v1/unenroll.
 // Every error is {"error": "..."}.
 type Server struct {
 	cfg    ServerConfig
@@ -116,6 +118,9 @@ func (s *Server) Close() error { return s.ln.Close() }
 // Serve answers until ctx ends, then ends the traces, waits shortly for running requests and removes the socket.
 func (s *Server) Serve(ctx context.Context) error {
 	s.socket.SetUnlinkOnClose(true)
+	if err := claim(s.socket); err != nil {
+		return errors.Join(err, s.Close())
+	}
 	srv := &http.Server{
 		Handler:           s.Handler(),
 		ReadHeaderTimeout: readTimeout,
@@ -160,6 +165,7 @@ func (s *Server) Handler() http.Handler {
 		serve  func(http.ResponseWriter, *http.Request) error
 	}{
 		"/v1/status":       {http.MethodGet, s.status},
+		"/v1/health":       {http.MethodGet, s.health},
 		"/v1/applications": {http.MethodGet, s.applications},
 		"/v1/trace":        {http.MethodGet, s.trace},
 		"/v1/explain":      {http.MethodGet, s.explain},
@@ -190,6 +196,13 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return writeJSON(w, s.cfg.Backend.Status())
+}
+
+func (s *Server) health(w http.ResponseWriter, r *http.Request) error {
+	if _, err := query(r); err != nil {
+		return err
+	}
+	return writeJSON(w, s.cfg.Backend.Health())
 }
 
 func (s *Server) applications(w http.ResponseWriter, r *http.Request) error {

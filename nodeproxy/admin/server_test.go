@@ -31,6 +31,8 @@ type fakeBackend struct {
 
 func (b *fakeBackend) Status() Status { return b.status }
 
+func (b *fakeBackend) Health() Health { return Health{Hung: "it is a fake"} }
+
 func (b *fakeBackend) Applications() []Application { return []Application{} }
 
 func (b *fakeBackend) Explain(source, destination string) (Explanation, error) {
@@ -86,6 +88,16 @@ func startDaemon(t *testing.T, b Backend) *daemon {
 	})
 	t.Cleanup(stop)
 	return &daemon{Client: NewClient(socket), socket: socket, hub: hub, stop: stop}
+}
+
+func TestHealthCrossesTheSocketAndTheKernelNamesWhoServesIt(t *testing.T) {
+	d := startDaemon(t, &fakeBackend{})
+	if h, err := d.Health(t.Context()); err != nil || h.Hung != "it is a fake" || h.NotReady != "" {
+		t.Errorf("health is %+v, %v", h, err)
+	}
+	if pid, err := d.PID(t.Context()); err != nil || pid != os.Getpid() {
+		t.Errorf("process %d serves, %v, want %d", pid, err, os.Getpid())
+	}
 }
 
 func TestStatusCrossesTheSocketUnchanged(t *testing.T) {

@@ -125,6 +125,12 @@ type Status struct {
 	DNS *Queries `json:"dns,omitempty"`
 }
 
+// Health answers GET /v1/health.
+type Health struct {
+	NotReady string `json:"not_ready,omitempty"` // why nothing is served yet
+	Hung     string `json:"hung,omitempty"`      // why the daemon is taken for hung
+}
+
 // Handover is how this daemon took over from the one before.
 type Handover struct {
 	From     string    `json:"from"` // its version

@@ -81,10 +81,9 @@ func (m *Manager) Freeze(ctx context.Context) (state []byte, files map[string]sy
 	if err := m.pen.Acquire(ctx, everybody); err != nil {
 		return nil, nil, fmt.Errorf("wait until nothing is written into the kernel: %w", err)
 	}
-	m.redirect.Freeze()
-	m.frozen.Store(true)
-	if m.stopped.Load() {
-		return nil, nil, errors.Join(errors.New("it is stopping"), m.Thaw())
+	if !m.freeze() {
+		m.pen.Release(everybody)
+		return nil, nil, errors.New("it is stopping")
 	}
 	left := legacy{Groups: m.groups, Workloads: make(map[uint64]Workload)}
 	files = m.redirect.Files()
@@ -111,15 +110,33 @@ func (m *Manager) Freeze(ctx context.Context) (state []byte, files map[string]sy
 	return state, files, nil
 }
 
-// Thaw undoes Freeze: what the daemon that was to follow has changed becomes as this one wants it again.
+// freeze is false once Run is about to end.
+func (m *Manager) freeze() bool {
+	m.ending.Lock()
+	defer m.ending.Unlock()
+	if m.stopped {
+		return false
+	}
+	m.redirect.Freeze()
+	m.frozen = true
+	return true
+}
+
+// Thaw undoes Freeze: what the daemon that was to follow has changed becomes as this one wants it again. Once Run is about to end
+// all is left as it is.
 func (m *Manager) Thaw() error {
+	m.ending.Lock()
+	defer m.ending.Unlock()
+	if m.stopped {
+		return nil
+	}
 	err := m.redirect.Thaw()
 	for _, d := range m.redirect.Audit(true) {
 		m.log.Info("what the other daemon had changed in the kernel is as it was", "what", d.What, "cgroup", d.Cgroup, "netns", d.Namespace)
 		err = errors.Join(err, d.Err)
 	}
 	m.pruned = false // of what it has enrolled
-	m.frozen.Store(false)
+	m.frozen = false
 	m.pen.Release(everybody)
 	m.wake()
 	return err
@@ -138,15 +155,17 @@ func (m *Manager) TakeOffice() { m.inOffice.Store(true) }
 // leaves says whether the kernel is left to another daemon at the end of Run: to one that is taking over, or to the one before,
 // which this one has not followed.
 func (m *Manager) leaves() bool {
-	m.stopped.Store(true)
-	if m.frozen.Load() {
+	m.ending.Lock()
+	defer m.ending.Unlock()
+	m.stopped = true
+	if m.frozen {
 		return true
 	}
 	if m.cfg.Before == nil || m.inOffice.Load() {
 		return false
 	}
 	m.redirect.Freeze()
-	m.frozen.Store(true)
+	m.frozen = true
 	return true
 }
 

@@ -68,8 +68,9 @@ type Manager struct {
 	view  atomic.Pointer[view]
 
 	pen      pen
-	frozen   atomic.Bool   // another daemon is taking over, or has
-	stopped  atomic.Bool   // Run is about to end
+	ending   sync.Mutex    // guards frozen and stopped
+	frozen   bool          // another daemon is taking over, or has
+	stopped  bool          // Run is about to end
 	inOffice atomic.Bool   // the daemon before, if there was one, has let go
 	yielding chan struct{} // closed by Yield
 	yielded  chan struct{} // closed once that is done

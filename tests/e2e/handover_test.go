@@ -250,14 +250,19 @@ func TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone(t *testing.T) {
 	for _, name := range []string{"second", "third"} {
 		cgroup, err := m.Nodes[0].Cgroup.Child(name)
 		m.must(err)
-		if out, err := m.readyIn(cgroup); err == nil || !strings.Contains(out, "this one has not taken over yet") {
+		if out, err := m.probe("ready", cgroup); err == nil || !strings.Contains(out, "this one has not taken over yet") {
 			t.Errorf("before the hand-over the next daemon's pod is ready: %v: %s", err, out)
+		}
+		if out, err := m.probe("live", cgroup); err != nil {
+			t.Errorf("before the hand-over the next daemon's pod is dead: %v: %s", err, out)
 		}
 		loads := m.load(web, n, 4, m.vip("api"))
 		m.awaitConnections(0, 20)
 		before := m.replace(0, cgroup)
-		if out, err := m.readyIn(cgroup); err != nil {
-			t.Errorf("after the hand-over it is not ready: %v: %s", err, out)
+		for _, probe := range []string{"ready", "live"} {
+			if out, err := m.probe(probe, cgroup); err != nil {
+				t.Errorf("after the hand-over the probe %q fails: %v: %s", probe, err, out)
+			}
 		}
 		m.must(before.Wait(m.ctx()))
 		m.must(m.Daemons[0].LeaveCgroup(cgroup))
@@ -265,6 +270,56 @@ func TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone(t *testing.T) {
 		m.settle(0)
 		m.reaches(web, m.vip("api"))
 	}
+}
+
+func TestADaemonThatHangsIsDeadToItsOwnPodAlone(t *testing.T) {
+	m, _, _ := pair(t)
+	other, err := m.Nodes[0].Cgroup.Child("other")
+	m.must(err)
+	m.must(m.replace(0, other).Wait(m.ctx()))
+	first, err := m.Nodes[0].Cgroup.Child("first")
+	m.must(err)
+	m.must(m.Daemons[0].Process.Signal(syscall.SIGSTOP))
+	if out, err := m.probe("live", first); err != nil {
+		t.Errorf("in another cgroup: %v: %s", err, out)
+	}
+	if out, err := m.probe("live", other); err == nil || !strings.Contains(out, "it hangs") {
+		t.Errorf("in its own: %v: %s", err, out)
+	}
+	m.must(m.Daemons[0].Process.Signal(syscall.SIGCONT))
+	m.settle(0)
+}
+
+func TestADaemonThatIsStoppedInMidHandOverEndsAlsoWhenTheNextOneDies(t *testing.T) {
+	m, web, _ := pair(t)
+	next, _ := m.startBlind()
+	before := m.Daemons[0].Process
+	m.must(before.WaitOutput(m.ctx(), "another daemon is taking over"))
+	m.baselines[0] = nil
+	m.must(before.Signal(syscall.SIGTERM))
+	m.must(before.WaitOutput(m.ctx(), "stopping: live connections"))
+	next.Kill()
+	m.must(before.Wait(m.ctx()))
+	m.getsNothing(web, m.vip("api"))
+
+	m.Daemons[0].MeshD = m.MeshD
+	m.must(m.Daemons[0].Start(m.ctx()))
+	m.settle(0)
+	m.reaches(web, m.vip("api"))
+}
+
+func TestTheNextDaemonMayHaveMetricsWhereTheOneBeforeIsInTheWay(t *testing.T) {
+	m, _, _ := pair(t)
+	m.Daemons[0].Metrics = "0.0.0.0:20210"
+	m.must(m.Daemons[0].WriteConfig())
+	m.must(m.replace(0, nil).Wait(m.ctx()))
+	m.eventually("the next one serves them", func() error {
+		if m.metric(0, "nodeproxy_handover_timestamp_seconds") == 0 {
+			return errNotYet
+		}
+		return nil
+	})
+	m.settle(0)
 }
 
 func TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver(t *testing.T) {
@@ -298,9 +353,9 @@ func TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver(t *testing.T) {
 	m.getsNothing(web, at(api.IPv4, port))
 }
 
-// readyIn asks in a cgroup on node 1, as the probe of a pod does, whether its daemon is the node's.
-func (m *mesh) readyIn(cgroup *netlab.Cgroup) (string, error) {
-	return m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{"ready", "--socket", m.Daemons[0].Socket()}, Cgroup: cgroup})
+// probe asks in a cgroup on node 1, as the kubelet does in that of a pod, how its daemon is.
+func (m *mesh) probe(name string, cgroup *netlab.Cgroup) (string, error) {
+	return m.Lab.Run(m.ctx(), netlab.Command{Path: programs.nodeproxy, Args: []string{name, "--socket", m.Daemons[0].Socket()}, Cgroup: cgroup})
 }
 
 // awaitGranted waits until so many connections of a node went direct.

@@ -101,7 +101,8 @@ func TestPodsOfANode(t *testing.T) {
 	})
 	run("a Deployment is rolled over while it is called", testRollout)
 	run("the daemon's pod is replaced, and what is pinned holds", testReplaced)
-	run("what is deleted leaves nothing", testDeleted)
+	run("the daemon hands over to the next pod while it is called", testSurge)
+	run("what is deleted leaves nothing, in mid-update", testDeleted)
 }
 
 const deployment = `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "api", "namespace": "shop"}, "spec": {"replicas": 2,
@@ -118,9 +119,7 @@ func testRollout(m *mesh) {
 	for _, same := range []string{"mtls", "direct"} {
 		m.kubectl("-n", "shop", "label", "--overwrite", "pod", "web", "nodeproxy.io/same-node="+same)
 		m.reaches("shop/web", vip)
-		stdin, stop := io.Pipe()
-		load, err := m.StartKubectl(stdin, "-n", "shop", "exec", "-i", "web", "--", "/app", "load", "-n", "0", "-c", "2", "-pause", "20ms", vip)
-		m.must(err)
+		noneFailed := m.load(vip)
 		m.kubectl("-n", "shop", "rollout", "restart", "deployment/api")
 		m.kubectl("-n", "shop", "rollout", "status", "deployment/api", "--timeout", patience.String())
 		m.await("the old pods are gone", func() error {
@@ -129,21 +128,95 @@ func testRollout(m *mesh) {
 			}
 			return nil
 		})
+		m.t.Logf("same-node=%s: %s", same, noneFailed())
+	}
+}
+
+// load has web make new connections to an address until noneFailed is called, which returns what it has to say.
+func (m *mesh) load(to string) (noneFailed func() string) {
+	m.t.Helper()
+	stdin, stop := io.Pipe()
+	load, err := m.StartKubectl(stdin, "-n", "shop", "exec", "-i", "web", "--", "/app", "load", "-n", "0", "-c", "2", "-pause", "20ms", to)
+	m.must(err)
+	return func() string {
+		m.t.Helper()
 		m.must(stop.Close())
 		m.must(load.Wait(m.ctx()))
-		if out := load.Output(); !strings.Contains(out, " failed 0\n") {
-			m.t.Errorf("same-node=%s: %s", same, out)
+		out := load.Output()
+		if !strings.Contains(out, " failed 0\n") {
+			m.t.Errorf("connections failed: %s", out)
 		}
-		m.t.Logf("same-node=%s: %s", same, load.Output())
+		return out
+	}
+}
+
+// stream opens a connection from web to an address, on which lines arrive until it is killed.
+func (m *mesh) stream(to string) *netlab.Process {
+	m.t.Helper()
+	stream, err := m.StartKubectl(nil, "-n", "shop", "exec", "web", "--", "/app", "dial", "-timeout", "5m", to, "stream")
+	m.must(err)
+	m.must(stream.WaitOutput(m.ctx(), "a line"))
+	return stream
+}
+
+// goesOn waits for more of a stream.
+func (m *mesh) goesOn(stream *netlab.Process) {
+	m.t.Helper()
+	lines := strings.Count(stream.Output(), "a line")
+	m.await("a live connection goes on", func() error {
+		out := stream.Output()
+		if strings.Count(out, "a line") < lines+100 {
+			return errors.New(out[max(0, len(out)-300):])
+		}
+		return nil
+	})
+}
+
+// surge rolls out a change of mesh.hcl, and returns when the next daemon of the node has taken over, and is ready.
+func (m *mesh) surge(change string) {
+	m.t.Helper()
+	path := filepath.Join(m.overlay, "mesh.hcl")
+	text, err := os.ReadFile(path)
+	m.must(err)
+	m.must(os.WriteFile(path, append(text, "# "+change+"\n"...), 0o600))
+	m.install()
+}
+
+// testSurge replaces the node's daemon while there are new and live connections, which it hands over.
+func testSurge(m *mesh) {
+	node, vip := m.Members[0], m.vip("api", 2)
+	for _, same := range []string{"mtls", "direct"} {
+		m.kubectl("-n", "shop", "label", "--overwrite", "pod", "web", "nodeproxy.io/same-node="+same)
+		m.takes(node, vip, map[string][]string{"mtls": {"mtls", "tunnel"}, "direct": {"direct"}}[same]...)
+		before, err := m.status(node)
+		m.must(err)
+		live := m.stream(vip)
+		noneFailed := m.load(vip)
+		m.surge(same)
+		m.goesOn(live)
+		live.Kill()
+		m.await("the pod before is gone", func() error {
+			if pods := strings.Fields(m.kubectl("-n", "nodeproxy", "get", "pods", "-o", "name")); len(pods) != 1 {
+				return fmt.Errorf("there are %v", pods)
+			}
+			return nil
+		})
+		m.t.Logf("same-node=%s: %s", same, noneFailed())
+		after, err := m.status(node)
+		m.must(err)
+		if h := after.Handover; h == nil || h.PID != before.PID || h.Draining {
+			m.t.Errorf("process %d has the node from %+v, which was %d", after.PID, h, before.PID)
+		}
+		if restarts := m.kubectl("-n", "nodeproxy", "get", "pods", "-o", "jsonpath={.items[*].status.containerStatuses[*].restartCount}"); restarts != "0" {
+			m.t.Errorf("containers of the pod were restarted %s times", restarts)
+		}
 	}
 }
 
 // testReplaced deletes the daemon's pod, which its DaemonSet makes anew.
 func testReplaced(m *mesh) {
 	api := m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "jsonpath={.items[0].status.podIP}") + ":8080"
-	stream, err := m.StartKubectl(nil, "-n", "shop", "exec", "web", "--", "/app", "dial", "-timeout", "5m", m.vip("api", 2), "stream")
-	m.must(err)
-	m.must(stream.WaitOutput(m.ctx(), "a line"))
+	stream := m.stream(m.vip("api", 2))
 	before := m.kubectl("-n", "nodeproxy", "get", "pods", "-o", "name")
 	m.kubectl("-n", "nodeproxy", "delete", "--wait=false", before)
 	m.await("another daemon is ready", func() error {
@@ -157,25 +230,34 @@ func testReplaced(m *mesh) {
 		return err
 	})
 	m.reaches("shop/web", m.vip("api", 2))
-	select {
-	case <-stream.Done():
-		out := stream.Output()
-		m.t.Errorf("a direct connection has ended: %s", out[max(0, len(out)-300):])
-	default:
-		stream.Kill()
-	}
+	m.goesOn(stream)
+	stream.Kill()
 }
 
-// testDeleted removes all that was installed.
+// testDeleted removes all that was installed, while a daemon that has handed over carries a connection still.
 func testDeleted(m *mesh) {
+	m.kubectl("-n", "shop", "label", "--overwrite", "pod", "web", "nodeproxy.io/same-node=mtls")
+	m.takes(m.Members[0], m.vip("api", 2), "mtls", "tunnel")
+	live := m.stream(m.vip("api", 2))
+	defer live.Kill()
+	m.surge("and deleted")
+	m.goesOn(live)
 	api := m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "jsonpath={.items[0].status.podIP}") + ":8080"
 	m.refused("shop/stranger", api)
-	m.uninstall()
+	m.uninstall(func() {
+		m.await("the daemon that has the node has removed its pins", func() error {
+			if _, err := os.Stat(m.Members[0].Inside("/sys/fs/bpf/nodeproxy")); !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("they are there: %w", err)
+			}
+			return nil
+		})
+		live.Kill()
+	})
 	m.reaches("shop/stranger", api)
 }
 
 // uninstall deletes what was installed, and asserts that nothing of it is left on the nodes and in Consul.
-func (m *mesh) uninstall() {
+func (m *mesh) uninstall(meanwhile ...func()) {
 	m.t.Helper()
 	var objects []netlab.BPFObject
 	for _, n := range m.Members {
@@ -189,7 +271,12 @@ func (m *mesh) uninstall() {
 		}
 		objects = append(objects, pinned...)
 	}
-	m.kubectl("delete", "-k", m.overlay, "--timeout", "2m")
+	deleting, err := m.StartKubectl(nil, "delete", "-k", m.overlay, "--timeout", "2m")
+	m.must(err)
+	for _, f := range meanwhile {
+		f()
+	}
+	m.must(deleting.Wait(m.ctx()))
 	for _, n := range m.Members {
 		if _, err := os.Stat(n.Inside("/sys/fs/bpf/nodeproxy")); !errors.Is(err, os.ErrNotExist) {
 			left, _ := netlab.Pinned(n.Inside("/sys/fs/bpf/nodeproxy"))

@@ -28,6 +28,7 @@ type Daemon struct {
 	Source  string   // the source block, in HCL; "" is that of the mesh's control plane
 	Labels  string   // more of its workloads block, in HCL
 	Plain   bool     // tunnels = false
+	Metrics string   // admin.metrics; "" is 127.0.0.1:20210
 	Extra   string   // more of the configuration, in HCL
 	Env     []string // more of the environment
 	Process *netlab.Process
@@ -78,7 +79,7 @@ func (d *Daemon) WriteConfig() error {
 		b.WriteString(e.More + "  }\n")
 	}
 	b.WriteString(d.Labels)
-	fmt.Fprintf(&b, "}\n\nadmin {\n  socket  = %q\n  metrics = \"127.0.0.1:20210\"\n}\n\n", d.Socket())
+	fmt.Fprintf(&b, "}\n\nadmin {\n  socket  = %q\n  metrics = %q\n}\n\n", d.Socket(), cmp.Or(d.Metrics, "127.0.0.1:20210"))
 	fmt.Fprintf(&b, "state {\n  dir  = %q\n  pins = %q\n}\n\n", filepath.Join(d.Node.Dir, "state"), d.Pins)
 	if d.Plain {
 		b.WriteString("tunnels = false\n")
