@@ -245,9 +245,15 @@ func TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName(t *testing.T) {
 // TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone is how it is with a DaemonSet's surge: the next daemon runs in a
 // cgroup of its own, and the one in which the listeners were made is removed with its pod.
 func TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone(t *testing.T) {
-	m, web, _ := pair(t)
+	m := newMesh(t)
+	m.Daemons[0].Extra = drainsLong
+	web := m.place(0, "web")
+	m.place(1, "api")
+	m.allow("api", "web")
+	m.start()
 	const n = 500
 	for _, name := range []string{"second", "third"} {
+		live := m.stream(web, m.vip("api"))
 		cgroup, err := m.Nodes[0].Cgroup.Child(name)
 		m.must(err)
 		if out, err := m.probe("ready", cgroup); err == nil || !strings.Contains(out, "this one has not taken over yet") {
@@ -264,6 +270,8 @@ func TestListenersServeInTheNextDaemonsCgroupWhenTheirOwnIsGone(t *testing.T) {
 				t.Errorf("after the hand-over the probe %q fails: %v: %s", probe, err, out)
 			}
 		}
+		m.goesOn("the live connection", live)
+		live.Kill()
 		m.must(before.Wait(m.ctx()))
 		m.must(m.Daemons[0].LeaveCgroup(cgroup))
 		m.noneFailed(loads)

@@ -175,11 +175,24 @@ func (m *mesh) goesOn(stream *netlab.Process) {
 // surge rolls out a change of mesh.hcl, and returns when the next daemon of the node has taken over, and is ready.
 func (m *mesh) surge(change string) {
 	m.t.Helper()
+	before := m.kubectl("-n", "nodeproxy", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
 	path := filepath.Join(m.overlay, "mesh.hcl")
 	text, err := os.ReadFile(path)
 	m.must(err)
 	m.must(os.WriteFile(path, append(text, "# "+change+"\n"...), 0o600))
-	m.install()
+	m.kubectl("apply", "-k", m.overlay)
+	m.await("the next pod is ready", func() error { // "rollout status" waits until the one before is gone
+		out, err := m.Kubectl(m.ctx(), "-n", "nodeproxy", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name} {.status.containerStatuses[0].ready}{"\n"}{end}`)
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(out) {
+			if name, ok := strings.CutSuffix(line, " true\n"); ok && !strings.Contains(before, name) {
+				return nil
+			}
+		}
+		return fmt.Errorf("before there was %s, and now there are %s", before, out)
+	})
 }
 
 // testSurge replaces the node's daemon while there are new and live connections, which it hands over.
