@@ -133,7 +133,7 @@ func (c *Cluster) Check(ctx context.Context) error {
 // unheard is why what is known may be old.
 func (c *Cluster) unheard() error {
 	for _, name := range slices.Sorted(maps.Keys(c.faults)) {
-		if err := c.faults[name]; err != nil {
+		if err := c.faults[name]; err != nil && name != daemonSets { // no workload depends on that
 			return fmt.Errorf("follow %s of the Kubernetes API server: %w: enrolled pods stay enrolled, new ones are not seen; see that the server runs and that nodeproxy may list and watch them: it is tried again by itself", name, err)
 		}
 	}

@@ -14,6 +14,9 @@ import (
 // DaemonSet names the one of which this process is a pod.
 type DaemonSet struct{ Namespace, Name string }
 
+// daemonSets is the API server's name of what ownDaemonSet follows.
+const daemonSets = "daemonsets"
+
 // ownDaemonSet is what the API server says of it.
 type ownDaemonSet struct {
 	DaemonSet
@@ -30,7 +33,7 @@ func (c *Cluster) followDaemonSet(access *rest.Config) error {
 		return err
 	}
 	which := fields.OneTermEqualSelector("metadata.name", c.cfg.DaemonSet.Name)
-	c.own = &ownDaemonSet{c.cfg.DaemonSet, client, c.objects(client, "daemonsets", c.cfg.DaemonSet.Namespace, new(appsv1.DaemonSet), which)}
+	c.own = &ownDaemonSet{c.cfg.DaemonSet, client, c.objects(client, daemonSets, c.cfg.DaemonSet.Namespace, new(appsv1.DaemonSet), which)}
 	return nil
 }
 
@@ -47,7 +50,7 @@ func (c *Cluster) Removed(ctx context.Context) (bool, error) {
 		}
 	}
 	now := new(appsv1.DaemonSet)
-	err := c.own.client.Get().Namespace(c.own.Namespace).Resource("daemonsets").Name(c.own.Name).Do(ctx).Into(now)
+	err := c.own.client.Get().Namespace(c.own.Namespace).Resource(daemonSets).Name(c.own.Name).Do(ctx).Into(now)
 	switch {
 	case err == nil:
 		return now.DeletionTimestamp != nil, nil
