@@ -19,6 +19,7 @@ import (
 
 const (
 	beatEvery      = time.Second
+	hesitation     = 5 * time.Second // how long a hand-over waits for a provider that has a problem
 	reapEvery      = 30 * time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
@@ -86,6 +87,7 @@ type Manager struct {
 	passed error // why addresses of snap are not redirected
 
 	// What reconcile, the only user, knows.
+	began      time.Time // Run
 	serve      func(*redirect.Namespace, *Namespace)
 	inherited  *inheritance               // nil: nothing, or it is settled
 	workloads  map[string]*entry          // by cgroup path
@@ -215,6 +217,7 @@ func (m *Manager) Store() *redirect.Store { return m.redirect.Store() }
 func (m *Manager) Run(ctx context.Context, h Handler) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
+	m.began = time.Now()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		select {

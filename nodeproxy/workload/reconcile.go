@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -52,11 +53,14 @@ func (m *Manager) reconcile(h Handler) {
 	}
 }
 
-// complete reports whether a snapshot is there and every provider has spoken, or says why it cannot.
+// complete reports whether a snapshot is there and every provider has spoken, or says why it cannot. While a daemon before serves
+// nobody waits for the others, and what a provider is about to claim is served by that one: such a provider has hesitation to recover.
 func (m *Manager) complete() bool {
 	unheard := maps.Clone(m.unheard)
-	for _, p := range m.problems() {
-		delete(unheard, p.Provider)
+	if m.inherited == nil || time.Since(m.began) > hesitation {
+		for _, p := range m.problems() {
+			delete(unheard, p.Provider)
+		}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

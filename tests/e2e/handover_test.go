@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/handover"
@@ -328,6 +329,20 @@ func TestTheNextDaemonMayHaveMetricsWhereTheOneBeforeIsInTheWay(t *testing.T) {
 		return nil
 	})
 	m.settle(0)
+}
+
+// A provider that has a problem, here no systemd, may be about to claim what the daemon before serves.
+func TestAHandOverWaitsShortlyForAProviderThatHasAProblem(t *testing.T) {
+	m, web, _ := pair(t)
+	m.Daemons[0].Labels = "  systemd {\n    enabled = true\n  }\n"
+	m.must(m.Daemons[0].WriteConfig())
+	before, began := m.Daemons[0].Process, time.Now()
+	m.must(m.replace(0, nil).Wait(m.ctx()))
+	if out := before.Output(); !strings.Contains(out, "another daemon has taken over") || time.Since(began) < 5*time.Second {
+		t.Errorf("it took %s:\n%s", time.Since(began), out)
+	}
+	m.settle(0)
+	m.reaches(web, m.vip("api"))
 }
 
 func TestDirectConnectionsGoOnAndNoneFailsWhileADaemonHandsOver(t *testing.T) {

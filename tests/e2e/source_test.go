@@ -109,10 +109,14 @@ var fileOnly = map[string][]string{
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
 		"TestWhatCannotBeRepairedIsAnUnprotectedWorkload",
 		"TestADaemonOfAnotherMapABIOrProtocolIsRefusedByName",
+		"TestADaemonThatHangsIsDeadToItsOwnPodAlone",
+		"TestTheNextDaemonMayHaveMetricsWhereTheOneBeforeIsInTheWay",
+		"TestAHandOverWaitsShortlyForAProviderThatHasAProblem",
 	},
 	"has a daemon that does not serve yet, by a mesh directory that is not there": {
 		"TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn",
 		"TestWhenTheDaemonBeforeDiesInMidHandOverTheNextGoesOn",
+		"TestADaemonThatIsStoppedInMidHandOverEndsAlsoWhenTheNextOneDies",
 	},
 	"Consul's sidecars are delivered to at 127.0.0.1 alone, where the directory's are tried at each address": {
 		"TestASquatterOnTheApplicationsPortGetsNoDelivery",

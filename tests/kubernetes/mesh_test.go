@@ -56,7 +56,7 @@ func newMesh(t *testing.T, hybrid ...bool) *mesh {
 	m.must(os.CopyFS(filepath.Join(m.Dir(), "kubernetes"), os.DirFS("../../deploy/kubernetes")))
 	m.write("overlay/kustomization.yaml", fmt.Sprintf(`resources: [../kubernetes]
 images: [{name: nodeproxy, newTag: %q}]
-configMapGenerator: [{name: nodeproxy, namespace: nodeproxy, behavior: merge, files: [mesh.hcl]}]
+configMapGenerator: [{name: nodeproxy-config, namespace: nodeproxy, behavior: merge, files: [mesh.hcl]}]
 `, version))
 	m.write("overlay/mesh.hcl", fmt.Sprintf(`source "consul" {
   mode              = "servers"

@@ -102,6 +102,7 @@ func TestPodsOfANode(t *testing.T) {
 	run("a Deployment is rolled over while it is called", testRollout)
 	run("the daemon's pod is replaced, and what is pinned holds", testReplaced)
 	run("the daemon hands over to the next pod while it is called", testSurge)
+	run("the DaemonSet alone is deleted while Consul is away", testDaemonSetDeleted)
 	run("what is deleted leaves nothing, in mid-update", testDeleted)
 }
 
@@ -247,6 +248,36 @@ func testReplaced(m *mesh) {
 	stream.Kill()
 }
 
+// testDaemonSetDeleted has the pod learn that it ends for good from its DaemonSet, which it may follow.
+func testDaemonSetDeleted(m *mesh) {
+	status, err := m.status(m.Members[0])
+	m.must(err)
+	for _, p := range status.Problems {
+		if p.Kind == "kubernetes" {
+			m.t.Errorf("there is a problem before: %+v", p)
+		}
+	}
+	api := m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "jsonpath={.items[0].status.podIP}") + ":8080"
+	m.must(m.consul.Process.Signal(unix.SIGSTOP))
+	m.kubectl("-n", "nodeproxy", "delete", "daemonset", "nodeproxy")
+	m.unpinned()
+	m.reaches("shop/stranger", api)
+	m.must(m.consul.Process.Signal(unix.SIGCONT))
+	m.install()
+	m.refused("shop/stranger", api)
+}
+
+// unpinned waits until the first node has no pins.
+func (m *mesh) unpinned() {
+	m.t.Helper()
+	m.await("the pins are gone", func() error {
+		if _, err := os.Stat(m.Members[0].Inside("/sys/fs/bpf/nodeproxy")); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("they are there: %w", err)
+		}
+		return nil
+	})
+}
+
 // testDeleted removes all that was installed, while a daemon that has handed over carries a connection still.
 func testDeleted(m *mesh) {
 	m.kubectl("-n", "shop", "label", "--overwrite", "pod", "web", "nodeproxy.io/same-node=mtls")
@@ -258,12 +289,7 @@ func testDeleted(m *mesh) {
 	api := m.kubectl("-n", "shop", "get", "pods", "-l", "app=replica", "-o", "jsonpath={.items[0].status.podIP}") + ":8080"
 	m.refused("shop/stranger", api)
 	m.uninstall(func() {
-		m.await("the daemon that has the node has removed its pins", func() error {
-			if _, err := os.Stat(m.Members[0].Inside("/sys/fs/bpf/nodeproxy")); !errors.Is(err, os.ErrNotExist) {
-				return fmt.Errorf("they are there: %w", err)
-			}
-			return nil
-		})
+		m.unpinned() // by the daemon that has the node
 		live.Kill()
 	})
 	m.reaches("shop/stranger", api)

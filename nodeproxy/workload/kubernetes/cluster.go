@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -62,6 +63,7 @@ type Cluster struct {
 	mu        sync.Mutex
 	began     time.Time
 	synced    bool
+	spoke     bool             // Run has claimed what there is, or what is remembered
 	faults    map[string]error // by resource
 	misplaced error            // pods without a cgroup
 	changed   []chan struct{}  // get a value, without blocking, when anything has changed
@@ -113,11 +115,26 @@ func (c *Cluster) note(ctx context.Context, resource string, err error) error {
 // Name implements workload.Provider.
 func (*Cluster) Name() string { return "kubernetes" }
 
-// Problem implements workload.Reporter.
+// Problem implements workload.Reporter. It has none before Run has claimed what can be: who hears of one does not wait for claims.
 func (c *Cluster) Problem() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return cmp.Or(c.unheard(), c.misplaced)
+	if !c.spoke {
+		return nil
+	}
+	return cmp.Or(c.unheard(), c.misplaced, c.unfollowed())
+}
+
+func (c *Cluster) isAway() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.unheard() != nil
+}
+
+func (c *Cluster) speak() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.spoke = true
 }
 
 // Check asks the API server once for all that is needed.
@@ -133,7 +150,7 @@ func (c *Cluster) Check(ctx context.Context) error {
 // unheard is why what is known may be old.
 func (c *Cluster) unheard() error {
 	for _, name := range slices.Sorted(maps.Keys(c.faults)) {
-		if err := c.faults[name]; err != nil && name != daemonSets { // no workload depends on that
+		if err := c.faults[name]; err != nil && name != daemonSets { // on which no workload depends
 			return fmt.Errorf("follow %s of the Kubernetes API server: %w: enrolled pods stay enrolled, new ones are not seen; see that the server runs and that nodeproxy may list and watch them: it is tried again by itself", name, err)
 		}
 	}
@@ -171,11 +188,12 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 	c.mu.Lock()
 	c.began = time.Now()
 	c.mu.Unlock()
+	quiet := logr.NewContext(ctx, logr.Discard()) // what is wrong is said by Problem
 	for _, o := range c.kinds {
-		running.Go(func() { o.reflector.RunWithContext(ctx) })
+		running.Go(func() { o.reflector.RunWithContext(quiet) })
 	}
 	if c.own != nil {
-		running.Go(func() { c.own.told.reflector.RunWithContext(ctx) })
+		running.Go(func() { c.own.told.reflector.RunWithContext(quiet) })
 	}
 	tick := time.NewTicker(changesLast) // until all is read
 	defer tick.Stop()
@@ -187,14 +205,16 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 			if now := c.look(); first || !reflect.DeepEqual(now, told) {
 				told, first = now, false
 				claim(now)
+				c.speak()
 				c.remember()
 			}
 			tick.Reset(lookEvery)
-		case c.Problem() != nil && !remembered:
+		case c.isAway() && !remembered:
 			remembered = true
 			if c.recall(); len(c.workloads) > 0 {
 				claim(c.claims())
 			}
+			c.speak()
 		}
 		select {
 		case <-ctx.Done():

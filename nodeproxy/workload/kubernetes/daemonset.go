@@ -60,6 +60,15 @@ func (c *Cluster) Removed(ctx context.Context) (bool, error) {
 	return false, fmt.Errorf("read DaemonSet %s/%s: %w", c.own.Namespace, c.own.Name, err)
 }
 
+// unfollowed is why a removal of the DaemonSet may not be seen.
+func (c *Cluster) unfollowed() error {
+	err := c.faults[daemonSets]
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("follow DaemonSet %s/%s: %w: what is pinned may stay when it is removed; see that nodeproxy may get, list and watch it: it is tried again by itself", c.own.Namespace, c.own.Name, err)
+}
+
 // gone says whether the API server has told that it is.
 func (d *ownDaemonSet) gone() bool {
 	if !d.told.read.Load() {

@@ -57,7 +57,7 @@ func (c *Cluster) objects(client cache.Getter, name, namespace string, of runtim
 	}
 	o.reflector = cache.NewReflectorWithOptions(noted, of, o, cache.ReflectorOptions{
 		Name: name, Backoff: &retry,
-		Logger: new(logr.Discard()), // what is wrong is said by Problem
+		Logger: new(logr.Discard()),
 	})
 	return o
 }
