@@ -14,6 +14,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
+	"nodeproxy.io/nodeproxy/check"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/handover"
@@ -57,9 +58,26 @@ func newLogs(cfg config.Log, out io.Writer) (log, access *slog.Logger) {
 	return slog.New(handler(cfg.Level)), slog.New(handler(slog.LevelInfo))
 }
 
+// capable names the capabilities that are missing: those without which nothing is begun, and in the log those that it does without.
+func capable(log *slog.Logger) error {
+	var missing []error
+	for _, r := range check.Capabilities() {
+		switch r.Verdict {
+		case check.Failed:
+			missing = append(missing, fmt.Errorf("%s: %s", r.Name, r.Text))
+		case check.Warning:
+			log.Warn(r.Name + ": " + r.Text)
+		}
+	}
+	return errors.Join(missing...)
+}
+
 // runDaemon runs until ctx ends, drains, and returns.
 func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	log, access := newLogs(cfg.Log, out)
+	if err := capable(log); err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
 	before, err := handover.Begin(handoverSocket(cfg), self(cfg))
 	if err != nil {
 		return fmt.Errorf("start the daemon: %w", err)

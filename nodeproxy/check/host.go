@@ -17,22 +17,25 @@ import (
 	"nodeproxy.io/nodeproxy/config"
 )
 
-// capability is one that the daemon needs, and the calls that need it.
+// capability is one that the daemon uses, and the calls that need it. CAP_BPF and CAP_PERFMON are parts of CAP_SYS_ADMIN.
 type capability struct {
-	bit  uint
-	name string
-	why  string
+	bit   uint
+	name  string
+	why   string
+	costs string // what is lost without it; "": the daemon does not start
 }
 
 var capabilities = [...]capability{
-	{unix.CAP_BPF, "CAP_BPF", "bpf(2): load programs, make maps"},
-	{unix.CAP_PERFMON, "CAP_PERFMON", "bpf(2): the verifier lets programs read kernel structures"},
-	{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN", "bpf(2): attach to cgroups and network namespaces; setsockopt(2) IP_TRANSPARENT"},
-	{unix.CAP_SYS_ADMIN, "CAP_SYS_ADMIN", "setns(2): listen and dial inside the workloads' network namespaces"},
-	{unix.CAP_SYS_PTRACE, "CAP_SYS_PTRACE", "open(2) of /proc/PID/ns/net: find the network namespaces of other users' processes"},
+	{bit: unix.CAP_NET_ADMIN, name: "CAP_NET_ADMIN", why: "bpf(2): attach to cgroups and network namespaces; setsockopt(2) IP_TRANSPARENT; sock_diag(7) SOCK_DESTROY"},
+	{bit: unix.CAP_SYS_ADMIN, name: "CAP_SYS_ADMIN", why: "bpf(2): load programs, make maps; setns(2): listen and dial inside the workloads' network namespaces"},
+	{bit: unix.CAP_SYS_PTRACE, name: "CAP_SYS_PTRACE", why: "open(2) of /proc/PID/ns/net: find the network namespaces of other users' processes"},
+	{bit: unix.CAP_DAC_READ_SEARCH, name: "CAP_DAC_READ_SEARCH", why: "open_by_handle_at(2): find the cgroups whose labels change", costs: "they are looked for every second"},
+	{bit: unix.CAP_DAC_OVERRIDE, name: "CAP_DAC_OVERRIDE", why: "connect(2): deliver to unix sockets", costs: "those that root may not use otherwise get no connections"},
+	{bit: unix.CAP_SETUID, name: "CAP_SETUID", why: "setfsuid(2): make the unix sockets of upstreams as their workload's user", costs: "those of other users than root are not made"},
+	{bit: unix.CAP_SETGID, name: "CAP_SETGID", why: "setgroups(2): make the unix sockets of upstreams as their workload's user", costs: "those of other users than root are not made"},
 }
 
-// Capabilities reports those that this process has in effect.
+// Capabilities reports those that this process has in effect. The daemon does not start where one fails.
 func Capabilities() []Result {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -43,13 +46,18 @@ func Capabilities() []Result {
 }
 
 func capabilityResults(effective uint64) []Result {
+	const grant = "run as root, or grant it (CapabilityBoundingSet= of a unit, securityContext.capabilities of a pod)"
 	var results []Result
 	for _, c := range capabilities {
-		if effective&(1<<c.bit) != 0 {
-			results = append(results, ok("capability "+c.name, "%s", c.why))
-			continue
+		name := "capability " + c.name
+		switch {
+		case effective&(1<<c.bit) != 0:
+			results = append(results, ok(name, "%s", c.why))
+		case c.costs != "":
+			results = append(results, warning(name, "missing; needed for %s; without it %s: %s", c.why, c.costs, grant))
+		default:
+			results = append(results, failed(name, "missing; needed for %s: %s", c.why, grant))
 		}
-		results = append(results, failed("capability "+c.name, "missing; needed for %s: run as root, or grant it (AmbientCapabilities= of a unit, securityContext.capabilities of a pod)", c.why))
 	}
 	return results
 }

@@ -185,7 +185,9 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 	for line := range strings.Lines(string(procs)) {
 		pid := strings.TrimSpace(line)
 		var st unix.Stat_t
-		if err := unix.Stat("/proc/"+pid+"/ns/net", &st); err != nil {
+		if err := unix.Stat("/proc/"+pid+"/ns/net", &st); errors.Is(err, fs.ErrPermission) {
+			return fmt.Errorf("look at the network namespace of process %s: %w: see that no security module denies it", pid, err)
+		} else if err != nil {
 			continue // it ended meanwhile
 		}
 		e.processes++

@@ -112,6 +112,7 @@ var fileOnly = map[string][]string{
 		"TestADaemonThatHangsIsDeadToItsOwnPodAlone",
 		"TestTheNextDaemonMayHaveMetricsWhereTheOneBeforeIsInTheWay",
 		"TestAHandOverWaitsShortlyForAProviderThatHasAProblem",
+		"TestADaemonWithoutOneOfItsCapabilitiesSaysWhichAndHalfProtectsNobody",
 	},
 	"has a daemon that does not serve yet, by a mesh directory that is not there": {
 		"TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn",
