@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -156,6 +157,36 @@ func TestHostAnswersEveryQuestion(t *testing.T) {
 		}
 		if !found {
 			t.Errorf("no answer about %s in %v", name, results)
+		}
+	}
+}
+
+func TestTheTableOfPlatformsHasEveryFeatureAndTestsThatThereAre(t *testing.T) {
+	text, err := os.ReadFile("../../docs/platforms.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range redirect.Probe() {
+		if !strings.Contains(string(text), f.Name) {
+			t.Errorf("it does not have the feature %q", f.Name)
+		}
+	}
+	for _, c := range capabilities {
+		if !strings.Contains(string(text), "`"+c.name+"`") {
+			t.Errorf("it does not have %s", c.name)
+		}
+	}
+	var tests []byte
+	for _, path := range []string{"../../tests/vm/vm_test.go", "../../tests/deploy/systemd_test.go", "../../tests/kubernetes/node_test.go", "../../tests/e2e/capabilities_test.go"} {
+		source, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests = append(tests, source...)
+	}
+	for _, name := range regexp.MustCompile("`(Test[A-Za-z]+)`").FindAllStringSubmatch(string(text), -1) {
+		if !strings.Contains(string(tests), "func "+name[1]+"(") {
+			t.Errorf("there is no %s", name[1])
 		}
 	}
 }

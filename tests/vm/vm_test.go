@@ -85,6 +85,7 @@ func within(t *testing.T, limit time.Duration) context.Context {
 var elsewhere = []string{
 	"TestArchitecture",                           // it reads the repository
 	"TestAContainerSeesCgroupsAsItsNodeDoes",     // a guest has no shell
+	"TestTheCgroupInWhichADaemonIsFirstIsItsOwn", // the same
 	"TestAsManyRulesAsAWorkloadLikesCostTheLook", // it reads 5,000 rules within 100 ms, and processors are emulated
 }
 
