@@ -24,7 +24,14 @@ type pods struct {
 }
 
 func newPods(t *testing.T) *pods {
-	p := &pods{newAgentless(t, Config{Open: true}, fmt.Sprintf("addresses = [\"http://%s:8500\"]", firstNode)), t.TempDir()}
+	m := newAgentless(t, Config{Open: true}, fmt.Sprintf("addresses = [\"http://%s:8500\"]", firstNode))
+	return m.withPods("api")
+}
+
+// withPods starts an API server, whose pods in namespace shop may be one service.
+func (m *agentless) withPods(service string) *pods {
+	m.t.Helper()
+	t, p := m.t, &pods{m, m.t.TempDir()}
 	node := p.Nodes[1]
 	start := func(path string, args ...string) {
 		_, err := p.Lab.Start(netlab.Command{Path: path, Args: args, Namespace: node.Namespace})
@@ -43,8 +50,8 @@ func newPods(t *testing.T) *pods {
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts, "--service-account-issuer", "https://kubernetes.test",
 		"--token-auth-file", p.write("tokens", "secret,admin,1,system:masters\n"), "--authorization-mode", "RBAC",
 		"--advertise-address", node.IPv4.String(), "--disable-admission-plugins", "ServiceAccount")
-	p.Daemons[1].Labels = fmt.Sprintf("  kubernetes {\n    enabled    = true\n    kubeconfig = %q\n    namespace \"shop\" {\n      services = [\"api\"]\n    }\n  }\n",
-		filepath.Join(p.dir, "kubeconfig"))
+	p.Daemons[1].Labels += fmt.Sprintf("  kubernetes {\n    enabled    = true\n    kubeconfig = %q\n    namespace \"shop\" {\n      services = [%q]\n    }\n  }\n",
+		filepath.Join(p.dir, "kubeconfig"), service)
 	p.await("the API server is ready", func() error {
 		_, err := p.kubectl("get", "--raw", "/readyz")
 		return err
@@ -173,10 +180,10 @@ func TestPodsAreInstancesOfTheirServices(t *testing.T) {
 		return nil
 	})
 
-	thief := m.thief("web")
+	m.thief("shop", "thief", "web", "")
 	status, err := m.Daemons[1].Await(m.ctx(), func(s *admin.Status) error {
 		for _, r := range s.Refused {
-			if r.Name == "pod shop/"+thief && strings.Contains(r.Why, `service account "web"`) {
+			if r.Name == "pod shop/thief" && strings.Contains(r.Why, `service account "web"`) {
 				return nil
 			}
 		}
@@ -190,10 +197,14 @@ func TestPodsAreInstancesOfTheirServices(t *testing.T) {
 	}
 }
 
-// thief makes a pod that claims a service that the configuration does not grant to its namespace.
-func (p *pods) thief(account string) string {
+// thief makes a pod that asks for what the configuration does not grant it: with a service account, and a label that names a service
+// unless that is "".
+func (p *pods) thief(namespace, name, account, service string) {
 	p.t.Helper()
-	p.do("create", "-f", p.write("thief.json", fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "thief", "namespace": "shop", "labels": {"nodeproxy.io/mesh": "enabled"}},
-"spec": {"nodeName": %q, "serviceAccountName": %q, "containers": [{"name": "app", "image": "app"}]}}`, p.Nodes[1].Name, account)))
-	return "thief"
+	labels := `"nodeproxy.io/mesh": "enabled"`
+	if service != "" {
+		labels += fmt.Sprintf(`, "nodeproxy.io/service": %q`, service)
+	}
+	p.do("create", "-f", p.write(name+".json", fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": %q, "namespace": %q, "labels": {%s}},
+"spec": {"nodeName": %q, "serviceAccountName": %q, "containers": [{"name": "app", "image": "app"}]}}`, name, namespace, labels, p.Nodes[1].Name, account)))
 }
