@@ -74,7 +74,8 @@ workloads {
   containers {
     enabled = false # containers with labels nodeproxy.io/<key>: see docs/labels.md
     allow   = ["web", "cart"]    # example: what containers may be, whatever their labels say
-    socket  = "/run/docker.sock" # of Docker, or of podman: "/run/podman/podman.sock"
+    engine  = "docker"           # docker, podman too | containerd: its own, neither Docker's nor a kubelet's
+    socket  = "/run/docker.sock" # of podman: "/run/podman/podman.sock"; with containerd "/run/containerd/containerd.sock"
   }
   consul {
     enabled = false # instances registered in Consul with meta nodeproxy = "enabled", tasks of Nomad among them: see docs/labels.md

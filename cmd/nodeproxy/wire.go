@@ -250,8 +250,12 @@ func newFinder(cfg *config.Config, log *slog.Logger) (*registered.Finder, error)
 }
 
 func newEngine(cfg *config.Config, mount string, log *slog.Logger) *containers.Engine {
+	api := containers.Docker
+	if cfg.Containers.Engine == "containerd" {
+		api = containers.Containerd
+	}
 	return containers.New(containers.Config{
-		Socket: cfg.Containers.Socket, Allow: cfg.Containers.Allow, Mount: mount, Log: log,
+		API: api, Socket: cfg.Containers.Socket, Allow: cfg.Containers.Allow, Mount: mount, Log: log,
 		StateFile: filepath.Join(cfg.State.Dir, "containers.json"),
 	})
 }

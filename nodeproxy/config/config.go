@@ -106,6 +106,7 @@ type Kubernetes struct {
 // Containers is the workloads.containers block.
 type Containers struct {
 	Allow  []string // the services that containers may be
+	Engine string   // "docker" or "containerd": which API is spoken at the socket
 	Socket string   // path of the engine's
 }
 

@@ -274,7 +274,11 @@ func TestInstancesAreFoundWhereConsulIsTheSource(t *testing.T) {
 
 func TestContainersAreWhatIsAllowed(t *testing.T) {
 	c, err := load(t, minimal+"\nworkloads { containers { enabled = true  allow = [\"web\", \"cart\"] } }")
-	if want := (&Containers{Allow: []string{"web", "cart"}, Socket: "/run/docker.sock"}); err != nil || !reflect.DeepEqual(c.Containers, want) {
+	if want := (&Containers{Allow: []string{"web", "cart"}, Engine: "docker", Socket: "/run/docker.sock"}); err != nil || !reflect.DeepEqual(c.Containers, want) {
+		t.Errorf("%+v, %v", c.Containers, err)
+	}
+	c, err = load(t, minimal+"\nworkloads { containers { enabled = true  allow = [\"web\"]  engine = \"containerd\" } }")
+	if err != nil || c.Containers.Engine != "containerd" || c.Containers.Socket != "/run/containerd/containerd.sock" {
 		t.Errorf("%+v, %v", c.Containers, err)
 	}
 	if c, err := load(t, minimal+"\nworkloads { containers { allow = [\"web\"] } }"); err != nil || c.Containers != nil {

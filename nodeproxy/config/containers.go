@@ -1,6 +1,15 @@
 package config
 
-import "nodeproxy.io/nodeproxy/catalog"
+import (
+	"cmp"
+
+	"nodeproxy.io/nodeproxy/catalog"
+)
+
+const dockerEngine = "docker"
+
+// engineSockets are where engines listen unless they are told otherwise.
+var engineSockets = map[string]string{dockerEngine: "/run/docker.sock", "containerd": "/run/containerd/containerd.sock"}
 
 // containers is nil unless it is enabled.
 func (c *checker) containers() *Containers {
@@ -11,7 +20,10 @@ func (c *checker) containers() *Containers {
 			c.fail(at("allow"), "has %q: list names of services", service)
 		}
 	}
-	containers := &Containers{Allow: r.Allow, Socket: c.absolute(at("socket"), r.Socket)}
+	if engineSockets[r.Engine] == "" {
+		c.fail(at("engine"), `is %q: set it to "docker", for Docker and podman, or "containerd"`, r.Engine)
+	}
+	containers := &Containers{Allow: r.Allow, Engine: r.Engine, Socket: c.absolute(at("socket"), cmp.Or(r.Socket, engineSockets[r.Engine]))}
 	if !r.Enabled {
 		return nil
 	}

@@ -71,6 +71,7 @@ type rawLabelled struct {
 type rawContainers struct {
 	Enabled bool     `hcl:"enabled"`
 	Allow   []string `hcl:"allow"`
+	Engine  string   `hcl:"engine"`
 	Socket  string   `hcl:"socket"`
 }
 
@@ -142,7 +143,7 @@ func defaults() raw {
 		PreferLocal:        true,
 		OnFailure:          "closed",
 		ExistingConnection: "keep",
-		Workloads:          rawWorkloads{Containers: rawContainers{Socket: "/run/docker.sock"}},
+		Workloads:          rawWorkloads{Containers: rawContainers{Engine: dockerEngine}},
 		Limits: rawLimits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
 			Drain: 30 * time.Second},
 		Log:   rawLog{Level: "info", Format: "text", Access: "denied"},

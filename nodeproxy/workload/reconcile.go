@@ -159,8 +159,11 @@ func (m *Manager) scan(e *entry) {
 		e.subtree[id] = true
 		return m.scanProcesses(e, path)
 	})
+	if err == nil && e.claim.Sockets && e.cgroup != 0 && e.Mesh != Disabled {
+		_, err = m.noteNamespace(e, "thread-self")
+	}
 	e.problem = err
-	if e.processes == 0 {
+	if len(e.inodes) == 0 {
 		e.inodes = last // an application that restarts must not find its port open to strangers
 	}
 	slices.Sort(e.inodes)
@@ -183,23 +186,33 @@ func (m *Manager) scanProcesses(e *entry, dir string) error {
 		return skipGone(err)
 	}
 	for line := range strings.Lines(string(procs)) {
-		pid := strings.TrimSpace(line)
-		var st unix.Stat_t
-		if err := unix.Stat("/proc/"+pid+"/ns/net", &st); errors.Is(err, fs.ErrPermission) {
-			return fmt.Errorf("look at the network namespace of process %s: %w: see that no security module denies it", pid, err)
-		} else if err != nil {
-			continue // it ended meanwhile
+		alive, err := m.noteNamespace(e, strings.TrimSpace(line))
+		if err != nil {
+			return err
 		}
-		e.processes++
-		if e.Mesh == Disabled {
-			continue
-		}
-		e.inodes = append(e.inodes, st.Ino)
-		if _, open := m.namespaces[st.Ino]; !open {
-			m.findNamespace(e, st.Ino, pid)
+		if alive {
+			e.processes++
 		}
 	}
 	return nil
+}
+
+// noteNamespace notes the network namespace of a process as one of e's. It reports false if the process has ended.
+func (m *Manager) noteNamespace(e *entry, pid string) (bool, error) {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+pid+"/ns/net", &st); errors.Is(err, fs.ErrPermission) {
+		return false, fmt.Errorf("look at the network namespace of process %s: %w: see that no security module denies it", pid, err)
+	} else if err != nil {
+		return false, nil
+	}
+	if e.Mesh == Disabled {
+		return true, nil
+	}
+	e.inodes = append(e.inodes, st.Ino)
+	if _, open := m.namespaces[st.Ino]; !open {
+		m.findNamespace(e, st.Ino, pid)
+	}
+	return true, nil
 }
 
 // enrollable lists the workloads to switch on now: the cgroup is there and so are the certificates, unless an earlier
@@ -399,7 +412,7 @@ func (e *entry) state(open int) (state, detail string) {
 		return "waiting", fmt.Sprintf("no certificate for service %q yet: see the control plane's error below", strings.Join(e.uncertified, ","))
 	case open < len(e.inodes):
 		return "unprotected", "no listener in " + strconv.Itoa(len(e.inodes)-open) + " of its network namespaces: see the daemon's log"
-	case e.processes == 0:
+	case e.processes == 0 && !e.claim.Sockets:
 		return "empty", "no process in it"
 	}
 	var remarks []string

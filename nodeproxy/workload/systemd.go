@@ -46,6 +46,7 @@ type labelledUnit struct {
 	labels  Labels // nil: it has no section
 	invalid string // why they could not be read
 	cgroup  string
+	sockets []string // cgroups of the socket units that start it
 }
 
 // NewSystemd is a provider for the units of this machine's service manager. mount is where cgroup2 is.
@@ -184,7 +185,7 @@ func (s *Systemd) await(ctx context.Context, b bus, signals <-chan *dbus.Signal)
 		case "org.freedesktop.DBus.NameOwnerChanged":
 			return errors.New("systemd's place on the bus changed hands")
 		case "JobNew", "JobRemoved":
-			if unit, ok := argument[string](sig, 2); ok && isService(unit) {
+			if unit, ok := argument[string](sig, 2); ok && (isService(unit) || isSocket(unit)) {
 				look[unit] = true
 			}
 		case "UnitRemoved":
@@ -237,6 +238,7 @@ func argument[T any](sig *dbus.Signal, i int) (v T, ok bool) {
 }
 
 func isService(unit string) bool { return strings.HasSuffix(unit, ".service") }
+func isSocket(unit string) bool  { return strings.HasSuffix(unit, ".socket") }
 
 // readAll looks at every service that is loaded, and at its files again.
 func (s *Systemd) readAll(ctx context.Context, b bus) error {
@@ -255,9 +257,19 @@ func (s *Systemd) readAll(ctx context.Context, b bus) error {
 	return nil
 }
 
-// readSome looks at services that have or had a job. The files of known ones are not read again: systemd does that when it
-// is told to reload.
+// readSome looks at services that have or had a job, or whose sockets had one. The files of known ones are not read again: systemd
+// does that when it is told to reload.
 func (s *Systemd) readSome(ctx context.Context, b bus, names []string) error {
+	for i, name := range names {
+		if !isSocket(name) {
+			continue
+		}
+		started, err := property[[]string](ctx, b.conn.GetUnitPropertyContext, name, "Triggers")
+		if err != nil && !errors.Is(err, errGone) {
+			return err
+		}
+		names[i] = strings.Join(started, "")
+	}
 	loaded, err := b.loaded(ctx, names...)
 	if err != nil {
 		return err
@@ -313,6 +325,21 @@ func (s *Systemd) readCgroup(ctx context.Context, b bus, name string, u *labelle
 		return err
 	}
 	u.cgroup = filepath.Join(s.mount, cgroup)
+	u.sockets = nil
+	starters, err := property[[]string](ctx, b.conn.GetUnitPropertyContext, name, "TriggeredBy")
+	if err != nil && !errors.Is(err, errGone) {
+		return err
+	}
+	for _, starter := range starters {
+		if !isSocket(starter) {
+			continue
+		}
+		cgroup, err := b.cgroup(ctx, starter)
+		if err != nil && !errors.Is(err, errGone) {
+			return err
+		}
+		u.sockets = append(u.sockets, filepath.Join(s.mount, cgroup))
+	}
 	return nil
 }
 
@@ -327,6 +354,10 @@ func (s *Systemd) claims() []Claim {
 			c.Invalid = u.invalid
 		}
 		all = append(all, c)
+		for _, cgroup := range u.sockets {
+			c.Cgroup, c.Sockets = cgroup, true
+			all = append(all, c)
+		}
 	}
 	slices.SortFunc(all, func(a, b Claim) int { return strings.Compare(a.Cgroup, b.Cgroup) })
 	return all
@@ -374,18 +405,24 @@ func (b bus) files(ctx context.Context, unit string) ([]string, error) {
 	return files, nil
 }
 
-// cgroup is the path of a service's cgroup below the root of the hierarchy.
+// cgroup is the path of a service's or a socket's cgroup below the root of the hierarchy.
 func (b bus) cgroup(ctx context.Context, unit string) (string, error) {
-	path, err := property[string](ctx, b.conn.GetServicePropertyContext, unit, "ControlGroup")
+	get := b.conn.GetServicePropertyContext
+	if isSocket(unit) {
+		get = func(ctx context.Context, unit, name string) (*systemd.Property, error) {
+			return b.conn.GetUnitTypePropertyContext(ctx, unit, "Socket", name)
+		}
+	}
+	path, err := property[string](ctx, get, unit, "ControlGroup")
 	if err != nil || path != "" {
 		return path, err
 	}
-	slice, err := property[string](ctx, b.conn.GetServicePropertyContext, unit, "Slice")
-	return filepath.Join(slicePath(slice), unit), err
+	slice, err := property[string](ctx, get, unit, "Slice")
+	return filepath.Join(SlicePath(slice), unit), err
 }
 
-// slicePath is where a slice's cgroup is: one directory for each dash (systemd.slice(5)).
-func slicePath(slice string) string {
+// SlicePath is where a slice's cgroup is: one directory for each dash (systemd.slice(5)).
+func SlicePath(slice string) string {
 	path := "/"
 	for i, r := range slice {
 		if r == '-' && i > 0 {

@@ -159,6 +159,32 @@ func TestInstancesOfTemplatesAndSlicesAreClaimedWhereTheyRun(t *testing.T) {
 	m.await("app.slice/app-batch.slice/job@1.service=job", "app.slice/app-batch.slice/job@2.service=second")
 }
 
+func TestTheSocketsOfALabelledServiceAreItsOwn(t *testing.T) {
+	m := bootSystemd(t)
+	m.unit("app.slice", "[Unit]", "DefaultDependencies=no")
+	const noDefaults = "[Unit]\nDefaultDependencies=no\n"
+	m.unit("web.service", noDefaults+sleeper, "[X-NodeProxy]", "Service=web")
+	m.unit("web.socket", noDefaults+"[Socket]", "ListenStream=127.0.0.1:7000")
+	m.unit("second.socket", noDefaults+"[Socket]", "ListenStream=127.0.0.1:7001", "Service=web.service", "Slice=app.slice")
+	m.unit("plain.service", noDefaults+sleeper)
+	m.unit("plain.socket", noDefaults+"[Socket]", "ListenStream=127.0.0.1:7002")
+	m.follow()
+	m.await()
+	m.do("start", "plain.socket")
+	m.do("start", "web.socket")
+	m.await("system.slice/web.service=web", "system.slice/web.socket=web")
+	m.do("start", "second.socket")
+	m.await("app.slice/second.socket=web", "system.slice/web.service=web", "system.slice/web.socket=web")
+	for _, c := range m.last {
+		if sockets := strings.HasSuffix(c.Cgroup, ".socket"); c.Sockets != sockets {
+			t.Errorf("claimed %+v", c)
+		}
+		if _, err := os.Stat(c.Cgroup); c.Sockets && err != nil {
+			t.Errorf("systemd does not listen there: %v", err)
+		}
+	}
+}
+
 func TestAUnitFileThatIsNotRootsAloneIsRefused(t *testing.T) {
 	m := bootSystemd(t)
 	m.unit("bank.service", sleeper)

@@ -106,7 +106,7 @@ func TestSlicesAreDirectories(t *testing.T) {
 		"system.slice": "/system.slice", "-.slice": "/", "": "/",
 		"system-postgresql.slice": "/system.slice/system-postgresql.slice", "a-b-c.slice": "/a.slice/a-b.slice/a-b-c.slice",
 	} {
-		if got := slicePath(slice); got != want {
+		if got := SlicePath(slice); got != want {
 			t.Errorf("%q: %s, want %s", slice, got, want)
 		}
 	}

@@ -57,6 +57,7 @@ type Claim struct {
 	Proxied  bool       `json:",omitempty"` // no connection of its, either way, goes direct within the node
 	Probed   []uint16   `json:",omitempty"` // to which probers may connect besides those of its service's instances
 	Mapped   []Mapping  `json:",omitempty"` // ports of the node that lead to it
+	Sockets  bool       `json:",omitempty"` // it has no processes: a service manager listens in it, in the node's network namespace
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
 	Denied   string     `json:",omitempty"` // why it may not be that service: it is refused, and ends an enrolment
 }
@@ -80,7 +81,7 @@ func (c Claim) services() []string { return append([]string{c.Service}, c.Also..
 
 // agrees says whether two claims of one cgroup ask for the same.
 func (c Claim) agrees(o Claim) bool {
-	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) && slices.Equal(c.Probed, o.Probed) && slices.Equal(c.Mapped, o.Mapped) &&
+	return c.Service == o.Service && slices.Equal(c.Also, o.Also) && c.Mesh == o.Mesh && c.Access == o.Access && c.Proxied == o.Proxied && c.Sockets == o.Sockets && same(c.Mode, o.Mode) && same(c.DNS, o.DNS) && slices.Equal(c.Ports, o.Ports) && slices.Equal(c.Probed, o.Probed) && slices.Equal(c.Mapped, o.Mapped) &&
 		slices.Equal(c.Exclude.InboundPorts, o.Exclude.InboundPorts) &&
 		slices.Equal(c.Exclude.OutboundPorts, o.Exclude.OutboundPorts) &&
 		slices.Equal(c.Exclude.OutboundNetworks, o.Exclude.OutboundNetworks)

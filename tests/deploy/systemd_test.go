@@ -34,6 +34,8 @@ log { access = "all" }
 
 const definitions = `
 service { name = "api"  port = 8080  address = "10.99.0.1" }
+service { name = "queue"  port = 8090  address = "10.99.0.1" }
+service { name = "cart"  port = 8080  address = "10.98.0.2" }
 `
 
 const intentions = `
@@ -262,6 +264,8 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 			h.t.Errorf("the daemon is in %s", got)
 		}
 	})
+	run("a service that its socket starts is reached, and started, through the mesh alone", activatedBySocket)
+	run("services in network namespaces of their own are protected there", func(h *host) { inOwnNamespaces(h, api) })
 	run("an upgrade keeps live connections, and fails no new one", func(h *host) {
 		live, err := h.Start("web.service", built.app, "dial", "-timeout", "10m", api, "stream")
 		h.must(err)

@@ -1,4 +1,4 @@
-// Package enginelab runs a real container engine, Debian's dockerd, on a node of a netlab: in the node's network namespace, with a mount
+// Package enginelab runs a real container engine, Debian's dockerd or its containerd alone, on a node of a netlab: in the node's network namespace, with a mount
 // namespace of its own in which cgroup2 alone is mounted, its containers in cgroups below the node's.
 //
 // It ends with the lab, and so do its containers.
@@ -68,8 +68,12 @@ func New(lab *netlab.Lab, node *netlab.Node) (*Engine, error) {
 	if err := errors.Join(err, errContainers, os.Mkdir(e.dir, 0o700), os.WriteFile(filepath.Join(e.dir, "engine.json"), []byte("{}"), 0o600)); err != nil {
 		return nil, err
 	}
-	e.view, err = lab.Start(netlab.Command{Path: "/usr/bin/unshare", Args: []string{"--mount", "/bin/sh", "-c", view}, Namespace: node.Namespace, Cgroup: e.cgroup})
+	e.view, err = newView(lab, node, e.cgroup)
 	return e, err
+}
+
+func newView(lab *netlab.Lab, node *netlab.Node, cgroup *netlab.Cgroup) (*netlab.Process, error) {
+	return lab.Start(netlab.Command{Path: "/usr/bin/unshare", Args: []string{"--mount", "/bin/sh", "-c", view}, Namespace: node.Namespace, Cgroup: cgroup})
 }
 
 // Start starts it and returns when it answers. Containers live on without it.

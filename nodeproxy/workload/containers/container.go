@@ -1,18 +1,14 @@
 package containers
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"maps"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
-	containertypes "github.com/moby/moby/api/types/container"
-	"github.com/moby/moby/api/types/network"
 	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/nodeproxy/workload"
@@ -61,52 +57,53 @@ func ours(all map[string]string) workload.Labels {
 }
 
 // update notes what the engine says of a container.
-func (e *Engine) update(found *containertypes.InspectResponse) {
-	if found.Config == nil || found.State == nil || found.HostConfig == nil || !isLabelled(found.Config.Labels) {
+func (e *Engine) update(id string, found *seen) {
+	if !isLabelled(found.labels) {
+		delete(e.containers, id)
 		return
 	}
-	known := e.containers[found.ID]
+	known := e.containers[id]
 	if known == nil {
 		known = new(container)
-		e.containers[found.ID] = known
+		e.containers[id] = known
 	}
-	cgroup := known.claim.Cgroup // a stopped container starts there again
+	cgroup := cmp.Or(found.cgroup, known.claim.Cgroup) // a stopped container starts there again
 	known.claim, known.misplaced = e.judge(found), nil
-	if found.State.Running && found.State.Pid > 0 {
-		at, err := e.cgroupOf(found.ID, found.State.Pid)
+	if found.pid > 0 {
+		at, err := e.cgroupOf(found)
 		switch {
 		case err == nil:
 			cgroup = at
-			e.places[found.HostConfig.CgroupParent] = strings.Replace(at, found.ID, idMark, 1)
+			if found.cgroup == "" {
+				e.places[found.parent] = strings.Replace(at, id, idMark, 1)
+			}
 		case !errors.Is(err, unix.ESRCH):
 			known.misplaced = err
 		}
 	}
-	if place := e.places[found.HostConfig.CgroupParent]; cgroup == "" && place != "" {
-		cgroup = strings.Replace(place, idMark, found.ID, 1)
+	if place := e.places[found.parent]; cgroup == "" && place != "" {
+		cgroup = strings.Replace(place, idMark, id, 1)
 	}
 	known.claim.Cgroup = cgroup
 }
 
 // judge says what a container claims, but for its cgroup.
-func (e *Engine) judge(found *containertypes.InspectResponse) workload.Claim {
-	claim := ours(found.Config.Labels).Claim(e.Name(), "")
-	claim.Name = "container " + strings.TrimPrefix(found.Name, "/")
+func (e *Engine) judge(found *seen) workload.Claim {
+	claim := ours(found.labels).Claim(e.Name(), "")
+	claim.Name = "container " + found.name
 	if claim.Denied = e.refuses(claim); claim.Denied != "" {
 		claim.Invalid = ""
 		return claim
 	}
-	if found.HostConfig.NetworkMode.IsHost() { // elsewhere all ports are guarded
-		claim.Ports = append(claim.Ports, exposed(found.Config.ExposedPorts)...)
+	if found.host { // elsewhere all ports are guarded
+		claim.Ports = append(claim.Ports, found.exposed...)
 		slices.Sort(claim.Ports)
 		claim.Ports = slices.Compact(claim.Ports)
 		if len(claim.Ports) > maxExposed && claim.Invalid == "" {
 			claim.Invalid = fmt.Sprintf("it exposes %d ports in the node's network namespace, at most %d can be guarded: expose fewer", len(claim.Ports), maxExposed)
 		}
 	}
-	if found.NetworkSettings != nil {
-		claim.Mapped = published(found.NetworkSettings)
-	}
+	claim.Mapped = found.mapped
 	return claim
 }
 
@@ -123,62 +120,10 @@ func (e *Engine) refuses(claim workload.Claim) string {
 	return ""
 }
 
-func exposed(ports network.PortSet) (all []uint16) {
-	for port := range ports {
-		if port.Proto() == network.TCP {
-			all = append(all, port.Num())
-		}
-	}
-	return all
-}
-
-// published lists the ports of the node that lead to a container.
-func published(s *containertypes.NetworkSettings) (all []workload.Mapping) {
-	var own4, own6 netip.Addr
-	for _, name := range slices.Sorted(maps.Keys(s.Networks)) {
-		if at := s.Networks[name]; at != nil {
-			own4, own6 = firstValid(own4, at.IPAddress), firstValid(own6, at.GlobalIPv6Address)
-		}
-	}
-	for port, bindings := range s.Ports {
-		for _, b := range bindings {
-			number, err := strconv.ParseUint(b.HostPort, 10, 16)
-			if err != nil || number == 0 || port.Proto() != network.TCP {
-				continue
-			}
-			for _, node := range hostAddresses(b.HostIP) {
-				to := firstValid(own4, own6)
-				if node.Is6() {
-					to = firstValid(own6, own4) // without an address of that family there is a proxy in between
-				}
-				if to.IsValid() {
-					all = append(all, workload.Mapping{Node: netip.AddrPortFrom(node, uint16(number)), To: netip.AddrPortFrom(to, port.Num())})
-				}
-			}
-		}
-	}
-	slices.SortFunc(all, func(a, b workload.Mapping) int { return a.Node.Compare(b.Node) })
-	return slices.Compact(all)
-}
-
-// hostAddresses are those at which a port is published. Podman says nothing of one that is on all.
-func hostAddresses(ip netip.Addr) []netip.Addr {
-	if !ip.IsValid() {
-		return []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
-	}
-	return []netip.Addr{ip.Unmap()}
-}
-
-func firstValid(a, b netip.Addr) netip.Addr {
-	if a.IsValid() {
-		return a
-	}
-	return b
-}
-
-// cgroupOf finds the cgroup of a container by its first process: the outermost that is called after the container. What else may
+// cgroupOf finds the cgroup of a container by its first process: the outermost that the container owns. What else may
 // have got the process's number by now is in no such cgroup. It returns ESRCH if the process has ended.
-func (e *Engine) cgroupOf(id string, pid int) (string, error) {
+func (e *Engine) cgroupOf(found *seen) (string, error) {
+	pid := found.pid
 	process, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return "", fmt.Errorf("open process %d: %w", pid, err)
@@ -197,11 +142,11 @@ func (e *Engine) cgroupOf(id string, pid int) (string, error) {
 	}
 	dir := e.cfg.Mount
 	for name := range strings.SplitSeq(below, "/") {
-		if dir = filepath.Join(dir, name); strings.Contains(name, id) {
+		if dir = filepath.Join(dir, name); found.owns(dir) {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("process %d, which the engine says is its first, is in cgroup %s, which is not called after the container: see that nodeproxy and the engine are in one PID namespace, and that the engine makes a cgroup for each container", pid, cgroup)
+	return "", fmt.Errorf("process %d, which the engine says is its first, is in cgroup %s, which is neither called after the container nor in its specification: see that nodeproxy and the engine are in one PID namespace, and that the engine makes a cgroup for each container", pid, cgroup)
 }
 
 // hasEnded asks in a way that takes no capability, as a signal would.

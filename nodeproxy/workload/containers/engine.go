@@ -1,4 +1,5 @@
-// Package containers finds workloads among the containers of this node's engine, Docker or one that speaks its API, by label.
+// Package containers finds workloads among the containers of this node's engine, by label: of Docker or one that speaks its API, or of
+// containerd.
 //
 // A label asks, and the configuration grants: a container may be only a service that containers are allowed to be.
 //
@@ -12,16 +13,11 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net/http"
 	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/containerd/errdefs"
-	"github.com/moby/moby/api/types/events"
-	"github.com/moby/moby/client"
 
 	"nodeproxy.io/nodeproxy/workload"
 )
@@ -37,10 +33,39 @@ const (
 // Config is what an Engine needs.
 type Config struct {
 	Socket    string   // path of the engine's
+	API       API      // that it speaks there
 	Allow     []string // the services that containers may be
 	Mount     string   // of cgroup2
 	StateFile string   // keeps what is claimed, for a daemon that starts while the engine is away
 	Log       *slog.Logger
+}
+
+// API is how an engine is asked.
+type API func(Config) (runtime, error)
+
+// runtime asks an engine. Its questions take as long as their contexts let them.
+type runtime interface {
+	ping(ctx context.Context) error
+	// follow tells which containers may have changed, by ID, until the engine tells no more, which is an error.
+	follow(ctx context.Context) (changed <-chan string, ended <-chan error)
+	// labelled lists the IDs of those that are for us.
+	labelled(ctx context.Context) ([]string, error)
+	// look returns nil if there is no such container.
+	look(ctx context.Context, id string) (*seen, error)
+	Close() error
+}
+
+// seen is what an engine says of a container.
+type seen struct {
+	name    string
+	labels  map[string]string
+	pid     int                   // of its first process, 0 while it does not run
+	owns    func(dir string) bool // whether the cgroup in which that is, or one above, is the container's
+	cgroup  string                // where it is or will be, "" if the engine does not say
+	parent  string                // containers of one have their cgroups side by side
+	host    bool                  // it is in the node's network namespace
+	exposed []uint16
+	mapped  []workload.Mapping
 }
 
 // Engine is what runs this node's containers. It implements workload.Provider.
@@ -71,10 +96,10 @@ func (e *Engine) Problem() error {
 
 // Check asks the engine once for all that is needed.
 func (e *Engine) Check(ctx context.Context) error {
-	c, err := e.connect()
+	c, err := e.cfg.API(e.cfg)
 	if err == nil {
-		defer c.Close()
-		_, err = c.ContainerList(ctx, client.ContainerListOptions{All: true})
+		defer func() { _ = c.Close() }()
+		_, err = c.labelled(ctx)
 	}
 	if err != nil {
 		return e.unheard(err)
@@ -84,11 +109,6 @@ func (e *Engine) Check(ctx context.Context) error {
 
 func (e *Engine) unheard(err error) error {
 	return fmt.Errorf("follow the containers of the engine at %s: %w: enrolled containers stay enrolled, new ones are not seen; see that the engine runs and listens there, or set workloads.containers.socket: it is tried again by itself", e.cfg.Socket, err)
-}
-
-func (e *Engine) connect() (*client.Client, error) {
-	transport := &http.Transport{ResponseHeaderTimeout: 2 * answers} // for the stream of events, which ask does not bound
-	return client.New(client.WithHTTPClient(&http.Client{Transport: transport, CheckRedirect: client.CheckRedirect}), client.WithHost("unix://"+e.cfg.Socket), client.WithScheme("http"))
 }
 
 // Run implements workload.Provider.
@@ -133,17 +153,15 @@ func (e *Engine) report(err error) bool {
 func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c, err := e.connect()
+	c, err := e.cfg.API(e.cfg)
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	if err := alive(ctx, c); err != nil {
+	defer func() { _ = c.Close() }()
+	if err := ask(ctx, c.ping); err != nil {
 		return err
 	}
-	changes := c.Events(ctx, client.EventsListOptions{Filters: make(client.Filters).
-		Add("type", string(events.ContainerEventType), string(events.NetworkEventType)).
-		Add("event", "create", "start", "die", "destroy", "remove", "rename", "connect", "disconnect")}) // podman says remove
+	changes, ended := c.follow(ctx)
 	if err := e.lookAtAll(ctx, c); err != nil {
 		return err
 	}
@@ -155,14 +173,14 @@ func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) erro
 	defer look.Stop()
 	for {
 		select {
-		case change := <-changes.Messages:
-			if err := e.lookAt(ctx, c, together(change, changes.Messages)); err != nil {
+		case id := <-changes:
+			if err := e.lookAt(ctx, c, together(id, changes)); err != nil {
 				return err
 			}
-		case err := <-changes.Err:
+		case err := <-ended:
 			return cmp.Or(err, errors.New("it ended the stream of its events"))
 		case <-ping.C:
-			if err := alive(ctx, c); err != nil {
+			if err := ask(ctx, c.ping); err != nil {
 				return err
 			}
 			continue
@@ -189,26 +207,15 @@ func ask(ctx context.Context, question func(context.Context) error) error {
 	return nil
 }
 
-func alive(ctx context.Context, c *client.Client) error {
-	return ask(ctx, func(ctx context.Context) error {
-		_, err := c.Ping(ctx, client.PingOptions{})
-		return err
-	})
-}
-
-// together lists the containers of which first and the events that follow closely tell.
-func together(first events.Message, more <-chan events.Message) (ids []string) {
-	wait := time.After(changesLast)
-	for m := first; ; {
-		id := m.Actor.ID
-		if m.Type == events.NetworkEventType {
-			id = m.Actor.Attributes["container"]
-		}
-		if id != "" && !slices.Contains(ids, id) {
-			ids = append(ids, id)
-		}
+// together lists first and the containers that change closely after it.
+func together(first string, more <-chan string) []string {
+	ids := []string{first}
+	for wait := time.After(changesLast); ; {
 		select {
-		case m = <-more:
+		case id := <-more:
+			if !slices.Contains(ids, id) {
+				ids = append(ids, id)
+			}
 		case <-wait:
 			return ids
 		}
@@ -216,15 +223,10 @@ func together(first events.Message, more <-chan events.Message) (ids []string) {
 }
 
 // lookAtAll brings what is known in line with what the engine has.
-func (e *Engine) lookAtAll(ctx context.Context, c *client.Client) error {
+func (e *Engine) lookAtAll(ctx context.Context, c runtime) error {
 	var ids []string
-	err := ask(ctx, func(ctx context.Context) error {
-		all, err := c.ContainerList(ctx, client.ContainerListOptions{All: true})
-		for _, s := range all.Items {
-			if isLabelled(s.Labels) {
-				ids = append(ids, s.ID)
-			}
-		}
+	err := ask(ctx, func(ctx context.Context) (err error) {
+		ids, err = c.labelled(ctx)
 		return err
 	})
 	if err != nil {
@@ -243,22 +245,20 @@ func (e *Engine) lookAtAll(ctx context.Context, c *client.Client) error {
 }
 
 // lookAt asks the engine about containers.
-func (e *Engine) lookAt(ctx context.Context, c *client.Client, ids []string) error {
+func (e *Engine) lookAt(ctx context.Context, c runtime, ids []string) error {
 	for _, id := range ids {
-		err := ask(ctx, func(ctx context.Context) error {
-			found, err := c.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
-			if err == nil {
-				e.update(&found.Container)
-			}
+		var found *seen
+		err := ask(ctx, func(ctx context.Context) (err error) {
+			found, err = c.look(ctx, id)
 			return err
 		})
 		switch {
-		case errdefs.IsNotFound(err):
-			if known := e.containers[id]; known != nil {
-				known.gone = true
-			}
 		case err != nil:
 			return err
+		case found != nil:
+			e.update(id, found)
+		case e.containers[id] != nil:
+			e.containers[id].gone = true
 		}
 	}
 	return nil

@@ -91,7 +91,7 @@ func (l *labelled) follow(allow ...string) {
 	l.t.Helper()
 	mount, err := netlab.Cgroup2()
 	l.must(err)
-	l.provider = New(Config{Socket: l.Socket, Allow: allow, Mount: mount, StateFile: filepath.Join(filepath.Dir(l.Socket), "containers.json"), Log: slog.New(slog.DiscardHandler)})
+	l.provider = New(Config{API: Docker, Socket: l.Socket, Allow: allow, Mount: mount, StateFile: filepath.Join(filepath.Dir(l.Socket), "containers.json"), Log: slog.New(slog.DiscardHandler)})
 	l.run()
 }
 
@@ -272,7 +272,7 @@ func TestChurnOfContainersIsFollowedToTheEnd(t *testing.T) {
 
 func TestAMissingEngineIsAProblemAndNoClaim(t *testing.T) {
 	l := &labelled{t: t, claims: make(chan []workload.Claim, 1)}
-	l.provider = New(Config{Socket: filepath.Join(t.TempDir(), "none.sock"), Log: slog.New(slog.DiscardHandler)})
+	l.provider = New(Config{API: Docker, Socket: filepath.Join(t.TempDir(), "none.sock"), Log: slog.New(slog.DiscardHandler)})
 	l.run()
 	l.awaitProblem(func(err error) bool {
 		return err != nil && strings.Contains(err.Error(), "workloads.containers.socket")
@@ -330,7 +330,7 @@ func TestAProcessThatIsNotTheContainersIsNeverTaken(t *testing.T) {
 	t.Cleanup(func() { server.Close() })
 	mount, err := netlab.Cgroup2()
 	l.must(err)
-	l.provider = New(Config{Socket: socket, Allow: []string{"web"}, Mount: mount, Log: slog.New(slog.DiscardHandler)})
+	l.provider = New(Config{API: Docker, Socket: socket, Allow: []string{"web"}, Mount: mount, Log: slog.New(slog.DiscardHandler)})
 	l.run()
 	l.await()
 	l.awaitProblem(func(err error) bool { return err != nil && strings.Contains(err.Error(), theirs.Path()) })

@@ -71,7 +71,7 @@ func TestContainersOfPodmanAreClaimed(t *testing.T) {
 	socket := in("podman.sock")
 	_, err = nodes.Start(command("system", "service", "--time=0", "unix://"+socket))
 	l.must(err)
-	l.provider = New(Config{Socket: socket, Allow: []string{"web"}, Mount: mount, Log: slog.New(slog.DiscardHandler)})
+	l.provider = New(Config{API: Docker, Socket: socket, Allow: []string{"web"}, Mount: mount, Log: slog.New(slog.DiscardHandler)})
 	l.run()
 
 	bridge := run("bridge", web, "--publish", "8080:80")

@@ -148,6 +148,8 @@ func (s *sight) refuses(cgroup string) string {
 			return "that is a container's, which may be only what workloads.containers says: label the container"
 		case slices.Contains(engines, name):
 			return "that is a container engine, which listens for its containers: label the container"
+		case strings.HasSuffix(name, ".socket"):
+			return "that is a socket of systemd's, which starts a service: label that, by a section [X-NodeProxy]"
 		case st.Uid != 0:
 			return fmt.Sprintf("%s is not root's: whoever owns it could put any process there", dir)
 		}

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// serve listens on every address and answers each connection as its first line says:
+// serve listens on every address ("inherited" is what a service manager passed on) and answers each connection as its first line says:
 //
 //	echo     send back what comes, until the client half-closes
 //	sum      read to the end, then answer with the number of bytes and their SHA-256
@@ -44,7 +44,7 @@ func serve(args []string) error {
 	}
 	var serving sync.WaitGroup
 	for _, address := range flags.Args() {
-		ln, err := net.Listen(network, address)
+		ln, err := listen(network, address)
 		if err != nil {
 			return err
 		}
@@ -54,6 +54,14 @@ func serve(args []string) error {
 	fmt.Println("ready")
 	serving.Wait()
 	return nil
+}
+
+func listen(network, address string) (net.Listener, error) {
+	if address != "inherited" {
+		return net.Listen(network, address)
+	}
+	const first = 3 // sd_listen_fds(3)
+	return net.FileListener(os.NewFile(first, address))
 }
 
 var accepted atomic.Uint64
