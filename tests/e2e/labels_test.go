@@ -272,43 +272,6 @@ func asNobody(f func() error) error {
 	return <-done
 }
 
-// churn starts and ends labelled workloads, 50 at a time, and returns when the last are gone.
-func (m *mesh) churn(top *netlab.Cgroup, rounds int) {
-	m.t.Helper()
-	for round := range rounds {
-		var made []string
-		for i := range 50 {
-			dir := filepath.Join(top.Path(), fmt.Sprintf("r%d-%d", round, i))
-			m.must(os.Mkdir(dir, 0o755))
-			m.must(unix.Lsetxattr(dir, "trusted.nodeproxy.service", []byte("web"), 0))
-			made = append(made, dir)
-		}
-		for _, dir := range made {
-			m.must(os.Remove(dir))
-		}
-	}
-}
-
-func TestChurnOfLabelledCgroupsLeavesNothingBehind(t *testing.T) {
-	m, web, _ := labelled(t)
-	m.label(web.Cgroup, "service", "web")
-	m.awaitWorkload(web.Cgroup, "web", "protected")
-	m.settle(0)
-	top, err := m.Nodes[0].Cgroup.Child("churn")
-	m.must(err)
-	m.churn(top, 20)
-	_, err = m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
-		for _, w := range s.Workloads {
-			if strings.HasPrefix(w.Cgroup, top.Path()+"/") {
-				return fmt.Errorf("there is still %s", w.Cgroup)
-			}
-		}
-		return nil
-	})
-	m.must(err)
-	m.reaches(web, m.vip("api"))
-}
-
 func TestWhatASilentProviderMayHaveEnrolledStaysGuarded(t *testing.T) {
 	m, web, api := labelled(t)
 	m.label(web.Cgroup, "service", "web")
