@@ -222,6 +222,7 @@ func TestASquattedPortGetsNoIdentity(t *testing.T) {
 	m.must(err)
 	for in, why := range map[*netlab.Cgroup]string{
 		session: "that is a user's", delegated: "is not root's", pod: "that is a pod's", cgroup(strings.Repeat("0123456789abcdef", 4)): "that is a container's",
+		cgroup("bank.socket"): "that is a socket of systemd's",
 	} {
 		squatter := listen(in)
 		m.awaitClaimRefused("bank-1", "bank", why)
