@@ -104,19 +104,25 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 		case <-supervised.Done():
 		}
 	})
+	following, stopFollowing := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopFollowing()
+	if d.pods != nil {
+		supervising.Go(func() { d.pods.FollowDaemonSet(following) })
+	}
 	err = d.run(ctx)
 	stop()
-	supervising.Wait()
-	switch {
-	case d.released.Load():
+	if d.released.Load() {
 		stopping()
 		log.Info("stopped: another daemon has the node")
 		d.linger(ctx, cfg)
-		return err
-	case d.pods != nil && err == nil:
-		return d.leave(context.WithoutCancel(ctx), cfg)
 	}
-	log.Info("stopped: what is pinned stays in force")
+	if d.pods != nil && err == nil && ctx.Err() != nil {
+		err = d.leave(context.WithoutCancel(ctx), cfg)
+	} else if !d.released.Load() {
+		log.Info("stopped: what is pinned stays in force")
+	}
+	stopFollowing()
+	supervising.Wait()
 	return err
 }
 
@@ -135,15 +141,18 @@ func (d *node) linger(ctx context.Context, cfg *config.Config) {
 	}
 }
 
-// leaveTimeout is how long an API server that does not answer may hold up the end of a pod.
-const leaveTimeout = 5 * time.Second
+// leaveTimeout is how long an API server that does not answer may hold up the end of a pod, and leaveRetry when it is asked again.
+const (
+	leaveTimeout = 5 * time.Second
+	leaveRetry   = 200 * time.Millisecond
+)
 
 // leave removes what is pinned if this was a pod of a DaemonSet that is there no more. In doubt it stays.
 func (d *node) leave(ctx context.Context, cfg *config.Config) error {
-	asking, cancel := context.WithTimeout(ctx, leaveTimeout)
-	defer cancel()
-	removed, err := d.pods.Removed(asking)
+	removed, err := d.removed(ctx)
 	switch {
+	case d.released.Load() && !removed:
+		return nil // the other's pod answers for it
 	case err != nil:
 		d.log.Warn("stopped: what is pinned stays in force, and workloads stay closed until a daemon runs again; if it is removed for good run this on the node",
 			"command", "nodeproxy cleanup --pins "+cfg.State.Pins+" --node "+cfg.Node.Name, "error", err)
@@ -152,7 +161,7 @@ func (d *node) leave(ctx context.Context, cfg *config.Config) error {
 		d.log.Info("stopped: what is pinned stays in force")
 		return nil
 	}
-	gone, err := redirect.Cleanup(cfg.State.Pins, cfg.Node.Name)
+	gone, err := d.cleanup(cfg)
 	if errors.Is(err, redirect.ErrInUse) {
 		d.log.Info("stopped: another daemon has the node, and all that is pinned")
 		return nil
@@ -166,6 +175,33 @@ func (d *node) leave(ctx context.Context, cfg *config.Config) error {
 	}
 	d.log.Info("stopped: the DaemonSet is removed, and with it what was pinned and registered", "removed", len(gone))
 	return err
+}
+
+// removed says whether the DaemonSet is. Who may not ask any more, as the rights are removed with it, may be told yet.
+func (d *node) removed(ctx context.Context) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
+	defer cancel()
+	for {
+		removed, err := d.pods.Removed(ctx)
+		if err == nil {
+			return removed, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, err
+		case <-time.After(leaveRetry):
+		}
+	}
+}
+
+// cleanup removes what is pinned, once the daemon of another pod that ends too, and may not know why, has let go of it.
+func (d *node) cleanup(cfg *config.Config) (gone []string, err error) {
+	for until := time.Now().Add(cfg.Limits.Drain + leaveTimeout); ; time.Sleep(leaveRetry) {
+		gone, err = redirect.Cleanup(cfg.State.Pins, cfg.Node.Name)
+		if !errors.Is(err, redirect.ErrInUse) || time.Now().After(until) {
+			return gone, err
+		}
+	}
 }
 
 // notify tells the service manager, if there is one.

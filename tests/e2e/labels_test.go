@@ -69,6 +69,18 @@ func (m *mesh) awaitWorkload(cgroup *netlab.Cgroup, service, state string) admin
 	return found
 }
 
+// awaitProblem waits until node 1's daemon has a problem of a kind with a service.
+func (m *mesh) awaitProblem(service, kind string) {
+	m.t.Helper()
+	_, err := m.Daemons[0].Await(m.ctx(), func(s *admin.Status) error {
+		if !slices.ContainsFunc(s.Problems, func(p admin.Problem) bool { return p.Service == service && p.Kind == kind && p.Text != "" }) {
+			return fmt.Errorf("%s has no problem %s: %+v", service, kind, s.Problems)
+		}
+		return nil
+	})
+	m.must(err)
+}
+
 // awaitRefused waits until node 1's daemon refuses a claim of a cgroup with text.
 func (m *mesh) awaitRefused(cgroup *netlab.Cgroup, text string) {
 	m.t.Helper()
@@ -113,6 +125,7 @@ func TestALabelNamesTheIdentityAndItsRemovalTakesItAway(t *testing.T) {
 	m.comesToReach(web, m.vip("api"))
 	m.label(web.Cgroup, "service", "shop") // whom api does not allow
 	m.awaitWorkload(web.Cgroup, "shop", "protected")
+	m.awaitProblem("shop", "unknown-service")
 	m.getsNothing(web, "-timeout", "5s", m.vip("api"))
 	m.label(web.Cgroup, "mesh", "disabled")
 	m.awaitWorkload(web.Cgroup, "", "")

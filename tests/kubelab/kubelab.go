@@ -42,7 +42,6 @@ type Cluster struct {
 	*netlab.TwoNodes
 	Members    []*Node
 	Kubeconfig string // of its administrator
-	Accounts   *rsa.PublicKey
 
 	dir      string
 	programs struct{ pause, runc string }
@@ -218,7 +217,6 @@ func (c *Cluster) startControl(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.Accounts = &key.PublicKey
 	accounts := c.write("accounts.key", string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
 	certificates := filepath.Join(c.dir, "certificates")
 	c.Kubeconfig = c.write("kubeconfig", fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "lab",

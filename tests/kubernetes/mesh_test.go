@@ -2,9 +2,8 @@ package kubernetes
 
 import (
 	"context"
-	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -136,11 +135,13 @@ func (m *mesh) startConsul() {
 		Node: "server", Namespace: node.Namespace, Cgroup: cgroup, Address: node.IPv4.String(), Open: true, HCL: consul.WithACLs, Token: consul.Management,
 	})
 	m.must(err)
-	der, err := x509.MarshalPKIXPublicKey(m.Accounts)
+	m.kubectl("create", "clusterrolebinding", "nodeproxy-issuer", "--clusterrole", "system:service-account-issuer-discovery", "--group", "system:unauthenticated")
+	authority, err := base64.StdEncoding.DecodeString(m.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "jsonpath={.clusters[0].cluster.certificate-authority-data}"))
 	m.must(err)
 	m.put("/v1/acl/auth-method", map[string]any{"Name": "nodeproxy", "Type": "jwt", "MaxTokenTTL": "1h", "Config": map[string]any{
-		"JWTValidationPubKeys": []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))},
-		"BoundIssuer":          kubelab.Issuer, "BoundAudiences": []string{"consul"}, "JWTSupportedAlgs": []string{"RS256"},
+		"JWKSURL":     m.kubectl("config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}") + "/openid/v1/jwks",
+		"JWKSCACert":  string(authority),
+		"BoundIssuer": kubelab.Issuer, "BoundAudiences": []string{"consul"},
 		"ClaimMappings": map[string]string{"/kubernetes.io/namespace": "namespace", "/kubernetes.io/serviceaccount/name": "account", "/kubernetes.io/node/name": "node"},
 	}})
 	m.put("/v1/acl/binding-rule", map[string]any{

@@ -103,7 +103,13 @@ func TestPodsOfANode(t *testing.T) {
 	run("the daemon's pod is replaced, and what is pinned holds", testReplaced)
 	run("the daemon hands over to the next pod while it is called", testSurge)
 	run("the DaemonSet alone is deleted while Consul is away", testDaemonSetDeleted)
-	run("what is deleted leaves nothing, in mid-update", testDeleted)
+	run("what is deleted leaves nothing, while a daemon takes over", func(m *mesh) {
+		m.update("and deleted at once", "started", "true") // it may not ask any more whether it is deleted
+		m.uninstall()
+		m.install()
+		m.protected("shop/web")
+	})
+	run("what is deleted leaves nothing, after a hand-over", testDeleted)
 }
 
 const deployment = `{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "api", "namespace": "shop"}, "spec": {"replicas": 2,
@@ -176,19 +182,25 @@ func (m *mesh) goesOn(stream *netlab.Process) {
 // surge rolls out a change of mesh.hcl, and returns when the next daemon of the node has taken over, and is ready.
 func (m *mesh) surge(change string) {
 	m.t.Helper()
+	m.update(change, "ready", "true") // "rollout status" waits until the one before is gone
+}
+
+// update rolls out a change of mesh.hcl, and returns when a field of the next pod's status has a value.
+func (m *mesh) update(change, field, value string) {
+	m.t.Helper()
 	before := m.kubectl("-n", "nodeproxy", "get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
 	path := filepath.Join(m.overlay, "mesh.hcl")
 	text, err := os.ReadFile(path)
 	m.must(err)
 	m.must(os.WriteFile(path, append(text, "# "+change+"\n"...), 0o600))
 	m.kubectl("apply", "-k", m.overlay)
-	m.await("the next pod is ready", func() error { // "rollout status" waits until the one before is gone
-		out, err := m.Kubectl(m.ctx(), "-n", "nodeproxy", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name} {.status.containerStatuses[0].ready}{"\n"}{end}`)
+	m.await("the next pod is "+field, func() error {
+		out, err := m.Kubectl(m.ctx(), "-n", "nodeproxy", "get", "pods", "-o", `jsonpath={range .items[*]}{.metadata.name} {.status.containerStatuses[0].`+field+`}{"\n"}{end}`)
 		if err != nil {
 			return err
 		}
 		for line := range strings.Lines(out) {
-			if name, ok := strings.CutSuffix(line, " true\n"); ok && !strings.Contains(before, name) {
+			if name, ok := strings.CutSuffix(line, " "+value+"\n"); ok && !strings.Contains(before, name) {
 				return nil
 			}
 		}

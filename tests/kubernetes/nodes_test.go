@@ -1,12 +1,15 @@
 package kubernetes
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
+	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/tests/kubelab"
 )
 
@@ -81,6 +84,20 @@ func testUnknown(m *mesh) {
 			m.t.Fatalf("meanwhile a process of the node reaches a pod of the mesh: %s", out)
 		}
 		return m.restarted(node, before)
+	})
+	m.await("its status names the outage, and has the pod as it was", func() error {
+		out, err := node.Run(m.ctx(), built.nodeproxy, "status", "--json", "--socket", "/run/nodeproxy/admin.sock")
+		if err != nil {
+			return err
+		}
+		status := new(admin.Status)
+		m.must(json.Unmarshal([]byte(out), status))
+		isPod := func(w admin.Workload) bool { return w.Name == "pod shop/api" && w.State == "protected" }
+		isOutage := func(p admin.Problem) bool { return p.Kind == "kubernetes" && strings.Contains(p.Text, "see that ") }
+		if !slices.ContainsFunc(status.Workloads, isPod) || !slices.ContainsFunc(status.Problems, isOutage) {
+			return fmt.Errorf("workloads are %+v, problems %+v", status.Workloads, status.Problems)
+		}
+		return nil
 	})
 	m.must(m.SignalAPIServer(m.ctx(), syscall.SIGCONT))
 	m.await("the log says what would remove it", func() error {

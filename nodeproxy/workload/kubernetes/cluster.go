@@ -19,7 +19,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -188,12 +187,8 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 	c.mu.Lock()
 	c.began = time.Now()
 	c.mu.Unlock()
-	quiet := logr.NewContext(ctx, logr.Discard()) // what is wrong is said by Problem
 	for _, o := range c.kinds {
-		running.Go(func() { o.reflector.RunWithContext(quiet) })
-	}
-	if c.own != nil {
-		running.Go(func() { c.own.told.reflector.RunWithContext(quiet) })
+		running.Go(func() { o.follow(ctx) })
 	}
 	tick := time.NewTicker(changesLast) // until all is read
 	defer tick.Stop()

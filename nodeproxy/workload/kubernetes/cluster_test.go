@@ -76,6 +76,7 @@ func startCluster(t *testing.T) *cluster {
 			t.Error(err)
 		}
 	})
+	running.Go(func() { c.FollowDaemonSet(ctx) })
 	running.Go(func() {
 		c.Definitions().Run(ctx, func(defs catalog.Definitions) {
 			c.mu.Lock()

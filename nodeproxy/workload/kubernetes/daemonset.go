@@ -37,6 +37,14 @@ func (c *Cluster) followDaemonSet(access *rest.Config) error {
 	return nil
 }
 
+// FollowDaemonSet has Removed know what the API server tells until ctx ends, which is later than Run does: a daemon that has handed
+// over is the one that knows, where the next one may not ask any more.
+func (c *Cluster) FollowDaemonSet(ctx context.Context) {
+	if c.own != nil {
+		c.own.told.follow(ctx)
+	}
+}
+
 // Removed says whether the DaemonSet of this process is gone or being deleted, or the namespace around it. What it was told before
 // holds where the API server does not say any more: who removes all at once removes the right to ask too. An error is that
 // nobody has told; it is false where there is no DaemonSet.

@@ -85,6 +85,7 @@ func testDaemonSetForbidden(t *testing.T, c *cluster) {
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
+	running.Go(func() { next.FollowDaemonSet(ctx) })
 	running.Go(func() {
 		err := next.Run(ctx, func([]workload.Claim) {
 			if next.Problem() != nil {

@@ -62,6 +62,11 @@ func (c *Cluster) objects(client cache.Getter, name, namespace string, of runtim
 	return o
 }
 
+// follow runs until ctx ends.
+func (o *objects) follow(ctx context.Context) {
+	o.reflector.RunWithContext(logr.NewContext(ctx, logr.Discard())) // what is wrong is said by Problem
+}
+
 // Add implements cache.ReflectorStore, as the next three do.
 func (o *objects) Add(object any) error {
 	defer o.changed()
