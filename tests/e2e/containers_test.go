@@ -31,15 +31,21 @@ func contained(t *testing.T, allow ...string) (*mesh, *engine) {
 	m.must(err)
 	e := &engine{lab, m}
 	m.must(e.Start(m.ctx()))
+	m.must(e.Import(m.ctx(), "app", m.staticApp()))
+	m.Daemons[1].Labels = fmt.Sprintf("  containers {\n    enabled = true\n    allow   = [\"%s\"]\n    socket  = %q\n  }\n", strings.Join(allow, `", "`), e.Socket)
+	return m, e
+}
+
+// staticApp builds the test application for a root that has nothing else.
+func (m *mesh) staticApp() string {
+	m.t.Helper()
 	program := filepath.Join(m.Dir(), "app")
 	build := exec.Command("go", "build", "-o", program, "nodeproxy.io/tests/e2e/app")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+		m.t.Fatalf("%v\n%s", err, out)
 	}
-	m.must(e.Import(m.ctx(), "app", program))
-	m.Daemons[1].Labels = fmt.Sprintf("  containers {\n    enabled = true\n    allow   = [\"%s\"]\n    socket  = %q\n  }\n", strings.Join(allow, `", "`), e.Socket)
-	return m, e
+	return program
 }
 
 // run starts a container of that name, labelled as a service, that serves an address, and returns its ID.
@@ -225,4 +231,34 @@ func TestAContainerThatNamesAServiceItMayNotBeGetsNoCertificate(t *testing.T) {
 	if out := e.dial("thief", "-timeout", "3s", m.vip("web"), "peer"); strings.Contains(out, "accept=") {
 		t.Errorf("it reaches the mesh: %s", out)
 	}
+}
+
+func TestAContainerOfContainerdIsAWorkload(t *testing.T) {
+	m := newMesh(t)
+	netlab.Lacks(t, enginelab.Missing()...)
+	c, err := enginelab.NewContainerd(m.Lab, m.Nodes[1], m.staticApp())
+	m.must(err)
+	m.must(c.Start(m.ctx()))
+	m.Daemons[1].Labels = fmt.Sprintf("  containers {\n    enabled = true\n    allow   = [\"api\"]\n    engine  = \"containerd\"\n    socket  = %q\n  }\n", c.Socket)
+	web := m.place(0, "web")
+	ns, ip, _, err := m.Nodes[1].Pod()
+	m.must(err)
+	m.define(1, "api", port, ip)
+	m.allow("api", "web")
+	m.must(c.Run(m.ctx(), "api", []string{"--label=nodeproxy.io/service=api", "--with-ns=network:" + ns.Path()}, "serve", ":8080"))
+	m.start()
+	m.baselines[1] = nil
+	m.reaches(web, m.vip("api"))
+	m.getsNothing(m.stranger(0), "-timeout", "3s", at(ip, port))
+	for _, args := range [][]string{{"tasks", "rm", "--force", "api"}, {"containers", "rm", "api"}} {
+		_, err := c.Ctr(m.ctx(), args...)
+		m.must(err)
+	}
+	_, err = m.Daemons[1].Await(m.ctx(), func(s *admin.Status) error {
+		if len(s.Workloads) > 0 {
+			return fmt.Errorf("workloads are %+v", s.Workloads)
+		}
+		return nil
+	})
+	m.must(err)
 }

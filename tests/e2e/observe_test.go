@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -39,6 +40,11 @@ func TestAnObservedWorkloadIsOnlyWatched(t *testing.T) {
 
 	if n := m.metric(0, "nodeproxy_observed_total"); n < 4 {
 		t.Errorf("%v observations are counted", n)
+	}
+	for _, reason := range []string{"", "intention"} {
+		if m.metric(0, "nodeproxy_observed_total", `source_service="web"`, `destination_service="api"`, fmt.Sprintf("reason=%q", reason)) == 0 {
+			t.Errorf("nothing is counted of web and api with reason %q", reason)
+		}
 	}
 	if n := m.metric(0, "nodeproxy_denied_total"); n != 0 {
 		t.Errorf("%v denials are counted of what was only watched", n)

@@ -150,6 +150,7 @@ var fileOnly = map[string][]string{
 		"TestACgroupIsTakenOutOfItsWorkloadByALabel",
 		"TestProvidersInConflictAreShownAndDecidedByOrder",
 		"TestOnePortOfTheNodeForTwoServicesIsShown",
+		"TestAContainerOfContainerdIsAWorkload",
 		"TestChurnOfLabelledWorkloadsLeavesNothingBehind",
 		"TestWhoGetsTheAddressOfAnotherGetsNoIdentity",
 		"TestWhatASilentProviderMayHaveEnrolledStaysGuarded",

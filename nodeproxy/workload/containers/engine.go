@@ -171,6 +171,7 @@ func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) erro
 	ping, look := time.NewTicker(pingEvery), time.NewTicker(lookEvery)
 	defer ping.Stop()
 	defer look.Stop()
+	again := time.After(lookEvery) // containerd does not say when it has begun to tell
 	for {
 		select {
 		case id := <-changes:
@@ -184,6 +185,10 @@ func (e *Engine) session(ctx context.Context, claim func([]workload.Claim)) erro
 				return err
 			}
 			continue
+		case <-again:
+			if err := e.lookAtAll(ctx, c); err != nil {
+				return err
+			}
 		case <-look.C:
 			if err := e.lookAt(ctx, c, e.unplaced()); err != nil {
 				return err
