@@ -38,6 +38,7 @@ type fakeKernel struct {
 	revoked   []uint64 // generations
 	notDirect string
 	listeners []net.Listener
+	fromFiles bool // the listeners are made from files
 	serving   sync.WaitGroup
 	ready     chan struct{}
 }

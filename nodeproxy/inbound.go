@@ -3,7 +3,6 @@ package nodeproxy
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -151,7 +150,7 @@ func (in *inbound) authenticate(now *state) (leg, error) {
 		}
 		return nil, err
 	}
-	if err := errors.Join(tune(in.conn), in.conn.SetDeadline(time.Time{})); err != nil {
+	if err := in.conn.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
 	if protocol != "" && secure.ConnectionState().NegotiatedProtocol == protocol {
@@ -204,5 +203,8 @@ func (in *inbound) deliver() (*plainLeg, error) {
 		return nil, err
 	}
 	in.c.describe(func(about *admin.Connection) { about.Destination.Peer = conn.RemoteAddr().String() })
-	return in.applicationLeg(conn)
+	if err := tune(conn); err != nil {
+		return nil, fmt.Errorf("set the options of the application's socket: %w", err)
+	}
+	return newPlainLeg(conn, in.buffers)
 }

@@ -28,11 +28,15 @@ type leg interface {
 	reset() // the peer sees a reset, and no close_notify
 }
 
-// tune sets what both legs have in common. A peer that vanished from an idle connection is noticed within 90 s.
-func tune(conn *net.TCPConn) error {
-	return errors.Join(conn.SetNoDelay(true), conn.SetKeepAliveConfig(net.KeepAliveConfig{
-		Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6,
-	}))
+// keepAlive is what all legs have in common: a peer that vanished from an idle connection is noticed within 90 s.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6}
+
+// tune sets keepAlive on a connection that was dialled.
+func tune(conn net.Conn) error {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		return tcp.SetKeepAliveConfig(keepAlive)
+	}
+	return nil
 }
 
 // abort closes conn so that its peer sees a reset. A unix socket has none: its peer gets one only if it left bytes unread.
@@ -47,7 +51,6 @@ func abort(conn net.Conn) {
 type plainConn interface {
 	net.Conn
 	syscall.Conn
-	CloseWrite() error
 }
 
 // plainLeg is a connection to an application: a *net.TCPConn or a *net.UnixConn.
@@ -110,7 +113,7 @@ func (l *plainLeg) release() {
 }
 
 func (l *plainLeg) write(p []byte) error { return l.socket.write(p[headroom:]) }
-func (l *plainLeg) closeWrite() error    { return l.conn.CloseWrite() }
+func (l *plainLeg) closeWrite() error    { return l.socket.closeWrite() }
 func (l *plainLeg) watch() error         { return l.socket.watch() }
 func (l *plainLeg) close()               { _ = l.conn.Close() }
 func (l *plainLeg) reset()               { abort(l.conn) }

@@ -185,11 +185,26 @@ func (m *mesh) rule(action policy.Action) {
 
 func (m *mesh) listen() *net.TCPListener {
 	m.t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	lc := net.ListenConfig{KeepAlive: -1}
+	ln, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
+	if err == nil && m.kernel.fromFiles {
+		ln, err = throughFile(ln.(*net.TCPListener))
+	}
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	return ln.(*net.TCPListener)
+}
+
+// throughFile is ln as a daemon has it to which it was handed over.
+func throughFile(ln *net.TCPListener) (net.Listener, error) {
+	defer ln.Close()
+	file, err := ln.File()
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return net.FileListener(file)
 }
 
 // serve runs f with a listener that closes with the kernel.

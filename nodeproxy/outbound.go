@@ -88,7 +88,7 @@ func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Co
 	if err := d.reserve(); err != nil {
 		return err
 	}
-	application, err := p.applicationLeg(app)
+	application, err := newPlainLeg(app, p.buffers)
 	if err != nil {
 		return err
 	}
@@ -105,16 +105,6 @@ func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Co
 	err = p.relay(c, application, peer)
 	d.ended(peer, err)
 	return err
-}
-
-// applicationLeg makes a leg of a connection to an application of this node.
-func (p *Proxy) applicationLeg(conn net.Conn) (*plainLeg, error) {
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		if err := tune(tcp); err != nil {
-			return nil, fmt.Errorf("set the options of the application's socket: %w", err)
-		}
-	}
-	return newPlainLeg(conn, p.buffers)
 }
 
 // dialer finds a peer for one outbound connection.

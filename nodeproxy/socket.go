@@ -156,18 +156,38 @@ func (s *socket) writeReady(fd uintptr) (done bool) {
 	return true
 }
 
+// closeWrite tells the peer that there will be no more bytes.
+func (s *socket) closeWrite() error {
+	var errno syscall.Errno
+	err := s.raw.Control(func(fd uintptr) { _, _, errno = syscall.RawSyscall(syscall.SYS_SHUTDOWN, fd, syscall.SHUT_WR, 0) })
+	if err == nil && errno != 0 {
+		err = os.NewSyscallError("shutdown", errno)
+	}
+	return err
+}
+
 // watch returns when the socket has an error pending, or is closed here.
 func (s *socket) watch() error {
-	var failed error
+	var failed syscall.Errno
 	err := s.raw.Read(func(fd uintptr) bool {
-		errno, err := syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR)
-		if err == nil && errno != 0 {
-			err = syscall.Errno(errno)
-		}
-		failed = err
-		return err != nil // else until the next event of the socket
+		failed = pendingError(fd)
+		return failed != 0 // else until the next event of the socket
 	})
-	return errors.Join(err, failed)
+	if err == nil {
+		err = failed
+	}
+	return err
+}
+
+// pendingError is SO_ERROR, or why it cannot be asked for.
+func pendingError(fd uintptr) syscall.Errno {
+	var pending int32
+	size := uint32(unsafe.Sizeof(pending))
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_GETSOCKOPT, fd, syscall.SOL_SOCKET, syscall.SO_ERROR, uintptr(unsafe.Pointer(&pending)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return syscall.Errno(pending)
 }
 
 // transferBytes is read(2) or write(2) of p, which must not be empty.

@@ -199,7 +199,7 @@ func TestAcceptBacksOffWithoutFileDescriptors(t *testing.T) {
 	ln := &tired{failures: 6, conn: &net.TCPConn{}}
 	served := 0
 	begin := time.Now()
-	p.accept(ln, func(conn *net.TCPConn) { served++ })
+	acceptAll(p, ln.Addr(), ln.AcceptTCP, func(conn *net.TCPConn) { served++ })
 	if served != 1 || ln.calls != 8 {
 		t.Errorf("served %d after %d calls", served, ln.calls)
 	}

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -229,7 +230,7 @@ const inboundBacklog = 512
 func (ns *Namespace) listenOne(network, addr string, kind outboundListenerKind) (*net.TCPListener, error) {
 	var ln net.Listener
 	err := ns.Do(func() (err error) {
-		lc := net.ListenConfig{KeepAlive: -1} // whoever serves a connection sets it; most of a flood never comes so far
+		lc := net.ListenConfig{KeepAlive: -1} // whoever accepts sets it
 		lc.SetMultipathTCP(false)             // a SOCKHASH takes plain TCP sockets only
 		ln, err = lc.Listen(context.Background(), network, addr)
 		return err
@@ -371,17 +372,21 @@ type Announcement struct {
 }
 
 // Dial connects to a literal address from inside the namespace. local may be zero. Guards of this namespace let the
-// connection pass if it is announced, and nobody else's.
+// connection pass if it is announced, and nobody else's. It has no keep-alive.
 func (ns *Namespace) Dial(ctx context.Context, local netip.Addr, to netip.AddrPort, a Announcement) (*net.TCPConn, error) {
 	network := "tcp4"
 	if to.Addr().Is6() {
 		network = "tcp6"
 	}
 	d := net.Dialer{
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true},
+		KeepAlive: -1,
 		Control: func(_, _ string, raw syscall.RawConn) error {
 			var inner error
-			err := raw.Control(func(fd uintptr) { inner = ns.replaceSocket(int(fd), network, a) })
+			err := raw.Control(func(fd uintptr) {
+				if inner = ns.replaceSocket(int(fd), network, a); inner == nil && a.Kind == Delivery && !local.IsValid() {
+					inner = connectEarly(fd, to)
+				}
+			})
 			return errors.Join(err, inner)
 		},
 	}
@@ -394,6 +399,25 @@ func (ns *Namespace) Dial(ctx context.Context, local netip.Addr, to netip.AddrPo
 		return nil, err
 	}
 	return c.(*net.TCPConn), nil
+}
+
+// connectEarly begins to connect. Within a namespace that is done when it returns, and whoever connects again is told so:
+// nobody has to wait for the poller.
+func connectEarly(fd uintptr, to netip.AddrPort) error {
+	var at unsafe.Pointer
+	var size uintptr
+	if to.Addr().Is4() {
+		sa := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: swap(to.Port()), Addr: to.Addr().As4()}
+		at, size = unsafe.Pointer(&sa), unsafe.Sizeof(sa)
+	} else {
+		sa := unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: swap(to.Port()), Addr: to.Addr().As16()}
+		at, size = unsafe.Pointer(&sa), unsafe.Sizeof(sa)
+	}
+	// It does not block, and the scheduler need not be told: that costs half as much again.
+	if _, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, fd, uintptr(at), size); errno != 0 && errno != unix.EINPROGRESS {
+		return os.NewSyscallError("connect", errno)
+	}
+	return nil
 }
 
 // replaceSocket puts a socket made inside the namespace in the place of fd, before it is bound or connected. Only the

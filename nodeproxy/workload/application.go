@@ -21,7 +21,9 @@ func (m *Manager) Applications() []Application {
 		a := Application{Service: s.Service, Instance: s.Instance, Cgroup: s.Workloads[0].Cgroup}
 		if a.Target = s.instance.DeliverySocket; a.Target != "" {
 			a.Err = findSocket(s)
-		} else if target, w, err := pickTarget(v, s, netip.AddrPort{}); err != nil {
+		} else if listeners, err := s.listeners(); err != nil {
+			a.Err = err
+		} else if target, w, err := pickTarget(v, s, netip.AddrPort{}, listeners); err != nil {
 			a.Err = err
 		} else {
 			a.Target, a.Cgroup = target.String(), w.Cgroup

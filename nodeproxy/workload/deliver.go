@@ -117,9 +117,27 @@ func (v *view) deliver(ctx context.Context, to *Served, client netip.AddrPort) (
 }
 
 // deliverTCP checks before and after: nothing but the workload's own listener is dialled, and what accepted is the
-// workload's, even if somebody else bound the port in between.
+// workload's, even if somebody else bound the port in between, or since it was last looked.
 func deliverTCP(ctx context.Context, v *view, s *served, client netip.AddrPort) (net.Conn, error) {
-	target, w, err := pickTarget(v, s, client)
+	if listeners, ok := s.space.heard.find(s.port()); ok {
+		if conn, err := deliverAmong(ctx, v, s, client, listeners); err == nil || ctx.Err() != nil {
+			return conn, err
+		}
+	}
+	seen := time.Now()
+	listeners, err := s.listeners()
+	if err != nil {
+		return nil, err
+	}
+	conn, err := deliverAmong(ctx, v, s, client, listeners)
+	if err == nil {
+		s.space.heard.add(s.port(), listeners, seen)
+	}
+	return conn, err
+}
+
+func deliverAmong(ctx context.Context, v *view, s *served, client netip.AddrPort, listeners []redirect.Socket) (net.Conn, error) {
+	target, w, err := pickTarget(v, s, client, listeners)
 	if err != nil {
 		return nil, err
 	}
@@ -137,17 +155,22 @@ func deliverTCP(ctx context.Context, v *view, s *served, client netip.AddrPort) 
 	return conn, nil
 }
 
-// pickTarget finds the address on which the workload listens for the instance, and refuses if anybody else's listener
+// listeners are those on the port of the application, whoever's they are.
+func (s *served) listeners() ([]redirect.Socket, error) {
+	listeners, err := s.space.Listeners(s.port())
+	if err != nil {
+		return nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
+	}
+	return listeners, nil
+}
+
+// pickTarget finds the address on which the workload listens for the instance, and refuses if anybody else's of the listeners
 // could get the connection.
-func pickTarget(v *view, s *served, client netip.AddrPort) (netip.AddrPort, *Workload, error) {
+func pickTarget(v *view, s *served, client netip.AddrPort, listeners []redirect.Socket) (netip.AddrPort, *Workload, error) {
 	port := s.port()
 	if ip := s.instance.Delivery.Addr(); ip.IsValid() && !ip.IsUnspecified() && !ip.IsLoopback() && !s.space.has(ip) {
 		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonNotTheWorkloads, Err: fmt.Errorf(
 			"deliver to instance %s: address %s is not one of the workload's network namespace; correct the service definition", s.Instance, ip)}
-	}
-	listeners, err := s.space.Listeners(port)
-	if err != nil {
-		return netip.AddrPort{}, nil, &catalog.Refusal{Reason: catalog.ReasonDeliveryFailed, Err: err}
 	}
 	var foreign error
 	for _, ip := range s.candidates(client) {
@@ -272,10 +295,8 @@ func (v *view) below(w *Workload, id uint64) bool {
 // checkAccepted makes sure that the workload's own socket accepted conn. Where the accepted socket cannot be asked, because
 // it waits for data first (TCP_DEFER_ACCEPT) or is closed already, whoever listens there is asked.
 func checkAccepted(ctx context.Context, v *view, s *served, conn *net.TCPConn, target netip.AddrPort) error {
-	client, err := netip.ParseAddrPort(conn.LocalAddr().String())
-	if err != nil {
-		return err
-	}
+	client := conn.LocalAddr().(*net.TCPAddr).AddrPort()
+	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	for wait := 100 * time.Microsecond; ; wait *= 2 {
 		sock, err := s.space.Accepted(client, target)
 		switch {

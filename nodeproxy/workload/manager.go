@@ -140,6 +140,7 @@ type space struct {
 	*redirect.Namespace
 	public *Namespace
 	addrs  []netip.Addr
+	heard  *listening
 	dns    dnsSocket
 	used   time.Time // when a workload was last seen in it; reconcile's own
 }

@@ -88,7 +88,7 @@ func (m *Manager) openAt(path string, wanted func(inode uint64) bool) (ns *redir
 
 // listenIn has the connections that arrive in a namespace served.
 func (m *Manager) listenIn(ns *redirect.Namespace) {
-	s := &space{used: time.Now(), Namespace: ns, public: &Namespace{Cookie: ns.Cookie, Inode: ns.Inode, Host: ns.Host}}
+	s := &space{used: time.Now(), heard: new(listening), Namespace: ns, public: &Namespace{Cookie: ns.Cookie, Inode: ns.Inode, Host: ns.Host}}
 	m.namespaces[ns.Inode] = s
 	m.begin(func() { m.serve(ns, s.public) })
 	m.log.Debug("listening in network namespace", "inode", ns.Inode, "host", ns.Host)
