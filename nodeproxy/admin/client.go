@@ -90,6 +90,11 @@ func (c *Client) Unenroll(ctx context.Context, req EnrollRequest) error {
 	return c.ask(ctx, http.MethodPost, "/v1/unenroll", req, new(EnrollRequest))
 }
 
+// Profile begins a CPU profile of the daemon, of whole seconds. What it returns has it, in the format of pprof, at their end.
+func (c *Client) Profile(ctx context.Context, seconds int) (io.ReadCloser, error) {
+	return c.do(ctx, http.MethodGet, fmt.Sprintf("/v1/profile?kind=cpu&seconds=%d", seconds), nil)
+}
+
 // Trace calls event for every live connection and then for every event that passes f, until ctx ends (nil), event
 // returns an error (that error), or the daemon goes away (an error).
 func (c *Client) Trace(ctx context.Context, f Filter, event func(Connection) error) error {

@@ -81,7 +81,8 @@ func (c *ServerConfig) validate() error {
 	return nil
 }
 
-// Server is the API on its unix socket: GET /v1/status, /v1/health, /v1/applications, /v1/trace and /v1/explain, POST /v1/enroll and /v1/unenroll.
+// Server is the API on its unix socket: GET /v1/status, /v1/health, /v1/applications, /v1/trace, /v1/explain and /v1/profile, POST
+// /v1/enroll and /v1/unenroll.
 // Every error is {"error": "..."}.
 type Server struct {
 	cfg    ServerConfig
@@ -169,6 +170,7 @@ func (s *Server) Handler() http.Handler {
 		"/v1/applications": {http.MethodGet, s.applications},
 		"/v1/trace":        {http.MethodGet, s.trace},
 		"/v1/explain":      {http.MethodGet, s.explain},
+		"/v1/profile":      {http.MethodGet, s.profile},
 		"/v1/enroll":       {http.MethodPost, s.enroll},
 		"/v1/unenroll":     {http.MethodPost, s.unenroll},
 	}

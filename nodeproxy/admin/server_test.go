@@ -1,6 +1,8 @@
 package admin
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -149,6 +151,9 @@ func TestBadRequestsGetAFittingStatusAndAJSONError(t *testing.T) {
 		"unknown path":          {"GET", "/v2/status", "", 404},
 		"wrong method":          {"POST", "/v1/status", "", 405},
 		"no destination":        {"GET", "/v1/explain?source=web", "", 400},
+		"unknown profile":       {"GET", "/v1/profile?kind=all", "", 400},
+		"profile without end":   {"GET", "/v1/profile?kind=cpu", "", 400},
+		"profile of an hour":    {"GET", "/v1/profile?kind=cpu&seconds=3600", "", 400},
 		"unknown service":       {"GET", "/v1/explain?source=nobody&destination=api", "", 404},
 		"unknown parameter":     {"GET", "/v1/trace?svc=web", "", 400},
 		"unknown verdict":       {"GET", "/v1/trace?verdict=maybe", "", 400},
@@ -174,6 +179,34 @@ func TestBadRequestsGetAFittingStatusAndAJSONError(t *testing.T) {
 				t.Errorf("body = %s, want a JSON error", w.Body)
 			}
 		})
+	}
+}
+
+func TestProfilesAreThoseOfPprof(t *testing.T) {
+	d := startDaemon(t, &fakeBackend{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	first, err := d.Profile(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	if _, err := d.Profile(ctx, 1); err == nil || !strings.Contains(err.Error(), "when the other one is done") {
+		t.Errorf("a second profile meanwhile: error = %v, want that there is one", err)
+	}
+	heap, err := d.do(ctx, http.MethodGet, "/v1/profile?kind=heap", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer heap.Close()
+	for kind, body := range map[string]io.Reader{"cpu": first, "heap": heap} {
+		unzipped, err := gzip.NewReader(body)
+		if err != nil {
+			t.Fatalf("%s: not a profile: %v", kind, err)
+		}
+		if text, err := io.ReadAll(unzipped); err != nil || !bytes.Contains(text, []byte("nanoseconds")) && !bytes.Contains(text, []byte("inuse_space")) {
+			t.Errorf("%s: a profile of %d bytes without its units, %v", kind, len(text), err)
+		}
 	}
 }
 
@@ -384,7 +417,7 @@ func FuzzAPI(f *testing.F) {
 	h := (&Server{cfg: ServerConfig{Backend: b, Hub: NewHub(), Log: slog.New(slog.DiscardHandler)}}).Handler()
 	f.Fuzz(func(t *testing.T, method, target, body string) {
 		r, err := http.NewRequest(method, target, strings.NewReader(body))
-		if err != nil || r.URL.Path == "/v1/trace" {
+		if err != nil || r.URL.Path == "/v1/trace" || r.URL.Path == "/v1/profile" {
 			t.Skip("not a request, or one that streams")
 		}
 		w := httptest.NewRecorder()

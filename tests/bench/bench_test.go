@@ -55,6 +55,14 @@ func TestSmoke(t *testing.T) {
 	if want := 2*len(goals()) + 2; len(r.Goals) != want { // with two numbers of connections each, and memory with tunnels and without
 		t.Errorf("%d goals, want %d", len(r.Goals), want)
 	}
+	if len(r.Profiles) == 0 && slices.ContainsFunc(r.Goals, func(g result) bool { return !g.Reached }) {
+		t.Error("a goal is not reached, and there is no profile")
+	}
+	for _, p := range r.Profiles {
+		if text, err := os.ReadFile(filepath.Join(out, p.File)); err != nil || !strings.Contains(string(text), "flat%") {
+			t.Errorf("%s is no profile: %v", p.File, err)
+		}
+	}
 	for _, f := range figures() {
 		if text, err := os.ReadFile(filepath.Join(out, f.file)); err != nil || !strings.Contains(string(text), "</svg>") {
 			t.Errorf("%s is no whole plot: %v", f.file, err)

@@ -69,7 +69,9 @@ func measure(ctx context.Context, s settings, p *progress) (r *report, err error
 		return nil, err
 	}
 	where.Others = others
-	return newReport(&s, where, b.paths, idle, samples), nil
+	r = newReport(&s, where, b.paths, idle, samples)
+	r.Profiles, err = b.profiles(ctx, r)
+	return r, err
 }
 
 func (b *bench) close() error {

@@ -21,6 +21,7 @@ type report struct {
 	Matches  []match      `json:"matches"`
 	Costs    []cost       `json:"costs"`
 	Memory   []memory     `json:"memory"`
+	Profiles []profiled   `json:"profiles"`
 	Samples  []sample     `json:"samples"`
 
 	paths       []*path
@@ -52,6 +53,9 @@ func (r *report) write(dir string) error {
 			return fmt.Errorf("write the report: %w", err)
 		}
 	}
+	if err := r.writeProfiles(dir); err != nil {
+		return err
+	}
 	return r.plot(dir)
 }
 
@@ -78,6 +82,7 @@ func (r *report) tables() string {
 	var b strings.Builder
 	b.WriteString("\n## Goals\n\n")
 	b.WriteString(r.goalTable())
+	b.WriteString(r.profileList())
 	b.WriteString("\n## Beside the best peer, node to node\n\nThe best in each round; named is the one with the best median.\n\n")
 	b.WriteString(r.matchTable())
 	for _, places := range []struct{ title, plain string }{{"Same node", plainNear}, {"Node to node", plainFar}} {
