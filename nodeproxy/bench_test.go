@@ -93,6 +93,13 @@ func benchmarkIdleConnection(b *testing.B, path option) {
 
 // echo is the outbound address of an application that answers with what it gets.
 func (m *mesh) echo() string {
+	m.instance("api", "api-1", m.echoing())
+	m.publish()
+	return m.origin(apiVIP())
+}
+
+// echoing is where an application listens that answers with what it gets.
+func (m *mesh) echoing() string {
 	ln := m.listen()
 	m.t.Cleanup(func() { ln.Close() })
 	go func() {
@@ -107,9 +114,7 @@ func (m *mesh) echo() string {
 			}()
 		}
 	}()
-	m.instance("api", "api-1", ln.Addr().String())
-	m.publish()
-	return m.origin(apiVIP())
+	return ln.Addr().String()
 }
 
 type discard struct{}

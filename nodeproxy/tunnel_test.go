@@ -1051,3 +1051,61 @@ func TestStreamsOfManyConnectionsArriveWholeBothWays(t *testing.T) {
 		all.Wait()
 	}
 }
+
+// The release after this one may speak another protocol in tunnels, by another name: neither side loses a connection.
+func TestAReleaseWhoseTunnelsAreOthersIsServedPlainBothWays(t *testing.T) {
+	const next = "nodeproxy/2"
+	m := newMesh(t, tunnelled)
+	remote := m.listen()
+	m.t.Cleanup(func() { remote.Close() })
+	go func() {
+		for {
+			raw, err := remote.AcceptTCP()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer raw.Close()
+				raw.SetDeadline(time.Now().Add(patience))
+				conn, _, err := m.proxy.gate.current().credentials.Accept(raw, "api", next, func() error { return nil })
+				if err != nil {
+					t.Errorf("the next release's side: %v", err)
+					return
+				}
+				io.Copy(conn, conn)
+				conn.CloseWrite()
+			}()
+		}
+	}()
+	m.remote("api-1", addrPort(remote.Addr()))
+	m.publish()
+	to := m.origin(apiVIP())
+	const calls = 20
+	for range calls {
+		exchange(t, m, to)
+	}
+	local := m.instance("web", "web-1", m.echoing())
+	m.publish()
+	for range calls {
+		raw := m.dial(local.Mesh.String())
+		conn, _, err := m.proxy.gate.current().credentials.Connect(raw, "api", &catalog.Target{Service: "web"}, next)
+		if err != nil || conn.ConnectionState().NegotiatedProtocol != "" {
+			t.Fatalf("the next release's caller: %q, %v", conn.ConnectionState().NegotiatedProtocol, err)
+		}
+		say(t, conn, "ping")
+		hear(t, conn, "ping")
+		conn.CloseWrite()
+		wantEOF(t, conn)
+	}
+	for _, way := range []admin.Direction{admin.Outbound, admin.Inbound} {
+		for _, e := range m.events.waitN(t, "close", calls, is(admin.EventClose, way)) {
+			if e.Path != admin.PathMTLS || e.Detail != "" {
+				t.Errorf("%s: %+v", way, e)
+			}
+		}
+	}
+	events, _ := m.events.all()
+	for _, e := range slices.DeleteFunc(events, func(e admin.Connection) bool { return e.Verdict == admin.Allowed }) {
+		t.Errorf("denied: %+v", e)
+	}
+}
