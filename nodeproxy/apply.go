@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"maps"
+	"sync"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -65,11 +66,12 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 	retry.Stop()
 	defer retry.Stop()
 	for {
+		fresh := false
 		select {
 		case <-ctx.Done():
 			return
 		case snap := <-p.offers:
-			if !p.putInForce(snap) {
+			if fresh = p.putInForce(snap); !fresh {
 				continue
 			}
 		case <-retry.C:
@@ -79,10 +81,7 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 			continue
 		}
 		retry.Stop()
-		err := p.cfg.Kernel.Revoke(current.snap)
-		if err == nil {
-			p.setRevoked(current.snap.Policy)
-		}
+		err := p.endDenied(current, fresh)
 		if kernelCtx.Err() == nil {
 			err = errors.Join(err, p.cfg.Kernel.Apply(kernelCtx, current.snap))
 		}
@@ -94,8 +93,28 @@ func (p *Proxy) applyAll(ctx, kernelCtx context.Context) {
 	}
 }
 
-// putInForce makes snap decide: certificates and policy with one swap, then every live connection again. Steering comes
-// after it, so that nothing is steered to us before we have its certificate. It returns false when it dropped snap.
+// endDenied ends what the state in force denies: through the proxy, if the state is fresh, and within the node. Neither waits for
+// the other, for there may be much to end.
+func (p *Proxy) endDenied(now *state, fresh bool) error {
+	var carried sync.WaitGroup
+	if fresh {
+		p.direct.recheck(&p.gate) // first: what Revoke ends is told with the verdict
+		carried.Go(func() {
+			p.recheck()
+			p.tunnels.retire(now)
+			p.balancer.prune(now.snap)
+		})
+	}
+	err := p.cfg.Kernel.Revoke(now.snap)
+	carried.Wait()
+	if err == nil {
+		p.setRevoked(now.snap.Policy)
+	}
+	return err
+}
+
+// putInForce makes snap decide: certificates and policy with one swap; endDenied follows. Steering comes after it, so that
+// nothing is steered to us before we have its certificate. It returns false when it dropped snap.
 func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 	current := p.gate.current()
 	if current != nil && snap.Generation <= current.snap.Generation {
@@ -115,9 +134,6 @@ func (p *Proxy) putInForce(snap *catalog.Snapshot) bool {
 		}
 	}
 	p.gate.swap(next)
-	p.recheck()
-	p.tunnels.retire(next)
-	p.balancer.prune(snap)
 	return true
 }
 
@@ -133,7 +149,6 @@ func (p *Proxy) Snapshot() *catalog.Snapshot {
 // the policy in force denies. Direct ones are ended by Kernel.Revoke.
 func (p *Proxy) recheck() {
 	var denied []*connection
-	p.direct.recheck(&p.gate)
 	for _, c := range p.live.all() {
 		source, service, known := c.pair()
 		if !known {
