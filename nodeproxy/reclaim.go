@@ -1,0 +1,47 @@
+package nodeproxy
+
+import (
+	"context"
+	"runtime/debug"
+	"runtime/metrics"
+	"time"
+)
+
+// The bounds of giving memory back.
+const (
+	reclaimLook  = 3 * time.Second
+	reclaimQuiet = 2 << 20  // with no more than so many bytes allocated between two looks it is quiet
+	reclaimWorth = 16 << 20 // so many bytes allocated since the last time are worth a collection
+)
+
+// reclaimer decides when the memory that a burst left behind is given back to the system: when it is over. The runtime would
+// keep as much as is in use for the next one, and the stacks that handshakes needed until its next collections.
+type reclaimer struct{ last, done uint64 }
+
+// due is asked at every look with how many bytes were ever allocated.
+func (r *reclaimer) due(allocated uint64) bool {
+	quiet := allocated-r.last <= reclaimQuiet
+	r.last = allocated
+	if !quiet || allocated-r.done < reclaimWorth {
+		return false
+	}
+	r.done = allocated
+	return true
+}
+
+// reclaim gives memory back until ctx ends.
+func reclaim(ctx context.Context) {
+	allocated := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	var r reclaimer
+	for tick := time.NewTicker(reclaimLook); ; {
+		select {
+		case <-tick.C:
+			if metrics.Read(allocated); r.due(allocated[0].Value.Uint64()) {
+				debug.FreeOSMemory()
+			}
+		case <-ctx.Done():
+			tick.Stop()
+			return
+		}
+	}
+}

@@ -1,0 +1,28 @@
+package nodeproxy
+
+import "testing"
+
+func TestMemoryIsGivenBackOnceAfterABurst(t *testing.T) {
+	const mib = 1 << 20
+	var r reclaimer
+	allocated := uint64(0)
+	for i, look := range []struct {
+		more uint64
+		want bool
+	}{
+		{10 * mib, false}, // the start
+		{mib, false},      // quiet, and not worth it
+		{40 * mib, false}, // a burst
+		{30 * mib, false},
+		{mib, true}, // over
+		{mib, false},
+		{0, false},
+		{2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false},
+		{2 * mib, true}, // little by little
+	} {
+		allocated += look.more
+		if got := r.due(allocated); got != look.want {
+			t.Errorf("look %d, after %d MiB more: due %v, want %v", i, look.more/mib, got, look.want)
+		}
+	}
+}
