@@ -24,7 +24,7 @@ func (p *Proxy) accept(ln *net.TCPListener, serve func(*net.TCPConn)) {
 			first, inherited = false, keptIdle(conn) == keepAlive.Idle
 		}
 		if !inherited {
-			_ = tune(conn) // it fails only when conn is closed already
+			_ = conn.SetKeepAliveConfig(keepAlive) // it fails only when conn is closed already
 		}
 		serve(conn)
 	})

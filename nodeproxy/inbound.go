@@ -203,8 +203,5 @@ func (in *inbound) deliver() (*plainLeg, error) {
 		return nil, err
 	}
 	in.c.describe(func(about *admin.Connection) { about.Destination.Peer = conn.RemoteAddr().String() })
-	if err := tune(conn); err != nil {
-		return nil, fmt.Errorf("set the options of the application's socket: %w", err)
-	}
-	return newPlainLeg(conn, in.buffers)
+	return newPlainLeg(conn, in.buffers) // without keep-alive: the kernel itself tells when the other end is gone
 }

@@ -28,16 +28,8 @@ type leg interface {
 	reset() // the peer sees a reset, and no close_notify
 }
 
-// keepAlive is what all legs have in common: a peer that vanished from an idle connection is noticed within 90 s.
+// keepAlive is what all legs have that lead to another kernel: a peer that vanished from an idle connection is noticed within 90 s.
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6}
-
-// tune sets keepAlive on a connection that was dialled.
-func tune(conn net.Conn) error {
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		return tcp.SetKeepAliveConfig(keepAlive)
-	}
-	return nil
-}
 
 // abort closes conn so that its peer sees a reset. A unix socket has none: its peer gets one only if it left bytes unread.
 func abort(conn net.Conn) {

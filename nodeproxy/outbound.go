@@ -348,7 +348,7 @@ func (m *meshDial) secure(conn *net.TCPConn, begin time.Time) (leg, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(tune(conn), conn.SetDeadline(begin.Add(m.cfg.Limits.Handshake))); err != nil {
+	if err := errors.Join(conn.SetKeepAliveConfig(keepAlive), conn.SetDeadline(begin.Add(m.cfg.Limits.Handshake))); err != nil {
 		return nil, err
 	}
 	secure, peer, err := m.state.credentials.Connect(w, m.origin.Workload.Service, m.target, m.protocol)

@@ -103,7 +103,7 @@ func readProfile(ctx context.Context, body io.Reader) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer os.Remove(file.Name())
+	defer func() { _ = os.Remove(file.Name()) }()
 	_, err = io.Copy(file, body)
 	if err = errors.Join(err, file.Close()); err != nil {
 		return "", fmt.Errorf("read a profile: %w", err)
