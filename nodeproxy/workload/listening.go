@@ -8,10 +8,11 @@ import (
 )
 
 // lookedFor is how long the listeners of a port are taken to be what they were: the kernel walks all of its listeners to find
-// them, which would be a tenth of what a delivery costs. No process can end and another one start in its place meanwhile.
+// them, which would be a tenth of what a delivery costs.
 const lookedFor = 10 * time.Millisecond
 
-// listening remembers the listeners of a namespace to which was delivered. Who accepted is looked at for each connection.
+// listening remembers the listeners of a namespace to which was delivered. Who has taken a port since is found out when the one who accepted is
+// looked at, which is done for each connection.
 type listening struct {
 	mu    sync.Mutex
 	ports map[uint16]looked
