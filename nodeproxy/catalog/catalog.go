@@ -120,6 +120,7 @@ type Snapshot struct {
 	ports     map[netip.AddrPort]*Service
 	instances map[netip.AddrPort]*Instance
 	mesh      map[netip.AddrPort]*Instance
+	made      *struct{ _ byte } // by New, for this snapshot and those that WithPolicy makes of it
 }
 
 // Service is one name of the mesh.
@@ -197,6 +198,7 @@ type Problem struct {
 
 // New checks a snapshot and builds its indexes. It takes ownership of s. The errors of all that is wrong are joined.
 func New(s Snapshot) (*Snapshot, error) {
+	s.made = new(struct{ _ byte })
 	s.virtual = make(map[netip.Addr]*Service)
 	s.ports = make(map[netip.AddrPort]*Service)
 	s.instances = make(map[netip.AddrPort]*Instance)
@@ -252,6 +254,11 @@ func (s *Snapshot) WithPolicy(p *policy.Policy, generation uint64, taken time.Ti
 	next := *s
 	next.Policy, next.Generation, next.Taken = p, generation, taken
 	return &next
+}
+
+// DiffersByPolicy says whether WithPolicy made one of s and other of the other: they are the same in all but policy, generation and time.
+func (s *Snapshot) DiffersByPolicy(other *Snapshot) bool {
+	return other != nil && s.made != nil && s.made == other.made
 }
 
 func (s *Snapshot) indexInstance(svc *Service, inst *Instance) []error {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"nodeproxy.io/policy"
 )
@@ -147,5 +148,20 @@ func TestCanariesAreAtTheEndOfTheRangesAndBelongToNobody(t *testing.T) {
 		if to, ok := snap.Resolve(netip.AddrPortFrom(canary, 1)); ok {
 			t.Errorf("%s leads to %s", canary, to.Service.Name)
 		}
+	}
+}
+
+func TestASnapshotWithAnotherPolicyIsKnownToDifferByNothingElse(t *testing.T) {
+	one, err := New(Snapshot{Generation: 1, Policy: &policy.Policy{}})
+	other, errOther := New(Snapshot{Generation: 1, Policy: &policy.Policy{}})
+	if err != nil || errOther != nil {
+		t.Fatal(err, errOther)
+	}
+	next := one.WithPolicy(&policy.Policy{}, 2, time.Now())
+	if !next.DiffersByPolicy(one) || !next.WithPolicy(&policy.Policy{}, 3, time.Now()).DiffersByPolicy(one) {
+		t.Error("what WithPolicy makes is taken for another catalog")
+	}
+	if one.DiffersByPolicy(other) || next.DiffersByPolicy(other) || one.DiffersByPolicy(nil) || (&Snapshot{}).DiffersByPolicy(&Snapshot{}) {
+		t.Error("snapshots that were made one by one are taken for the same")
 	}
 }

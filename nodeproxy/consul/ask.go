@@ -32,6 +32,8 @@ type topic struct {
 	ask   func() question
 	apply func(*answer) error // only called for answers that differ from the last
 	woken func()              // called after each answer, also one that says the same; nil: nothing is
+
+	failed func() // called after each question of a watch that was not answered; nil: nothing is
 }
 
 // asker asks, and notes in the world what is not answered.
@@ -60,6 +62,9 @@ func (a asker) watch(ctx context.Context, t topic) {
 		wait := t.every - time.Since(asked)
 		if err != nil {
 			wait = backoff(a.failed(t.what, asked, explain(err)))
+			if t.failed != nil {
+				t.failed()
+			}
 		} else {
 			last = sum
 			a.answered(t.what)

@@ -33,13 +33,24 @@ type builder struct {
 	labelled  []catalog.Registered
 	peers     []catalog.Peer
 	agentless map[*catalog.Instance]bool // unhealthy because of their agents
+
+	destinations []string // of which intentions count, sorted
+	httpLike     map[string]bool
+	reported     []rule // of those intentions
 }
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
 	return &builder{
-		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, last: r.policy,
+		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, last: r.lastPolicy(),
 		settings: d.entries.settings(), services: make(map[string]*catalog.Service), upstreams: make(map[string][]*catalog.Upstream),
 	}
+}
+
+func (r *run) lastPolicy() *policy.Policy {
+	if r.snap == nil {
+		return nil
+	}
+	return r.snap.Policy
 }
 
 func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
@@ -54,6 +65,7 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 		}
 	}
 	b.callAgentless()
+	b.agentless = nil
 	b.refuseContested()
 	b.addChains()
 	b.markProbed()
@@ -352,51 +364,89 @@ func keeper(all []claim) int {
 
 // policy compiles the intentions, or returns the last policy if they are the same.
 func (b *builder) policy(generation uint64) (*policy.Policy, error) {
-	local, httpLike, def := policy.Identity{TrustDomain: b.data.roots.trustDomain}, make(map[string]bool), policy.Deny
-	if cmp.Or(b.data.agent.defaultIntention, b.data.defaultACL) == "allow" {
-		def = policy.Allow
-	}
-	var intentions []policy.Intention
-	seen := make(map[policy.Intention]bool)
 	names := b.data.resolved() // of which some are in other datacenters only
 	for name := range b.services {
 		names[name] = true
 	}
-	for _, name := range slices.Sorted(maps.Keys(names)) {
+	b.destinations, b.httpLike = slices.Sorted(maps.Keys(names)), make(map[string]bool)
+	for _, name := range b.destinations {
 		if isHTTP(b.protocol(name)) {
-			httpLike[name] = true
+			b.httpLike[name] = true
 		}
-		all, read := b.data.intentions[name]
+	}
+	var all []policy.Intention
+	all, b.reported = b.intentions()
+	for _, rule := range b.reported {
+		b.reportIntention(rule)
+	}
+	if b.last != nil && b.last.IsOf(b.byDefault(), b.local(), b.httpLike, all) {
+		return b.last, nil
+	}
+	return policy.Compile(generation, b.byDefault(), b.local(), b.httpLike, all)
+}
+
+func (b *builder) byDefault() policy.Action {
+	if cmp.Or(b.data.agent.defaultIntention, b.data.defaultACL) == "allow" {
+		return policy.Allow
+	}
+	return policy.Deny
+}
+
+func (b *builder) local() policy.Identity {
+	return policy.Identity{TrustDomain: b.data.roots.trustDomain}
+}
+
+// intentions are those of all destinations, and the rules of which something is to be reported.
+func (b *builder) intentions() (all []policy.Intention, reported []rule) {
+	seen := make(map[policy.Intention]bool)
+	for _, name := range b.destinations {
+		rules, read := b.data.intentions[name]
 		if !read { // until it is known who may connect, nobody may
-			intentions = append(intentions, policy.Intention{
+			all = append(all, policy.Intention{
 				Source: policy.Wildcard, Destination: name, Action: policy.Deny, Origin: "the intentions are not known yet",
 			})
 		}
-		for _, rule := range all {
-			key := policy.Intention{
-				Source: rule.Source, Destination: rule.Destination,
-				SourceNamespace: rule.SourceNamespace, SourcePartition: rule.SourcePartition, SourcePeer: rule.SourcePeer,
+		for _, rule := range rules {
+			if rule.sameness {
+				continue
 			}
-			if seen[key] || rule.sameness {
+			if key := rule.key(); seen[key] {
 				continue // those of "*" come with every name
+			} else {
+				seen[key] = true
 			}
-			seen[key] = true
-			b.reportIntention(rule)
 			if rule.SourcePeer != "" {
-				if rule.SourceDomain = b.domainOf(rule.SourcePeer); rule.SourceDomain == "" {
-					b.problem(rule.Destination, "unsupported", "intention %s => %s: the trust domain of peer %q is not known, so it matches nobody", rule.Source, rule.Destination, rule.SourcePeer)
-				}
+				rule.SourceDomain = b.domainOf(rule.SourcePeer)
 			}
-			intentions = append(intentions, rule.Intention)
+			if rule.why() != "" || rule.isOfStranger() {
+				reported = append(reported, rule)
+			}
+			all = append(all, rule.Intention)
 		}
 	}
-	if b.last != nil && b.last.IsOf(def, local, httpLike, intentions) {
-		return b.last, nil
+	return all, reported
+}
+
+// restate is last, which b built, with the intentions of d. nil: what is to be reported of them differs.
+func (b *builder) restate(d *data, last *catalog.Snapshot, generation uint64, now time.Time) (*catalog.Snapshot, error) {
+	before := *b.data
+	before.intentions = d.intentions
+	b.data = &before
+	all, reported := b.intentions()
+	if !slices.Equal(reported, b.reported) {
+		return nil, nil
 	}
-	return policy.Compile(generation, def, local, httpLike, intentions)
+	p, err := policy.Compile(generation, b.byDefault(), b.local(), b.httpLike, all)
+	if err != nil {
+		return nil, err
+	}
+	return last.WithPolicy(p, generation, now), nil
 }
 
 func (b *builder) reportIntention(rule rule) {
+	if rule.isOfStranger() {
+		b.problem(rule.Destination, "unsupported", "intention %s => %s: the trust domain of peer %q is not known, so it matches nobody", rule.Source, rule.Destination, rule.SourcePeer)
+	}
 	why := rule.why()
 	if why == "" {
 		return

@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"reflect"
@@ -53,9 +54,9 @@ func (d *data) write(entry api.ConfigEntry) {
 	d.entries = d.entries.with(entry.GetKind(), append(slices.Clone(d.entries.byKind[entry.GetKind()]), entry))
 }
 
-func (d *data) intend(in ...api.Intention) {
+func (d *data) intend(in ...intention) {
 	for _, in := range in {
-		d.intentions[in.DestinationName] = append(d.intentions[in.DestinationName], (&intention{Intention: in}).rule(in.DestinationName))
+		d.intentions[in.DestinationName] = append(d.intentions[in.DestinationName], in.rule(in.DestinationName))
 	}
 }
 
@@ -195,12 +196,12 @@ func TestIntentionsAreConsuls(t *testing.T) {
 	d := sample()
 	d.defaultACL = "allow"
 	d.intend(
-		api.Intention{SourceName: "web", DestinationName: "api", Action: "allow"},
-		api.Intention{SourceName: "*", DestinationName: "api", Action: "deny"},
-		api.Intention{SourceName: "http", DestinationName: "api", Permissions: []*api.IntentionPermission{{Action: "allow"}}},
-		api.Intention{SourceName: "far", DestinationName: "api", SourcePeer: "elsewhere", Action: "allow"},
+		intention{SourceName: "web", DestinationName: "api", Action: "allow"},
+		intention{SourceName: "*", DestinationName: "api", Action: "deny"},
+		intention{SourceName: "http", DestinationName: "api", Permissions: []json.RawMessage{[]byte("{}")}},
+		intention{SourceName: "far", DestinationName: "api", SourcePeer: "elsewhere", Action: "allow"},
 	)
-	d.intentions["api"] = append(d.intentions["api"], (&intention{Intention: api.Intention{SourceName: "jwt", DestinationName: "api", Action: "allow"}, JWT: []byte(`{"Providers":[]}`)}).rule("api"))
+	d.intentions["api"] = append(d.intentions["api"], (&intention{SourceName: "jwt", DestinationName: "api", Action: "allow", JWT: []byte(`{"Providers":[]}`)}).rule("api"))
 	d.write(&api.ServiceConfigEntry{Kind: api.ServiceDefaults, Name: "api", Protocol: "HTTP"})
 	delete(d.intentions, "web") // not known yet
 	s := build(t, d)

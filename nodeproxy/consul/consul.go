@@ -1,12 +1,12 @@
 // Package consul makes snapshots of what a Consul agent knows: catalog, certificates, intentions and config entries.
 //
 // Everything is kept current by blocking queries, and where Consul has none, by looking every ten seconds. A snapshot is
-// built whole from the last good answer to each question: while the agent, its servers or the token fail, what was last
+// built whole from the last good answer to each question, or, where intentions alone have changed, of the one before and a policy: while the agent, its servers or the token fail, what was last
 // known stays in force, and Health says since when. Nothing is ever dropped because a question could not be answered.
 //
 // The number of connections to the agent does not grow with the services of the node or of the mesh: one for the roots,
-// one for this node's registrations, one for the names of all services, one for the node proxies, one for the intentions of
-// this node's services and one for those of all others (more beyond some thousand names), one for service resolvers, at most
+// one for this node's registrations, one for the names of all services, one for the node proxies, at most maxLists for the intentions
+// of all services and one for those of this node's (more beyond a hundred thousand names), one for service resolvers, at most
 // maxRequests for everything that does not wait, and one for each service or target of its chain that workloads of this node
 // call, at most maxCalled. Consul allows 200 per client address.
 //

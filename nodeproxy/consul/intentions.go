@@ -3,6 +3,8 @@ package consul
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"hash/fnv"
 	"maps"
 	"net/url"
 	"slices"
@@ -25,14 +27,17 @@ const (
 	lookNames   = time.Second
 )
 
-// intention adds to the library's struct what it leaves out.
+// intention is what is used of one, out of some five times as much.
 type intention struct {
-	api.Intention
-	JWT json.RawMessage
+	SourceName, SourceNS, SourcePartition, SourcePeer, SourceSamenessGroup string
+
+	DestinationName string
+	Action          api.IntentionAction
+	Permissions     []json.RawMessage
+	JWT             json.RawMessage
 }
 
-// matchAll keeps the intentions of all services in the mesh current, until ctx ends. All names are in one query, or few:
-// those of this node's own services first, so that they do not depend on what else the token may read.
+// matchAll keeps the intentions of all services in the mesh current, until ctx ends, by few queries of many names each.
 func (r *run) matchAll(ctx context.Context) {
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
@@ -46,31 +51,30 @@ func (r *run) matchAll(ctx context.Context) {
 			q.stop()
 		}
 	}()
+	sorter := newSorter()
 	all := false // the names are all asked about
 	for {
 		d := r.world.current()
-		wanted, own := destinations(&d, r.leaves.needed())
-		if all = all || !r.isReading(&d); !all { // each name that is read would have those before it asked about again
-			wanted = wanted[:own]
-		}
+		all = all || !r.isReading(&d) // each name that is read would have others asked about again
 		if d.agent != nil && d.local != nil {
-			for i := range max(len(wanted), len(running)) {
-				switch {
-				case i >= len(wanted):
-					running[i].stop()
+			wanted := sorter.lists(&d, r.leaves.needed(), all, func(names []string) bool { return r.world.hopeless(matchFault(names), 0) })
+			goes := func(q query) bool {
+				return slices.ContainsFunc(wanted, func(names []string) bool { return slices.Equal(names, q.names) })
+			}
+			for _, q := range running {
+				if !goes(q) {
+					q.stop()
+				}
+			}
+			running = slices.DeleteFunc(running, func(q query) bool { return !goes(q) })
+			for _, names := range wanted {
+				if slices.ContainsFunc(running, func(q query) bool { return slices.Equal(names, q.names) }) {
 					continue
-				case i < len(running) && slices.Equal(running[i].names, wanted[i]):
-					continue
-				case i < len(running):
-					running[i].stop()
-				default:
-					running = append(running, query{})
 				}
 				asking, stop := context.WithCancel(ctx)
-				running[i] = query{wanted[i], stop}
-				tasks.Go(func() { r.ask.watch(asking, r.matchTopic(wanted[i])) })
+				running = append(running, query{names, stop})
+				tasks.Go(func() { r.ask.watch(asking, r.matchTopic(asking, names)) })
 			}
-			running = running[:len(wanted)]
 			r.forgetIntentions(wanted)
 		}
 		var look <-chan time.Time
@@ -94,10 +98,9 @@ func (r *run) isReading(d *data) bool {
 	})
 }
 
-// destinations are the names to ask about, in as many lists as there are queries. The first lists, so many, are of this node's
-// services.
-func destinations(d *data, needed []string) (lists [][]string, ofOwn int) {
-	own := make(map[string]bool)
+// destinations are the names to ask about: of this node's services, and of others.
+func destinations(d *data, needed []string) (own, others map[string]bool) {
+	own, others = make(map[string]bool), make(map[string]bool)
 	for _, name := range needed {
 		own[name] = true
 	}
@@ -108,7 +111,6 @@ func destinations(d *data, needed []string) (lists [][]string, ofOwn int) {
 			own[s.Service] = true
 		}
 	}
-	others := make(map[string]bool)
 	for name, s := range d.services {
 		if len(s.instances) > 0 && !own[name] {
 			others[name] = true
@@ -119,8 +121,69 @@ func destinations(d *data, needed []string) (lists [][]string, ofOwn int) {
 			others[name] = true
 		}
 	}
-	lists = split(own)
-	return append(lists, split(others)...), len(lists)
+	return own, others
+}
+
+// sorter divides names into the lists that are asked about together. When the intentions of one name change, Consul looks all
+// names of its list up again, twice, and sends all that it finds: hence lists are short, and a name stays in its list
+// whichever others come and go. Names of this node's services are asked about apart if they are not answered otherwise, so that they do
+// not depend on what else the token may read.
+type sorter struct {
+	parts uint32 // of all names, a power of two, which only rises
+	apart map[string]bool
+}
+
+const (
+	fewNames = 128 // that a list has at most, on average, unless there would be more than maxLists
+	maxLists = 32  // without those that a query's length asks for
+)
+
+func newSorter() *sorter { return &sorter{parts: 1, apart: make(map[string]bool)} }
+
+// lists are those to ask about now: with all, others than this node's too. isRefused says of a list that is asked about that it is not answered.
+func (s *sorter) lists(d *data, needed []string, all bool, isRefused func(names []string) bool) [][]string {
+	own, others := destinations(d, needed)
+	maps.DeleteFunc(s.apart, func(name string, _ bool) bool { return !own[name] })
+	for name := range own {
+		if _, known := d.intentions[name]; !all || !known {
+			s.apart[name] = true
+		}
+	}
+	for _, names := range d.asked {
+		if !s.apart[names[0]] && slices.ContainsFunc(names, func(name string) bool { return own[name] }) && isRefused(names) {
+			for _, name := range names {
+				if own[name] {
+					s.apart[name] = true
+				}
+			}
+		}
+	}
+	if !all {
+		return split(s.apart)
+	}
+	for name := range own {
+		if !s.apart[name] {
+			others[name] = true
+		}
+	}
+	for s.parts < maxLists && int(s.parts)*fewNames < len(others) {
+		s.parts *= 2
+	}
+	parts := make([]map[string]bool, s.parts)
+	for name := range others {
+		h := fnv.New32a()
+		h.Write([]byte(name))
+		i := h.Sum32() % s.parts
+		if parts[i] == nil {
+			parts[i] = make(map[string]bool)
+		}
+		parts[i][name] = true
+	}
+	lists := split(s.apart)
+	for _, names := range parts {
+		lists = append(lists, split(names)...)
+	}
+	return lists
 }
 
 // split sorts names into lists that fit into a query each.
@@ -141,10 +204,11 @@ func matchFault(names []string) string {
 	if len(names) == 1 {
 		return "the intentions of " + names[0]
 	}
-	return "the intentions of " + names[0] + " to " + names[len(names)-1]
+	return fmt.Sprintf("the intentions of %s and %d others", names[0], len(names)-1)
 }
 
-func (r *run) matchTopic(names []string) topic {
+// matchTopic is the intentions of names, as long as asking lasts: later another list has some of them, which knows better.
+func (r *run) matchTopic(asking context.Context, names []string) topic {
 	params := url.Values{"by": {"destination"}, "name": names}
 	return topic{what: matchFault(names), every: 20 * time.Millisecond,
 		ask: func() question { return question{path: "/v1/connect/intentions/match", params: params} },
@@ -153,23 +217,34 @@ func (r *run) matchTopic(names []string) topic {
 			if err := decode(a, &found); err != nil {
 				return err
 			}
+			read := make(map[string][]rule, len(names))
+			for _, name := range names {
+				read[name] = rulesOf(name, found[name])
+			}
 			stranger := false
-			r.world.update(func(d *data) bool {
-				d.defaultACL = a.defaultPolicy
-				for _, name := range names {
-					d.intentions[name] = rulesOf(name, found[name])
-					stranger = stranger || slices.ContainsFunc(d.intentions[name], func(in rule) bool { return in.SourcePeer != "" && !d.knowsPeer(in.SourcePeer) })
+			r.world.intend(func(d *data) (policy, more bool) {
+				if asking.Err() != nil {
+					return false, false
 				}
-				return true
+				more = d.defaultACL != a.defaultPolicy
+				d.defaultACL = a.defaultPolicy
+				for name, rules := range read {
+					old, known := d.intentions[name]
+					policy = policy || !known || !slices.Equal(old, rules)
+					d.intentions[name] = rules
+					stranger = stranger || slices.ContainsFunc(rules, func(in rule) bool { return in.SourcePeer != "" && !d.knowsPeer(in.SourcePeer) })
+				}
+				return policy, more
 			})
 			if stranger {
 				wake(r.lookNow)
 			}
 			return nil
-		}}
+		},
+		failed: func() { wake(r.known) }}
 }
 
-// forgetIntentions drops what is not asked for any more.
+// forgetIntentions drops what is not asked for any more, and notes what is.
 func (r *run) forgetIntentions(wanted [][]string) {
 	names := make(map[string]bool)
 	for _, list := range wanted {
@@ -177,14 +252,15 @@ func (r *run) forgetIntentions(wanted [][]string) {
 			names[name] = true
 		}
 	}
-	r.world.update(func(d *data) bool {
+	r.world.intend(func(d *data) (policy, more bool) {
 		before := len(d.intentions)
 		maps.DeleteFunc(d.intentions, func(name string, _ []rule) bool { return !names[name] })
-		return len(d.intentions) < before
+		d.asked = wanted
+		return len(d.intentions) < before, false
 	})
 }
 
-// rule is an intention in the policy's form. The library's takes five times the memory.
+// rule is an intention in the policy's form.
 type rule struct {
 	policy.Intention
 	sameness bool // its source is a sameness group
@@ -218,6 +294,16 @@ func (in *intention) rule(destination string) rule {
 	}
 	return r
 }
+
+// key tells r from other rules of its destination.
+func (r *rule) key() policy.Intention {
+	return policy.Intention{
+		Source: r.Source, Destination: r.Destination, SourceNamespace: r.SourceNamespace, SourcePartition: r.SourcePartition, SourcePeer: r.SourcePeer,
+	}
+}
+
+// isOfStranger says whether r's source is in a peer of which too little is known.
+func (r *rule) isOfStranger() bool { return r.SourcePeer != "" && r.SourceDomain == "" }
 
 // why says what about r cannot be honoured, "" for nothing.
 func (r *rule) why() string {

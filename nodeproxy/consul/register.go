@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -33,6 +34,9 @@ const (
 	// heartbeat is how often the agent is told that this daemon lives, lifetime how long it believes it.
 	heartbeat = 10 * time.Second
 	lifetime  = 45 * time.Second
+
+	// registrars is how many registrations are changed at once.
+	registrars = 4
 
 	// unclaimed is how long after the start a registration of ours is left alone whose service no workload has been
 	// enrolled as: workloads are claimed one after the other.
@@ -316,39 +320,47 @@ func (r *run) keepRegistered(ctx context.Context) {
 // needed whether that is known for sure.
 func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(service string) bool) error {
 	local := r.world.current().local
+	var mu sync.Mutex // of errs and changed
 	var errs []error
 	changed := false
-	put := func(service, path string, body any) {
-		err := r.client.put(ctx, path, service, body)
-		changed = true
+	note := func(differs bool, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		changed = changed || differs
 		if err != nil {
 			errs = append(errs, err)
 		}
 	}
+	put := func(service, path string, body any) { note(true, r.client.put(ctx, path, service, body)) }
 	const replace = "/v1/agent/service/register?replace-existing-checks=true"
 	if !same(local[proxyService], w.self) {
 		put("", replace, w.self)
 	} else if alive {
 		if err := r.client.put(ctx, "/v1/agent/check/pass/"+proxyService, "", nil); hasStatus(err, http.StatusNotFound) {
 			put("", replace, w.self)
-		} else if err != nil {
-			errs = append(errs, err)
+		} else {
+			note(false, err)
 		}
 	}
 	// change replaces what is registered by reg, which may be nil, if that is needed by now: the last look may be old.
+	var changes sync.WaitGroup
+	turns := make(chan struct{}, registrars)
 	change := func(service, id string, reg *api.AgentServiceRegistration) {
-		now, err := r.registered(ctx, service, id)
-		switch {
-		case err != nil:
-			errs = append(errs, err)
-		case now != nil && !isOurs(now), reg == nil && now == nil, reg != nil && same(now, reg):
-			changed = true // since it was looked
-		case reg == nil:
-			changed = true
-			errs = append(errs, r.client.withdraw(ctx, service, id))
-		default:
-			put(service, replace, reg)
-		}
+		turns <- struct{}{}
+		changes.Go(func() {
+			defer func() { <-turns }()
+			now, err := r.registered(ctx, service, id)
+			switch {
+			case err != nil:
+				note(false, err)
+			case now != nil && !isOurs(now), reg == nil && now == nil, reg != nil && same(now, reg):
+				note(true, nil) // since it was looked
+			case reg == nil:
+				note(true, r.client.withdraw(ctx, service, id))
+			default:
+				put(service, replace, reg)
+			}
+		})
 	}
 	for _, id := range slices.Sorted(maps.Keys(w.sidecars)) {
 		if local[id] != nil && !isOurs(local[id]) {
@@ -368,6 +380,7 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 			change(s.Proxy.DestinationServiceName, id, nil)
 		}
 	}
+	changes.Wait()
 	if changed {
 		wake(r.lookNow)
 	}

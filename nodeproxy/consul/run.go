@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
-	"nodeproxy.io/policy"
 )
 
 const (
@@ -17,6 +16,9 @@ const (
 
 	// settle is how long changes are collected after a snapshot. The first change after a pause is delivered at once.
 	settle = 10 * time.Millisecond
+
+	// rest is how many times as long as it took to build a snapshot no other is built, in a large mesh.
+	rest = 2
 )
 
 // run is one run of a Source.
@@ -28,58 +30,67 @@ type run struct {
 	earlier *earlier // nil: nothing is known
 
 	// These belong to the goroutine of loop.
-	revision   uint64 // of the data that the last snapshot was made of, or could not be
+	changes    uint64    // that the last snapshot knows of, or that could not be one
+	intended   uint64    // the same of intentions
+	rested     time.Time // before it none is built whole
 	generation uint64
-	built      bool           // a snapshot of what the agent said was delivered
-	policy     *policy.Policy // of the last snapshot
-	rejected   string         // the error of the last snapshot that could not be built, logged
+	built      bool              // a snapshot of what the agent said was delivered
+	made       *builder          // what made the last snapshot, but maybe for its policy; nil: there is none
+	snap       *catalog.Snapshot // the last one
+	rejected   string            // the error of the last snapshot that could not be built, logged
 
 	undefined string // why this node's definitions are not applied, logged; define's own
 }
 
 // loop builds and delivers snapshots until ctx ends.
 func (r *run) loop(ctx context.Context) {
-	silent := time.NewTimer(hung)
+	silent, later := time.NewTimer(hung), time.NewTimer(0)
 	defer silent.Stop()
+	defer later.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-silent.C:
+		case <-later.C:
 		case <-r.world.changed:
 		}
 		began := time.Now()
-		r.send()
+		if wait := r.send(); wait > 0 {
+			later.Reset(wait)
+		}
 		pause(ctx, settle-time.Since(began))
 	}
 }
 
-// send delivers the world as it is, once it is complete.
-func (r *run) send() {
+// send delivers the world as it is, once it is complete, or only its intentions, and returns how long the rest is to wait. A change
+// of intentions does not wait for what else changes, of which there may be much.
+func (r *run) send() (wait time.Duration) {
 	d := r.world.current()
-	if d.revision == r.revision || !r.complete(&d) {
-		r.fallBack()
-		return
+	if r.made != nil && d.intended != r.intended {
+		if snap, err := r.made.restate(&d, r.snap, r.generation+1, time.Now()); snap != nil || err != nil {
+			r.intended = d.intended
+			r.pass(snap, err)
+		}
 	}
-	r.revision = d.revision
+	if d.changes == r.changes && d.intended == r.intended || !r.complete(&d) {
+		r.fallBack()
+		return 0
+	}
+	began := time.Now()
+	if wait := r.rested.Sub(began); wait > 0 {
+		return wait
+	}
+	r.changes, r.intended, r.made = d.changes, d.intended, nil
 	needed := r.leaves.needed()
 	given := r.givePorts(&d, needed)
 	b := r.builder(&d, needed, given)
 	snap, err := b.build(r.generation+1, time.Now())
-	if err != nil {
-		if r.rejected != err.Error() {
-			r.cfg.Log.Error("what Consul says makes no snapshot, the last good one stays in force", "error", err)
-		}
-		r.rejected = err.Error()
-		r.world.failed("a consistent catalog", time.Now(), err)
-		return
+	r.rested = time.Now().Add(rest * time.Since(began))
+	if !r.pass(snap, err) {
+		return 0
 	}
-	r.policy = snap.Policy
-	r.world.answered("a consistent catalog")
-	r.rejected = ""
-	r.generation++
-	r.supersede()
-	r.deliver(snap)
+	r.made = b
 	if r.ports != nil {
 		select {
 		case <-r.wanted: // an older one that was not taken
@@ -87,6 +98,26 @@ func (r *run) send() {
 		}
 		r.wanted <- wantedOf(&r.cfg, &d, snap, needed, given)
 	}
+	return 0
+}
+
+// pass delivers a snapshot, unless none could be made.
+func (r *run) pass(snap *catalog.Snapshot, err error) bool {
+	if err != nil {
+		if r.rejected != err.Error() {
+			r.cfg.Log.Error("what Consul says makes no snapshot, the last good one stays in force", "error", err)
+		}
+		r.rejected = err.Error()
+		r.world.failed("a consistent catalog", time.Now(), err)
+		return false
+	}
+	r.world.answered("a consistent catalog")
+	r.rejected = ""
+	r.generation++
+	r.snap = snap
+	r.supersede()
+	r.deliver(snap)
+	return true
 }
 
 // complete says whether every question has been answered once, or, where it is one of many, will not be. The first
@@ -101,13 +132,23 @@ func (r *run) complete(d *data) bool {
 	if r.isReading(d) {
 		return false
 	}
-	lists, _ := destinations(d, r.leaves.needed())
-	for _, names := range lists {
-		if _, known := d.intentions[names[len(names)-1]]; !known && !r.world.hopeless(matchFault(names), r.patience()) {
-			return false
+	waited := make(map[string]bool) // names that are not known yet, and may be
+	own, others := destinations(d, r.leaves.needed())
+	for _, names := range []map[string]bool{own, others} {
+		for name := range names {
+			if _, known := d.intentions[name]; !known {
+				waited[name] = true
+			}
 		}
 	}
-	return true
+	for _, names := range d.asked {
+		if r.world.hopeless(matchFault(names), r.patience()) {
+			for _, name := range names {
+				delete(waited, name)
+			}
+		}
+	}
+	return len(waited) == 0
 }
 
 // askAll asks everything until ctx ends.

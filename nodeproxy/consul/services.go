@@ -214,11 +214,17 @@ func (r *run) serviceTopic(ctx context.Context, of endpoints) topic {
 			if err != nil {
 				return err
 			}
+			differs := false
 			r.world.update(func(d *data) bool {
+				first := d.endpoints(of) == nil
 				r.keepLastWord(of.service, d.endpoints(of), found)
-				return d.setEndpoints(of, found)
+				changed := d.setEndpoints(of, found)
+				differs = changed || first
+				return changed
 			})
-			wake(r.known)
+			if differs {
+				wake(r.known)
+			}
 			return nil
 		}}
 }
@@ -244,7 +250,7 @@ func (d *data) setEndpoints(of endpoints, found []endpoint) bool {
 	next := &service{instances: found, read: now, changed: now}
 	same := old != nil && reflect.DeepEqual(old.instances, found)
 	if same {
-		next.changed = old.changed
+		next.instances, next.changed = old.instances, old.changed
 	}
 	if of.isPlain() {
 		d.services[of.service] = next
@@ -281,17 +287,13 @@ func (r *run) readServices(ctx context.Context) {
 // due lists the services and targets that must be read now: first those that never were.
 func (r *run) due(changed time.Time) []endpoints {
 	d := r.world.current()
-	watched := r.watchedQuestions()
-	known := make(map[endpoints]*service)
-	for e := range d.targetQuestions() {
-		known[e] = d.targets[e]
-	}
-	for _, name := range d.names {
-		known[endpoints{service: name}] = d.services[name]
-	}
+	watched, targets := r.watchedQuestions(), d.targetQuestions()
 	r.world.forget(aService, func() map[string]bool {
 		asked := make(map[string]bool)
-		for of := range known {
+		for _, name := range d.names {
+			asked[serviceFault(name)] = true
+		}
+		for of := range targets {
 			asked[of.fault()] = true
 		}
 		for of := range watched {
@@ -299,17 +301,24 @@ func (r *run) due(changed time.Time) []endpoints {
 		}
 		return asked
 	})
-	soonest := max(staleAfter, time.Duration(len(known))*spacing)
+	soonest := max(staleAfter, time.Duration(len(d.names)+len(targets))*spacing)
 	var never, again []endpoints
-	for of, s := range known {
+	look := func(of endpoints, s *service) {
 		switch {
 		case s == nil:
 			never = append(never, of)
 		case s.silentTooLong():
 			again = append(again, of) // of which a watch hears nothing
-		case watched[of]:
-		case s.ailing(), time.Since(s.read) > staleAtLast, s.read.Before(changed) && time.Since(s.read) > soonest:
+		case (s.ailing() || time.Since(s.read) > staleAtLast || s.read.Before(changed) && time.Since(s.read) > soonest) && !watched[of]:
 			again = append(again, of)
+		}
+	}
+	for of := range targets {
+		look(of, d.targets[of])
+	}
+	for _, name := range d.names {
+		if of := (endpoints{service: name}); !targets[of] {
+			look(of, d.services[name])
 		}
 	}
 	for _, names := range [][]endpoints{never, again} { // so that a few that cannot be read do not keep the same others waiting

@@ -20,7 +20,8 @@ import (
 
 // data is the last good answer to every question. What it points to is replaced, and never changed.
 type data struct {
-	revision   uint64 // rises with every change
+	changes    uint64 // counted, but for those of intentions
+	intended   uint64 // changes of intentions
 	agent      *agent
 	roots      *roots
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
@@ -40,6 +41,7 @@ type data struct {
 	entries    *entries
 	proxies    map[string][]Ports // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]rule  // by destination; a name that is not there was not asked for yet
+	asked      [][]string         // the destinations that are asked for, those of one question together
 }
 
 // agent is what the agent says of itself.
@@ -100,10 +102,21 @@ func newWorld(log *slog.Logger, asked string) *world {
 
 // update changes the data. change says whether it makes a difference to snapshots.
 func (w *world) update(change func(*data) bool) {
+	w.intend(func(d *data) (policy, more bool) { return false, change(d) })
+}
+
+// intend changes the intentions, and says whether that makes a difference to policy, or to more.
+func (w *world) intend(change func(*data) (policy, more bool)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if change(&w.data) {
-		w.data.revision++
+	policy, more := change(&w.data)
+	if policy {
+		w.data.intended++
+	}
+	if more {
+		w.data.changes++
+	}
+	if policy || more {
 		wake(w.changed)
 	}
 }
