@@ -62,10 +62,10 @@ func TestClaimsCarryTheirOwnModeOrNone(t *testing.T) {
 }
 
 func TestEnrollingByHandDoesNotCompeteWithAnotherProvider(t *testing.T) {
-	state := workload.State{Workloads: []workload.WorkloadState{
+	state := []workload.WorkloadState{
 		{Workload: &workload.Workload{Cgroup: "/c/web", Service: "web", Provider: "config"}},
 		{Workload: &workload.Workload{Cgroup: "/c/api", Service: "api", Provider: "enroll"}},
-	}}
+	}
 	err := claimedElsewhere(state, workload.Claim{Cgroup: "/c/web", Service: "api", Provider: "enroll"})
 	if err == nil || !strings.Contains(err.Error(), `provider "config" has it as service "web"`) {
 		t.Errorf("error = %v, want one that names the provider", err)

@@ -437,7 +437,7 @@ func (d *node) Enroll(_ context.Context, req admin.EnrollRequest) error {
 		}
 	}
 	c := workload.Claim{Cgroup: req.Cgroup, Service: req.Service, Also: req.Also, Provider: d.manual.Name(), Mode: modeOf(req.Mode)}
-	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.State(), c)); err != nil {
+	if err := errors.Join(d.manager.Check(c), claimedElsewhere(d.manager.Workloads(), c)); err != nil {
 		return admin.Classify(err, admin.ErrRefused)
 	}
 	return refusedByHandover(d.manual.Enroll(c))
@@ -451,8 +451,8 @@ func refusedByHandover(err error) error {
 }
 
 // claimedElsewhere says which other provider has c's cgroup: two claims of one cgroup are never both granted.
-func claimedElsewhere(state workload.State, c workload.Claim) error {
-	for _, w := range state.Workloads {
+func claimedElsewhere(workloads []workload.WorkloadState, c workload.Claim) error {
+	for _, w := range workloads {
 		if w.Workload.Cgroup == c.Cgroup && w.Workload.Provider != c.Provider {
 			return fmt.Errorf("enroll %s: provider %q has it as service %q already: change it there", c.Cgroup, w.Workload.Provider, w.Workload.Service)
 		}

@@ -101,6 +101,7 @@ type Manager struct {
 	serving    sync.WaitGroup    // of name queries, one for each namespace
 	unheard    map[string]bool   // providers that had said nothing when this reconciliation began
 	unguarded  error             // why inbound rules are missing
+	reached    *ownReach         // what the kernel was told of what single workloads reach; nil: again
 	unreached  error             // why upstreams, or what must not be called, are missing
 	missed     bool              // a namespace could not be opened in this reconciliation
 	drifted    drifts
@@ -391,8 +392,13 @@ func (m *Manager) wake() {
 // follows in the running loop, which Apply wakes.
 func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	m.mu.Lock()
+	last, failed := m.snap, m.passed
 	m.snap = snap
 	m.mu.Unlock()
+	if failed == nil && snap.DiffersByPolicy(last) {
+		m.wake()
+		return nil
+	}
 	err := m.pen.write(func() error { return m.redirect.SetDestinations(destinations(snap), snap.VirtualRanges) })
 	m.mu.Lock()
 	m.passed = err

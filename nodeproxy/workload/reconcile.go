@@ -100,9 +100,7 @@ func (m *Manager) protect(next *view, h Handler) {
 		m.log.Error("inbound rules are incomplete", "error", m.unguarded)
 		ready = m.refuseUnguarded(ready)
 	}
-	if m.unreached = m.redirect.SetOwn(append(m.own(next, m.protected(ready)), m.agentRefusals(next.snap)...), next.snap.MeshOnly); m.unreached != nil {
-		m.log.Error("what single workloads reach and do not reach is incomplete", "error", m.unreached)
-	}
+	m.reach(next, ready)
 	m.admitProbers(next, ready)
 	for _, e := range ready {
 		m.enroll(e)

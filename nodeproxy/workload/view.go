@@ -241,6 +241,9 @@ func (v *view) servedAt(key servedKey) *served {
 	return v.former[key]
 }
 
+// Workloads are those of State, without what it takes to read the kernel's maps.
+func (m *Manager) Workloads() []WorkloadState { return m.view.Load().states }
+
 // State implements the proxy's Kernel.
 func (m *Manager) State() State {
 	v := m.view.Load()
