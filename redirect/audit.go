@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
@@ -197,6 +198,9 @@ func (a *audit) namespace(ns *Namespace) {
 
 // auditMap compares what a map holds with what it should, all of the shadows together, and makes it that.
 func auditMap[K, V comparable](a *audit, name string, m *ebpf.Map, shadows ...shadow[K, V]) {
+	if holds(m, shadows) {
+		return
+	}
 	is, err := loadShadow[K, V](m)
 	if err != nil {
 		a.repair("map "+name+" could not be read", func() error { return err })
@@ -221,4 +225,20 @@ func auditMap[K, V comparable](a *audit, name string, m *ebpf.Map, shadows ...sh
 		}
 	}
 	a.repair(fmt.Sprintf("%d entries of map %s were changed", changed, name), func() error { return is.sync(name, m, want) })
+}
+
+// holds says whether a map is known to hold what it should. It makes no copy of it, which may be large.
+func holds[K, V comparable](m *ebpf.Map, shadows []shadow[K, V]) bool {
+	missing, same := 0, true
+	for _, s := range shadows {
+		missing += len(s)
+	}
+	err := each(m, func(k K, v V) {
+		missing--
+		same = same && slices.ContainsFunc(shadows, func(s shadow[K, V]) bool {
+			want, known := s[k]
+			return known && want == v
+		})
+	})
+	return err == nil && same && missing == 0
 }

@@ -17,7 +17,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,13 +29,14 @@ type Namespace struct {
 	Outbound []*net.TCPListener // where redirected connections arrive: IPv4, and IPv6 where there is one
 	Inbound  []*net.TCPListener // where steered connections arrive
 
-	file   *os.File
-	diag   *diag
-	lookup link.Link
-	dns    *DNS          // nil until OpenDNS
-	prog   *ebpf.Program // what it runs
-	dir    string        // of its pins
-	r      *Redirect
+	file      *os.File
+	diag      *diag
+	addresses *addresses // nil: they are read each time
+	lookup    link.Link
+	dns       *DNS          // nil until OpenDNS
+	prog      *ebpf.Program // what it runs
+	dir       string        // of its pins
+	r         *Redirect
 
 	foreign foreign // ForeignRedirect's own
 }
@@ -60,6 +60,9 @@ func (r *Redirect) OpenNamespace(file *os.File) (_ *Namespace, err error) {
 		}
 	}()
 	if ns.diag, err = openDiag(ns); err != nil {
+		return nil, err
+	}
+	if ns.addresses, err = openAddresses(ns); err != nil {
 		return nil, err
 	}
 	if err := ns.countCloses(); err != nil {
@@ -122,6 +125,9 @@ func (ns *Namespace) closeSockets() error {
 	}
 	if ns.diag != nil {
 		errs = append(errs, ns.diag.close())
+	}
+	if ns.addresses != nil {
+		errs = append(errs, ns.addresses.close())
 	}
 	if ns.prog != nil {
 		errs = append(errs, ns.prog.Close())
@@ -449,31 +455,4 @@ func (ns *Namespace) replaceSocket(fd int, network string, a Announcement) error
 		return fmt.Errorf("put socket in place: %w", err)
 	}
 	return nil
-}
-
-// Addresses lists the IP addresses of the namespace's interfaces.
-func (ns *Namespace) Addresses() ([]netip.Addr, error) {
-	var all []netip.Addr
-	err := ns.Do(func() error {
-		// Other families would each open a socket.
-		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		defer h.Close()
-		addrs, err := h.AddrList(nil, netlink.FAMILY_ALL)
-		if err != nil {
-			return err
-		}
-		for _, a := range addrs {
-			if ip, ok := netip.AddrFromSlice(a.IP); ok {
-				all = append(all, ip.Unmap())
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list addresses of network namespace %d: %w", ns.Inode, err)
-	}
-	return all, nil
 }

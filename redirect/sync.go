@@ -222,16 +222,45 @@ func (r *Redirect) loadShadows() error {
 
 func loadShadow[K comparable, V comparable](m *ebpf.Map) (shadow[K, V], error) {
 	s := make(shadow[K, V])
+	return s, each(m, func(k K, v V) { s[k] = v })
+}
+
+// batch is how many entries of a map are read by one system call.
+const batch = 1024
+
+// each calls f with each entry of a map, which nobody changes meanwhile.
+func each[K comparable, V comparable](m *ebpf.Map, f func(K, V)) error {
+	size := int(min(m.MaxEntries(), batch))
+	keys, values := make([]K, size), make([]V, size)
+	var at ebpf.MapBatchCursor
+	for {
+		n, err := m.BatchLookup(&at, keys, values, nil)
+		if errors.Is(err, ebpf.ErrNotSupported) { // by this kernel, for such a map
+			return eachAlone(m, f)
+		}
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) { // there are no more
+			return fmt.Errorf("read %s: %w", m, err)
+		}
+		for i := range n {
+			f(keys[i], values[i])
+		}
+		if err != nil {
+			return nil
+		}
+	}
+}
+
+func eachAlone[K comparable, V comparable](m *ebpf.Map, f func(K, V)) error {
 	var k K
 	var v V
 	it := m.Iterate()
 	for it.Next(&k, &v) {
-		s[k] = v
+		f(k, v)
 	}
 	if err := it.Err(); err != nil {
-		return nil, fmt.Errorf("read %s: %w", m, err)
+		return fmt.Errorf("read %s: %w", m, err)
 	}
-	return s, nil
+	return nil
 }
 
 // split moves the entries that match out of s.
