@@ -174,6 +174,9 @@ func (p *Proxy) policyStatus() admin.PolicyStatus {
 	return admin.PolicyStatus{Generation: p.revoked.Generation(), Default: p.revoked.Default().String(), Intentions: p.revoked.Len()}
 }
 
+// SourceError is what Status shows of the source as its error.
+func (p *Proxy) SourceError() string { return p.sourceStatus().Error }
+
 func (p *Proxy) sourceStatus() admin.SourceStatus {
 	health := p.cfg.Source.Health()
 	s := admin.SourceStatus{Kind: health.Kind, Location: health.Location, Updated: health.Updated, Restored: health.Restored}

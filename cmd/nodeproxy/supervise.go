@@ -19,6 +19,7 @@ const (
 	readyEvery     = 50 * time.Millisecond                              // until it is ready
 	staleBeat      = time.Duration(redirect.StaleSeconds) * time.Second // what the kernel takes for a dead daemon
 	staleLook      = 30 * time.Second
+	startLasts     = 5 * time.Second // from when it is ready
 	// readyAnyway is how long one workload that cannot be protected may keep the node from being ready.
 	readyAnyway = 30 * time.Second
 )
@@ -30,16 +31,22 @@ func (d *node) supervise(ctx context.Context) {
 		d.log.Warn("the service manager's watchdog is not fed", "error", err)
 	}
 	// One that took over is not told whether there is a watchdog.
-	s := supervisor{watched: watched > 0 || d.before != nil, tell: func(state string) { notify(d.log, state) }, log: d.log, source: func() string { return d.Status().Source.Error }}
+	s := supervisor{watched: watched > 0 || d.before != nil, tell: func(state string) { notify(d.log, state) }, log: d.log, source: d.SourceError}
 	tick := time.NewTicker(readyEvery)
 	defer tick.Stop()
+	var settled <-chan time.Time
 	for ctx.Err() == nil {
 		wasReady := s.ready
 		if s.look(time.Now(), d.manager.Health()); s.ready && !wasReady {
 			tick.Reset(superviseEvery)
+			settled = time.After(startLasts)
 		}
 		select {
 		case <-ctx.Done():
+		case <-settled:
+			if err := giveBack(); err != nil {
+				d.log.Warn("memory that the start took is not given back", "error", err)
+			}
 		case <-tick.C:
 		}
 	}

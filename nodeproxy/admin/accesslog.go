@@ -36,7 +36,7 @@ const (
 type AccessLog struct {
 	log   *slog.Logger
 	level AccessLevel
-	lines chan Connection
+	lines chan *Connection
 	lost  atomic.Uint64
 
 	mu      sync.Mutex
@@ -64,7 +64,7 @@ func NewAccessLog(log *slog.Logger, level AccessLevel) (*AccessLog, error) {
 	return &AccessLog{
 		log:     log,
 		level:   level,
-		lines:   make(chan Connection, accessQueue),
+		lines:   make(chan *Connection, accessQueue),
 		denials: make(map[denialKey]*denialCount),
 	}, nil
 }
@@ -87,7 +87,7 @@ func (a *AccessLog) Observe(c Connection) {
 
 func (a *AccessLog) queue(c Connection) {
 	select {
-	case a.lines <- c:
+	case a.lines <- &c:
 	default:
 		a.lost.Add(1)
 	}
@@ -133,13 +133,13 @@ func (a *AccessLog) Run(ctx context.Context) {
 	for {
 		select {
 		case c := <-a.lines:
-			a.write(&c)
+			a.write(c)
 		case now := <-tick.C:
 			a.writeRepeated(now.Add(-denialWindow))
 		case <-ctx.Done():
 			for range len(a.lines) {
 				c := <-a.lines
-				a.write(&c)
+				a.write(c)
 			}
 			a.writeRepeated(time.Now())
 			return
