@@ -120,7 +120,7 @@ type Snapshot struct {
 	ports     map[netip.AddrPort]*Service
 	instances map[netip.AddrPort]*Instance
 	mesh      map[netip.AddrPort]*Instance
-	made      *struct{ _ byte } // by New, for this snapshot and those that WithPolicy makes of it
+	made      *struct{ _ byte } // by New, for this snapshot and those that are made of it
 }
 
 // Service is one name of the mesh.
@@ -256,8 +256,15 @@ func (s *Snapshot) WithPolicy(p *policy.Policy, generation uint64, taken time.Ti
 	return &next
 }
 
-// DiffersByPolicy says whether WithPolicy made one of s and other of the other: they are the same in all but policy, generation and time.
-func (s *Snapshot) DiffersByPolicy(other *Snapshot) bool {
+// WithLeaves is s with other certificates, as a newer snapshot. All else is shared.
+func (s *Snapshot) WithLeaves(leaves map[string]*tls.Certificate, generation uint64, taken time.Time) *Snapshot {
+	next := *s
+	next.Leaves, next.Generation, next.Taken = leaves, generation, taken
+	return &next
+}
+
+// SameCatalog says whether WithPolicy and WithLeaves made one of s and other of the other: services and addresses are the same.
+func (s *Snapshot) SameCatalog(other *Snapshot) bool {
 	return other != nil && s.made != nil && s.made == other.made
 }
 

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -151,17 +152,22 @@ func TestCanariesAreAtTheEndOfTheRangesAndBelongToNobody(t *testing.T) {
 	}
 }
 
-func TestASnapshotWithAnotherPolicyIsKnownToDifferByNothingElse(t *testing.T) {
+func TestSnapshotsOfOneCatalogAreKnownToBe(t *testing.T) {
 	one, err := New(Snapshot{Generation: 1, Policy: &policy.Policy{}})
 	other, errOther := New(Snapshot{Generation: 1, Policy: &policy.Policy{}})
 	if err != nil || errOther != nil {
 		t.Fatal(err, errOther)
 	}
+	leaves := map[string]*tls.Certificate{"api": {}}
 	next := one.WithPolicy(&policy.Policy{}, 2, time.Now())
-	if !next.DiffersByPolicy(one) || !next.WithPolicy(&policy.Policy{}, 3, time.Now()).DiffersByPolicy(one) {
-		t.Error("what WithPolicy makes is taken for another catalog")
+	last := next.WithLeaves(leaves, 3, time.Now())
+	if !next.SameCatalog(one) || !last.SameCatalog(one) {
+		t.Error("what WithPolicy and WithLeaves make is taken for another catalog")
 	}
-	if one.DiffersByPolicy(other) || next.DiffersByPolicy(other) || one.DiffersByPolicy(nil) || (&Snapshot{}).DiffersByPolicy(&Snapshot{}) {
+	if last.Generation != 3 || last.Policy != next.Policy || last.Leaves["api"] == nil || next.Leaves["api"] != nil {
+		t.Errorf("WithLeaves makes %+v of %+v", last, next)
+	}
+	if one.SameCatalog(other) || next.SameCatalog(other) || one.SameCatalog(nil) || (&Snapshot{}).SameCatalog(&Snapshot{}) {
 		t.Error("snapshots that were made one by one are taken for the same")
 	}
 }

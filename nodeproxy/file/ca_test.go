@@ -339,3 +339,26 @@ func TestAnUnreadableKeyDoesNotStopWhatIsRunning(t *testing.T) {
 	}
 	s.untilHealthy()
 }
+
+func TestAnotherCertificateChangesNothingElse(t *testing.T) {
+	s := start(t, testConfig(dir(t, map[string]string{
+		"nodes/n1/web.hcl": `services { name = "web"  address = "10.0.0.1"  port = 80  connect { sidecar_service {} } }`,
+		"nodes/n1/api.hcl": `services { name = "api"  address = "10.0.0.2"  port = 80  connect { sidecar_service {} } }`,
+	}), "n1"))
+	s.Need([]string{"web"})
+	one := s.until("a certificate", func(snap *catalog.Snapshot) bool { return snap.Leaves["web"] != nil })
+	s.Need([]string{"web", "api"})
+	both := s.until("a second certificate", func(snap *catalog.Snapshot) bool { return snap.Leaves["api"] != nil })
+	if !both.SameCatalog(one) || both.Leaves["web"] != one.Leaves["web"] || len(one.Leaves) != 1 {
+		t.Errorf("the second one came with another catalog, or the first is another: %v, %v", one.Leaves, both.Leaves)
+	}
+	s.Need([]string{"web", "batch"})
+	other := s.until("a certificate of a service that nobody defines", func(snap *catalog.Snapshot) bool { return snap.Leaves["batch"] != nil })
+	if !strings.Contains(problems(other), "batch unknown-service") || other.Leaves["api"] != nil {
+		t.Errorf("problems: %s", problems(other))
+	}
+	s.Need([]string{"web"})
+	if last := s.until("only the first", func(snap *catalog.Snapshot) bool { return len(snap.Leaves) == 1 }); strings.Contains(problems(last), "unknown-service") {
+		t.Errorf("problems: %s", problems(last))
+	}
+}

@@ -2,6 +2,7 @@ package file
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"os"
@@ -238,12 +239,25 @@ func (r *run) rebuild(always bool) {
 	}
 	changed, err := r.leaves.ensure(r.world.authority, r.cfg.Datacenter, r.wanted())
 	r.leafErr = err
-	if changed || always {
+	switch current := r.leaves.current(); {
+	case changed && !always && r.last != nil && areServices(r.last, current) && areServices(r.last, r.last.Leaves):
+		r.give(r.last.WithLeaves(current, r.generation+1, r.now()))
+	case changed || always:
 		if err := r.send(r.world); err != nil {
 			r.readErr = err
 		}
 	}
 	r.report()
+}
+
+// areServices says whether all leaves are of services of snap: of others there is a problem in it.
+func areServices(snap *catalog.Snapshot, leaves map[string]*tls.Certificate) bool {
+	for name := range leaves {
+		if snap.Services[name] == nil {
+			return false
+		}
+	}
+	return true
 }
 
 func (r *run) snapshot(w *world) (*catalog.Snapshot, error) {

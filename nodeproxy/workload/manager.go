@@ -395,7 +395,7 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 	last, failed := m.snap, m.passed
 	m.snap = snap
 	m.mu.Unlock()
-	if failed == nil && snap.DiffersByPolicy(last) {
+	if failed == nil && snap.SameCatalog(last) {
 		m.wake()
 		return nil
 	}
