@@ -82,7 +82,7 @@ func Compile(generation uint64, def Action, local Identity, httpLike map[string]
 	p := &Policy{
 		generation: generation, def: def, local: local,
 		intentions: inOrder(intentions),
-		places:     make(map[place]span),
+		places:     make(map[place]span, len(intentions)),
 		peers:      make(map[string]bool),
 		httpLike:   maps.Clone(httpLike),
 	}

@@ -398,7 +398,12 @@ func (b *builder) local() policy.Identity {
 
 // intentions are those of all destinations, and the rules of which something is to be reported.
 func (b *builder) intentions() (all []policy.Intention, reported []rule) {
-	seen := make(map[policy.Intention]bool)
+	n := 0
+	for _, rules := range b.data.intentions {
+		n += len(rules)
+	}
+	all = make([]policy.Intention, 0, n)
+	seen := make(map[ruleKey]bool, n)
 	for _, name := range b.destinations {
 		rules, read := b.data.intentions[name]
 		if !read { // until it is known who may connect, nobody may

@@ -295,11 +295,11 @@ func (in *intention) rule(destination string) rule {
 	return r
 }
 
-// key tells r from other rules of its destination.
-func (r *rule) key() policy.Intention {
-	return policy.Intention{
-		Source: r.Source, Destination: r.Destination, SourceNamespace: r.SourceNamespace, SourcePartition: r.SourcePartition, SourcePeer: r.SourcePeer,
-	}
+// ruleKey tells a rule from others.
+type ruleKey struct{ source, namespace, partition, peer, destination string }
+
+func (r *rule) key() ruleKey {
+	return ruleKey{r.Source, r.SourceNamespace, r.SourcePartition, r.SourcePeer, r.Destination}
 }
 
 // isOfStranger says whether r's source is in a peer of which too little is known.
