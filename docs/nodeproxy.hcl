@@ -67,6 +67,11 @@ workloads {
   kubernetes {
     enabled = false # pods of this node with the label nodeproxy.io/mesh, their own or their namespace's: see docs/labels.md
     kubeconfig = "/etc/kubernetes/nodeproxy.conf" # example: how the API server is reached; default: as a pod is
+    cni {
+      enabled  = false            # the start of pods is held until they are protected: see docs/kubernetes.md
+      conf_dir = "/etc/cni/net.d" # the network configuration, of which the first list is the runtime's
+      bin_dir  = "/opt/cni/bin"
+    }
     namespace "shop" {           # example: one block for each namespace
       services = ["web", "cart"] # what its pods may be. A pod is what its service account is called
     }

@@ -9,12 +9,16 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"nodeproxy.io/nodeproxy/cni"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/redirect"
 )
 
-const defaultPins = "/sys/fs/bpf/nodeproxy"
+const (
+	defaultPins  = "/sys/fs/bpf/nodeproxy"
+	defaultState = "/var/lib/nodeproxy"
+)
 
 func newCleanup(e *env) *cobra.Command {
 	cmd := &cobra.Command{
@@ -28,15 +32,17 @@ func newCleanup(e *env) *cobra.Command {
 		Args:    exactly(),
 	}
 	pins := cmd.Flags().String("pins", defaultPins, "`DIR` of the pins, state.pins in the configuration")
+	state := cmd.Flags().String("state", defaultState, "`DIR` where the daemon remembers the network configuration that a CNI plugin was added to, state.dir")
 	node := cmd.Flags().String("node", "", "only the node `NAME`; all nodes if not given")
 	path := configFlag(cmd)
 	asJSON := jsonFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		removed, err := redirect.Cleanup(*pins, *node)
 		if err == nil {
-			var withdrawn []string
-			withdrawn, err = withdraw(cmd.Context(), *path, cmd.Flags().Changed("config"))
-			removed = append(removed, withdrawn...)
+			var plugin []string
+			plugin, err = cni.Remove(pluginState(*state))
+			withdrawn, withdrawErr := withdraw(cmd.Context(), *path, cmd.Flags().Changed("config"))
+			removed, err = append(append(removed, plugin...), withdrawn...), errors.Join(err, withdrawErr)
 		}
 		if *asJSON {
 			if jsonErr := e.json(map[string][]string{"removed": append([]string{}, removed...)}); jsonErr != nil {

@@ -60,6 +60,8 @@ func (b *backend) Applications() []admin.Application              { return []adm
 func (b *backend) Status() admin.Status                           { return b.status }
 func (b *backend) Health() admin.Health                           { return b.health }
 func (b *backend) Explain(_, _ string) (admin.Explanation, error) { return b.explanation, b.err }
+func (b *backend) StartSandbox(admin.Sandbox) admin.SandboxState  { return admin.SandboxState{} }
+func (b *backend) StopSandbox(admin.Sandbox) error                { return nil }
 func (b *backend) Connections() []admin.Connection                { return b.live }
 func (b *backend) Enroll(_ context.Context, r admin.EnrollRequest) error {
 	b.requests = append(b.requests, r)

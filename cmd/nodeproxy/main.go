@@ -8,6 +8,8 @@ import (
 	"syscall"
 
 	"golang.org/x/term"
+
+	"nodeproxy.io/nodeproxy/cni"
 )
 
 // Set by the linker.
@@ -17,6 +19,9 @@ var (
 )
 
 func main() {
+	if cni.Called(os.Args, os.Getenv) {
+		os.Exit(runPlugin())
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // the first signal asks for an orderly end, a second one ends the process at once
 	os.Exit(execute(ctx, &env{

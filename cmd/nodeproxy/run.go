@@ -109,7 +109,7 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	if d.pods != nil {
 		supervising.Go(func() { d.pods.FollowDaemonSet(following) })
 	}
-	err = d.run(ctx)
+	err = d.run(ctx, cfg)
 	stop()
 	if d.released.Load() {
 		stopping()
@@ -160,6 +160,9 @@ func (d *node) leave(ctx context.Context, cfg *config.Config) error {
 	case !removed:
 		d.log.Info("stopped: what is pinned stays in force")
 		return nil
+	}
+	if err := d.removePlugin(cfg); err != nil { // first: pods that start wait for a daemon
+		d.log.Error("remove the CNI plugin", "error", err)
 	}
 	gone, err := d.cleanup(cfg)
 	if errors.Is(err, redirect.ErrInUse) {

@@ -18,6 +18,7 @@ import (
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/check"
+	"nodeproxy.io/nodeproxy/cni"
 	"nodeproxy.io/nodeproxy/config"
 	"nodeproxy.io/nodeproxy/consul"
 	"nodeproxy.io/nodeproxy/dns"
@@ -43,6 +44,7 @@ type node struct {
 	kept     *keep.Source         // nil: the source needs no store
 	source   catalog.Source       // what delivers in the end
 	pods     *kubernetes.Cluster  // nil: pods are no workloads
+	plugin   *cni.Installer       // nil: the start of pods is not held
 	finder   *registered.Finder   // nil: what is registered is no workload
 	log      *slog.Logger
 
@@ -79,6 +81,9 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 		return nil, err
 	}
 	if d.pods, err = newCluster(cfg, log); err != nil {
+		return nil, err
+	}
+	if d.plugin, err = newInstaller(cfg, d); err != nil {
 		return nil, err
 	}
 	known := d.knownBefore()
@@ -137,6 +142,11 @@ func (d *node) keeping(source catalog.Source) catalog.Source {
 func (d *node) Status() admin.Status {
 	s := d.Proxy.Status()
 	s.Handover = d.handoverStatus()
+	if d.plugin != nil {
+		if err := d.plugin.Problem(); err != nil {
+			s.Problems = append(s.Problems, admin.Problem{Kind: "cni", Text: err.Error()})
+		}
+	}
 	if d.kept == nil {
 		s.Store = admin.Store{Kind: "none", Detail: "not needed: the source reads its directory and its CA itself"}
 		return s
@@ -271,7 +281,7 @@ func newCluster(cfg *config.Config, log *slog.Logger) (*kubernetes.Cluster, erro
 	}
 	return kubernetes.New(kubernetes.Config{
 		Node: cfg.Pods.Node, Kubeconfig: cfg.Pods.Kubeconfig, Namespaces: cfg.Pods.Namespaces, Mount: mount, Log: log,
-		StateFile: filepath.Join(cfg.State.Dir, "pods.json"), DaemonSet: kubernetes.DaemonSet{Namespace: cfg.Pods.DaemonSetNamespace, Name: cfg.Pods.DaemonSet},
+		StateFile: podsFile(cfg), DaemonSet: kubernetes.DaemonSet{Namespace: cfg.Pods.DaemonSetNamespace, Name: cfg.Pods.DaemonSet},
 	})
 }
 
@@ -369,7 +379,7 @@ func (s *toldSource) Run(ctx context.Context, deliver func(*catalog.Snapshot)) e
 
 // run serves until ctx ends, or another daemon has taken over, and live connections have drained. The admin API answers
 // meanwhile, unless it is the other daemon's; that it fails is logged, and stops nothing.
-func (d *node) run(ctx context.Context) error {
+func (d *node) run(ctx context.Context, cfg *config.Config) error {
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	ctx, fail := context.WithCancelCause(ctx)
@@ -400,6 +410,7 @@ func (d *node) run(ctx context.Context) error {
 		if d.metrics != nil {
 			serve(public, &d.public, "metrics", d.metrics.Serve)
 		}
+		serve(public, &d.public, "the CNI plugin", func(ctx context.Context) error { return d.keepPlugin(ctx, cfg) })
 		serve(background, &servers, "the next daemon", d.handOver)
 		close(d.inOffice)
 	})

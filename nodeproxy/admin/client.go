@@ -95,6 +95,17 @@ func (c *Client) Profile(ctx context.Context, seconds int) (io.ReadCloser, error
 	return c.do(ctx, http.MethodGet, fmt.Sprintf("/v1/profile?kind=cpu&seconds=%d", seconds), nil)
 }
 
+// StartSandbox asks whether a pod may start.
+func (c *Client) StartSandbox(ctx context.Context, s Sandbox) (*SandboxState, error) {
+	var state SandboxState
+	return &state, c.ask(ctx, http.MethodPost, "/v1/sandbox/start", s, &state)
+}
+
+// StopSandbox says that a pod's network namespace is about to go.
+func (c *Client) StopSandbox(ctx context.Context, s Sandbox) error {
+	return c.ask(ctx, http.MethodPost, "/v1/sandbox/stop", s, new(Sandbox))
+}
+
 // Trace calls event for every live connection and then for every event that passes f, until ctx ends (nil), event
 // returns an error (that error), or the daemon goes away (an error).
 func (c *Client) Trace(ctx context.Context, f Filter, event func(Connection) error) error {

@@ -55,6 +55,10 @@ type Backend interface {
 	// Enroll returns when the claim is granted; the workload may be protected only later.
 	Enroll(ctx context.Context, req EnrollRequest) error
 	Unenroll(ctx context.Context, req EnrollRequest) error
+	// StartSandbox has a pod protected before it starts, and says whether it is. It does not wait: it is asked again.
+	StartSandbox(s Sandbox) SandboxState
+	// StopSandbox says that a pod's network namespace is about to go.
+	StopSandbox(s Sandbox) error
 	// Connections lists the live ones as "open" events with the bytes so far.
 	Connections() []Connection
 }
@@ -82,7 +86,7 @@ func (c *ServerConfig) validate() error {
 }
 
 // Server is the API on its unix socket: GET /v1/status, /v1/health, /v1/applications, /v1/trace, /v1/explain and /v1/profile, POST
-// /v1/enroll and /v1/unenroll.
+// /v1/enroll, /v1/unenroll, /v1/sandbox/start and /v1/sandbox/stop.
 // Every error is {"error": "..."}.
 type Server struct {
 	cfg    ServerConfig
@@ -165,14 +169,16 @@ func (s *Server) Handler() http.Handler {
 		method string
 		serve  func(http.ResponseWriter, *http.Request) error
 	}{
-		"/v1/status":       {http.MethodGet, s.status},
-		"/v1/health":       {http.MethodGet, s.health},
-		"/v1/applications": {http.MethodGet, s.applications},
-		"/v1/trace":        {http.MethodGet, s.trace},
-		"/v1/explain":      {http.MethodGet, s.explain},
-		"/v1/profile":      {http.MethodGet, s.profile},
-		"/v1/enroll":       {http.MethodPost, s.enroll},
-		"/v1/unenroll":     {http.MethodPost, s.unenroll},
+		"/v1/status":        {http.MethodGet, s.status},
+		"/v1/health":        {http.MethodGet, s.health},
+		"/v1/applications":  {http.MethodGet, s.applications},
+		"/v1/trace":         {http.MethodGet, s.trace},
+		"/v1/explain":       {http.MethodGet, s.explain},
+		"/v1/profile":       {http.MethodGet, s.profile},
+		"/v1/enroll":        {http.MethodPost, s.enroll},
+		"/v1/unenroll":      {http.MethodPost, s.unenroll},
+		"/v1/sandbox/start": {http.MethodPost, s.startSandbox},
+		"/v1/sandbox/stop":  {http.MethodPost, s.stopSandbox},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -256,17 +262,54 @@ func (s *Server) unenroll(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, req)
 }
 
-func readEnroll(r *http.Request) (EnrollRequest, error) {
-	var req EnrollRequest
+func (s *Server) startSandbox(w http.ResponseWriter, r *http.Request) error {
+	sandbox, err := readSandbox(r)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, s.cfg.Backend.StartSandbox(sandbox))
+}
+
+func (s *Server) stopSandbox(w http.ResponseWriter, r *http.Request) error {
+	sandbox, err := readSandbox(r)
+	if err != nil {
+		return err
+	}
+	if err := s.cfg.Backend.StopSandbox(sandbox); err != nil {
+		return err
+	}
+	return writeJSON(w, sandbox)
+}
+
+func readSandbox(r *http.Request) (s Sandbox, err error) {
+	switch err = readBody(r, &s); {
+	case err != nil:
+		return s, err
+	case s.Namespace == "" || s.Pod == "" || s.UID == "" || hasControl(s.Namespace+s.Pod+s.UID):
+		return s, badRequest("a sandbox needs the namespace, the name and the UID of a pod")
+	case !filepath.IsAbs(s.Network) || hasControl(s.Network):
+		return s, badRequest("network %.200q is not an absolute path", s.Network)
+	}
+	return s, nil
+}
+
+// readBody decodes the one JSON object that the body is.
+func readBody(r *http.Request, into any) error {
 	dec := json.NewDecoder(r.Body)
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&req); err != nil {
-		return req, bodyError(err)
+	if err := dec.Decode(into); err != nil {
+		return bodyError(err)
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return req, badRequest("the body has more than one JSON object")
+		return badRequest("the body has more than one JSON object")
 	}
-	switch {
+	return nil
+}
+
+func readEnroll(r *http.Request) (req EnrollRequest, err error) {
+	switch err = readBody(r, &req); {
+	case err != nil:
+		return req, err
 	case !filepath.IsAbs(req.Cgroup) || filepath.Clean(req.Cgroup) != req.Cgroup || len(req.Cgroup) > maxName:
 		return req, badRequest("cgroup %.200q is not a clean absolute path", req.Cgroup)
 	case len(req.Service) > maxName || hasControl(req.Cgroup+req.Service+strings.Join(req.Also, "")):

@@ -61,6 +61,12 @@ func (b *fakeBackend) Unenroll(_ context.Context, req EnrollRequest) error {
 	return b.err
 }
 
+func (b *fakeBackend) StartSandbox(s Sandbox) SandboxState {
+	return SandboxState{Meshed: true, NotYet: s.UID + " at " + s.Network}
+}
+
+func (b *fakeBackend) StopSandbox(Sandbox) error { return b.err }
+
 func (b *fakeBackend) Connections() []Connection { return b.live }
 
 type daemon struct {

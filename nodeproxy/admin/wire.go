@@ -93,6 +93,20 @@ type Endpoint struct {
 	Comm     string `json:"comm,omitempty"`
 }
 
+// Sandbox is the network namespace of a pod, for POST /v1/sandbox/start and /v1/sandbox/stop.
+type Sandbox struct {
+	Namespace string `json:"namespace"` // of Kubernetes
+	Pod       string `json:"pod"`
+	UID       string `json:"uid"`
+	Network   string `json:"network"` // a path at which the daemon finds the network namespace
+}
+
+// SandboxState answers POST /v1/sandbox/start.
+type SandboxState struct {
+	Meshed bool   `json:"meshed"`            // the pod is to be in the mesh
+	NotYet string `json:"not_yet,omitempty"` // why it may not start
+}
+
 // Status answers GET /v1/status.
 type Status struct {
 	Version      string        `json:"version"`

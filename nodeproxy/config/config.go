@@ -101,7 +101,12 @@ type Kubernetes struct {
 	Namespaces map[string][]string
 	// DaemonSet is of which the daemon is a pod, "" where it is none.
 	DaemonSet, DaemonSetNamespace string
+	// CNI is where the plugin is installed that holds the start of pods until they are protected; nil: it is not.
+	CNI *CNI
 }
+
+// CNI is the workloads.kubernetes.cni block.
+type CNI struct{ ConfDir, BinDir string }
 
 // Containers is the workloads.containers block.
 type Containers struct {

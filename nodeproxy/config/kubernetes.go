@@ -52,6 +52,9 @@ func (c *checker) kubernetes() *Kubernetes {
 		}
 		k.Namespaces[name] = services
 	}
+	if r.CNI.Enabled {
+		k.CNI = &CNI{c.absolute(at("cni", "conf_dir"), r.CNI.ConfDir), c.absolute(at("cni", "bin_dir"), r.CNI.BinDir)}
+	}
 	if !r.Enabled {
 		return nil
 	}

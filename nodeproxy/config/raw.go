@@ -78,7 +78,14 @@ type rawContainers struct {
 type rawKubernetes struct {
 	Enabled    bool                    `hcl:"enabled"`
 	Kubeconfig string                  `hcl:"kubeconfig"`
+	CNI        rawCNI                  `hcl:"cni"`
 	Namespace  map[string]rawNamespace `hcl:"namespace"`
+}
+
+type rawCNI struct {
+	Enabled bool   `hcl:"enabled"`
+	ConfDir string `hcl:"conf_dir"`
+	BinDir  string `hcl:"bin_dir"`
 }
 
 type rawNamespace struct {
@@ -143,7 +150,10 @@ func defaults() raw {
 		PreferLocal:        true,
 		OnFailure:          "closed",
 		ExistingConnection: "keep",
-		Workloads:          rawWorkloads{Containers: rawContainers{Engine: dockerEngine}},
+		Workloads: rawWorkloads{
+			Containers: rawContainers{Engine: dockerEngine},
+			Kubernetes: rawKubernetes{CNI: rawCNI{ConfDir: "/etc/cni/net.d", BinDir: "/opt/cni/bin"}},
+		},
 		Limits: rawLimits{Connections: 100000, PerWorkload: 20000, Handshake: 5 * time.Second, Connect: 5 * time.Second,
 			Drain: 30 * time.Second},
 		Log:   rawLog{Level: "info", Format: "text", Access: "denied"},

@@ -80,11 +80,13 @@ type Manager struct {
 	looked  atomic.Pointer[time.Time] // when the last reconciliation ended
 	direct  *direct
 
-	mu     sync.Mutex // guards claims, ended and snap
-	claims map[string][]Claim
-	ended  map[string]error // providers that gave up
-	snap   *catalog.Snapshot
-	passed error // why addresses of snap are not redirected
+	mu       sync.Mutex           // guards claims, ended, snap, starting and over
+	starting map[uint64]*starting // by inode
+	over     map[uint64]bool      // inodes of namespaces that are about to go, and were not looked at since
+	claims   map[string][]Claim
+	ended    map[string]error // providers that gave up
+	snap     *catalog.Snapshot
+	passed   error // why addresses of snap are not redirected
 
 	// What reconcile, the only user, knows.
 	began      time.Time // Run
@@ -92,6 +94,7 @@ type Manager struct {
 	inherited  *inheritance               // nil: nothing, or it is settled
 	workloads  map[string]*entry          // by cgroup path
 	namespaces map[uint64]*space          // by inode
+	going      map[uint64]bool            // inodes of those that are about to go
 	found      map[uint64]*foundNamespace // by inode; not open
 	host       []netip.Addr               // the node's addresses
 	refused    []RefusedClaim
@@ -184,6 +187,8 @@ func NewManager(cfg Config) (*Manager, error) {
 		ready:      make(chan struct{}),
 		claims:     make(map[string][]Claim),
 		ended:      make(map[string]error),
+		starting:   make(map[uint64]*starting),
+		over:       make(map[uint64]bool),
 		workloads:  make(map[string]*entry),
 		namespaces: make(map[uint64]*space),
 		found:      make(map[uint64]*foundNamespace),

@@ -13,18 +13,18 @@ import (
 	"nodeproxy.io/redirect"
 )
 
-// foundNamespace is one that is not open, with the processes in it, of which one may have left it by now.
+// foundNamespace is one that is not open, with where it was found, which may stand for another one by now.
 type foundNamespace struct {
 	entry *entry // of the first process
-	pids  []string
+	paths []string
 
 	opened *redirect.Namespace
 	err    error
 }
 
-// findNamespace notes the namespace of a process, to be opened. A workload that makes ever more namespaces has its own
+// findNamespace notes a namespace, to be opened. A workload that makes ever more namespaces has its own
 // connections refused, not the node's.
-func (m *Manager) findNamespace(e *entry, inode uint64, pid string) {
+func (m *Manager) findNamespace(e *entry, inode uint64, path string) {
 	if nth := len(slices.Compact(slices.Sorted(slices.Values(e.inodes)))); nth > maxNamespaces {
 		m.warn(e.Cgroup, "workload is unprotected", fmt.Errorf("its processes are in more than %d network namespaces: enroll cgroups further below instead", maxNamespaces), "service", e.Service)
 		return
@@ -34,7 +34,7 @@ func (m *Manager) findNamespace(e *entry, inode uint64, pid string) {
 		found = &foundNamespace{entry: e}
 		m.found[inode] = found
 	}
-	found.pids = append(found.pids, pid)
+	found.paths = append(found.paths, path)
 }
 
 // openNamespaces listens in the namespaces that were found, in several at a time: the kernel verifies a program for each.
@@ -44,7 +44,7 @@ func (m *Manager) openNamespaces() {
 	for inode, found := range m.found {
 		turns <- struct{}{}
 		opening.Go(func() {
-			found.opened, found.err = m.openNamespace(inode, found.pids)
+			found.opened, found.err = m.openNamespace(inode, found.paths)
 			<-turns
 		})
 	}
@@ -61,10 +61,10 @@ func (m *Manager) openNamespaces() {
 	clear(m.found)
 }
 
-// openNamespace opens the namespace, which the first of pids is in that has not left it meanwhile; nil: all have.
-func (m *Manager) openNamespace(inode uint64, pids []string) (ns *redirect.Namespace, err error) {
-	for _, pid := range pids {
-		ns, err = m.openAt("/proc/"+pid+"/ns/net", func(now uint64) bool { return now == inode })
+// openNamespace opens the namespace by the first of paths that stands for it still; nil: none does.
+func (m *Manager) openNamespace(inode uint64, paths []string) (ns *redirect.Namespace, err error) {
+	for _, path := range paths {
+		ns, err = m.openAt(path, func(now uint64) bool { return now == inode })
 		if ns != nil || err != nil {
 			break
 		}
@@ -150,9 +150,19 @@ func (m *Manager) watchNamespaces() {
 	}
 }
 
+// isOver says whether a namespace is about to go, and no workload's any more.
+func (m *Manager) isOver(inode uint64) bool {
+	for _, e := range m.workloads {
+		if slices.Contains(e.inodes, inode) {
+			return false
+		}
+	}
+	return m.going[inode]
+}
+
 func (m *Manager) closeNamespaces() {
 	for inode, s := range m.namespaces {
-		if time.Since(s.used) < grace {
+		if time.Since(s.used) < grace && !m.isOver(inode) {
 			continue
 		}
 		delete(m.namespaces, inode)

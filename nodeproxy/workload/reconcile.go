@@ -25,6 +25,7 @@ func (m *Manager) reconcile(h Handler) {
 	known := m.complete()
 	m.findProbers()
 	m.follow()
+	m.lookAtStops()
 	for _, e := range m.workloads {
 		m.scan(e)
 	}
@@ -43,6 +44,7 @@ func (m *Manager) reconcile(h Handler) {
 	m.leave()
 	m.closeNamespaces()
 	m.audit()
+	m.settleStarting()
 	shown := *next
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
@@ -161,9 +163,11 @@ func (m *Manager) scan(e *entry) {
 		_, err = m.noteNamespace(e, "thread-self")
 	}
 	e.problem = err
+	found := e.inodes
 	if len(e.inodes) == 0 {
 		e.inodes = last // an application that restarts must not find its port open to strangers
 	}
+	e.inodes = m.scanStarting(e, found)
 	slices.Sort(e.inodes)
 	e.inodes = slices.Compact(e.inodes)
 }
@@ -208,7 +212,7 @@ func (m *Manager) noteNamespace(e *entry, pid string) (bool, error) {
 	}
 	e.inodes = append(e.inodes, st.Ino)
 	if _, open := m.namespaces[st.Ino]; !open {
-		m.findNamespace(e, st.Ino, pid)
+		m.findNamespace(e, st.Ino, "/proc/"+pid+"/ns/net")
 	}
 	return true, nil
 }

@@ -37,6 +37,9 @@ else
   mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
 fi
 mount -t bpf bpf /sys/fs/bpf
+mount -t tmpfs tmpfs /opt
+mkdir -p /opt/cni/bin /opt/cni/net.d
+ln -s /usr/lib/cni/* /opt/cni/bin
 for setting in vm/overcommit_memory=1 kernel/panic=10 kernel/panic_on_oops=1; do
   echo ${setting#*=} >"$1/${setting##*/}"
   mount --bind "$1/${setting##*/}" /proc/sys/${setting%=*}
@@ -63,6 +66,9 @@ exec "$@"
 const enter = `for dir in /sys/fs/cgroup/*/cgroup.clone_children; do echo 0 >"${dir%/*}/cgroup.procs"; done
 exec "$@"
 `
+
+// Network is the network configuration of a node's pods, in the node.
+const Network = "/opt/cni/net.d/10-pods.conflist"
 
 // Node is a machine with containerd and a kubelet: its own processes, mounts, network and cgroups.
 type Node struct {
@@ -157,8 +163,8 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
   sandbox_image = "docker.io/library/pause:lab"
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = %q
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/opt/cni/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
@@ -190,27 +196,23 @@ nodeStatusUpdateFrequency: 2s
 volumePluginDir: /var/lib/kubelet/volume-plugins
 `
 
+// NetworkConfiguration is what Network has at first.
+func (n *Node) NetworkConfiguration() []byte { return fmt.Appendf(nil, network, n.Pods()) }
+
 // start starts containerd, has it know the images, and starts the kubelet.
 func (n *Node) start(ctx context.Context, images []string) error {
 	runc := n.cluster.programs.runc
 	if n.Hybrid {
 		runc = "runc"
 	}
-	network, err := n.write("cni/pods.conflist", network, n.Pods())
+	if err := os.WriteFile(n.Inside(Network), n.NetworkConfiguration(), 0o600); err != nil {
+		return err
+	}
+	config, err := n.write("containerd.toml", containerd, runc)
 	if err != nil {
 		return err
 	}
-	config, err := n.write("containerd.toml", containerd, filepath.Dir(network), runc)
-	if err != nil {
-		return err
-	}
-	if n.runtime, err = n.service("containerd", "containerd", "--config", config); err != nil {
-		return err
-	}
-	if err := n.await(ctx, n.runtime, "containerd answers", func() error {
-		_, err := n.Run(ctx, "ctr", "version")
-		return err
-	}); err != nil {
+	if err := n.startRuntime(ctx, config); err != nil {
 		return err
 	}
 	for _, image := range images {
@@ -228,6 +230,27 @@ func (n *Node) start(ctx context.Context, images []string) error {
 	n.kubelet, err = n.service("kubelet", path, "--config", config, "--kubeconfig", n.cluster.Kubeconfig, "--hostname-override", n.Name,
 		"--node-ip", n.IPv4.String(), "--root-dir", "/var/lib/kubelet", "--cert-dir", "/var/lib/kubelet/pki")
 	return err
+}
+
+func (n *Node) startRuntime(ctx context.Context, config string) (err error) {
+	if n.runtime, err = n.service("containerd", "containerd", "--config", config); err != nil {
+		return err
+	}
+	return n.await(ctx, n.runtime, "containerd answers", func() error {
+		_, err := n.Run(ctx, "ctr", "version")
+		return err
+	})
+}
+
+// RestartRuntime kills containerd and all that watches over its containers, whose pods the kubelet makes anew, and starts it again.
+func (n *Node) RestartRuntime(ctx context.Context) error {
+	if _, err := n.Run(ctx, "sh", "-c", `kill -KILL $(grep -vx 0 /sys/fs/cgroup/containerd.service/cgroup.procs)`); err != nil {
+		return err
+	}
+	if err := removeCgroups(filepath.Join(n.Cgroup.Path(), "containerd.service")); err != nil {
+		return err
+	}
+	return n.startRuntime(ctx, filepath.Join(n.Dir, "containerd.toml"))
 }
 
 // Import makes an image known to containerd.

@@ -1,9 +1,11 @@
 package kubernetes
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -20,6 +22,7 @@ func TestPodsOfTwoNodes(t *testing.T) {
 		t.Log("the machine has cgroup2 alone, and so has the second node")
 	}
 	m := newMesh(t, false, hybrid)
+	m.holding()
 	m.install()
 	m.intentions("api", map[string]string{"web": "allow"})
 	m.create(
@@ -54,9 +57,20 @@ func TestPodsOfTwoNodes(t *testing.T) {
 		m.reaches("shop/web", vip)
 		m.kubectl("-n", "shop", "wait", "pod", "api", "--for", "condition=Ready", "--timeout", patience.String())
 	})
+	run("a pod starts protected", testStart)
+	run("the network configuration is rewritten", testRewritten)
+	run("the runtime is restarted while no daemon runs", testRuntimeRestarted)
 	run("a daemon that ends while the API server does not answer leaves what is pinned", testUnknown)
 	run("what is deleted leaves nothing", func(m *mesh) {
 		m.uninstall()
+		for _, n := range m.Members {
+			if text, err := os.ReadFile(n.Inside(kubelab.Network)); err != nil || !bytes.Equal(text, n.NetworkConfiguration()) {
+				m.t.Errorf("the network configuration of %s is not what it was: %s, %v", n.Name, text, err)
+			}
+			if _, err := os.Stat(n.Inside("/opt/cni/bin/nodeproxy")); !errors.Is(err, os.ErrNotExist) {
+				m.t.Errorf("the plugin is there on %s: %v", n.Name, err)
+			}
+		}
 		m.reaches("shop/stranger", api)
 		m.reaches("shop/stranger-2", api)
 	})

@@ -4,7 +4,7 @@
 // A label asks, and the configuration grants: a pod may be only what its service account is called, in a namespace for which that
 // service is configured. Nothing is asked of the container runtime: a pod's cgroup is found by its UID.
 //
-// The API server is read, and never written to. While it does not answer, what was last known stays in force, and Problem says so.
+// The API server is read, and never written to, but for the tokens of KeepAccess. While it does not answer, what was last known stays in force, and Problem says so.
 package kubernetes
 
 import (
@@ -55,6 +55,8 @@ type Cluster struct {
 	cfg                                Config
 	kinds                              []*objects
 	pods, namespaces, services, slices *objects
+	server                             *rest.Config
+	coreAPI                            *rest.RESTClient
 	own                                *ownDaemonSet // nil: this process is no pod
 	cgroups                            cgroups       // Run's own
 	workloads                          []pod         // that are claimed, or refused; Run's own
@@ -62,15 +64,17 @@ type Cluster struct {
 	mu        sync.Mutex
 	began     time.Time
 	synced    bool
-	spoke     bool             // Run has claimed what there is, or what is remembered
-	faults    map[string]error // by resource
-	misplaced error            // pods without a cgroup
-	changed   []chan struct{}  // get a value, without blocking, when anything has changed
+	spoke     bool                   // Run has claimed what there is, or what is remembered
+	faults    map[string]error       // by resource
+	misplaced error                  // pods without a cgroup
+	changed   []chan struct{}        // get a value, without blocking, when anything has changed
+	starting  map[types.UID]bool     // whose network namespace has been made
+	placed    map[types.UID][]string // where the cgroups of workloads are or will be
 }
 
 // New is of the cluster to which the kubeconfig leads. It connects to nothing yet.
 func New(cfg Config) (*Cluster, error) {
-	c := &Cluster{cfg: cfg, cgroups: cgroups{mount: cfg.Mount}, faults: make(map[string]error)}
+	c := &Cluster{cfg: cfg, cgroups: cgroups{mount: cfg.Mount}, faults: make(map[string]error), starting: make(map[types.UID]bool)}
 	access, err := rest.InClusterConfig()
 	if cfg.Kubeconfig != "" {
 		access, err = clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig)
@@ -82,6 +86,7 @@ func New(cfg Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.server, c.coreAPI = access, core
 	discovery, err := newClient(access, "/apis", discoveryv1.SchemeGroupVersion)
 	if err != nil {
 		return nil, err
@@ -112,7 +117,9 @@ func (c *Cluster) note(ctx context.Context, resource string, err error) error {
 }
 
 // Name implements workload.Provider.
-func (*Cluster) Name() string { return "kubernetes" }
+func (*Cluster) Name() string { return providerName }
+
+const providerName = "kubernetes"
 
 // Problem implements workload.Reporter. It has none before Run has claimed what can be: who hears of one does not wait for claims.
 func (c *Cluster) Problem() error {
@@ -171,6 +178,11 @@ func (c *Cluster) subscribe() <-chan struct{} {
 func (c *Cluster) tell() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.changedNow()
+}
+
+// changedNow is tell for who holds mu.
+func (c *Cluster) changedNow() {
 	for _, changed := range c.changed {
 		select {
 		case changed <- struct{}{}:
@@ -206,7 +218,11 @@ func (c *Cluster) Run(ctx context.Context, claim func([]workload.Claim)) error {
 			tick.Reset(lookEvery)
 		case c.isAway() && !remembered:
 			remembered = true
-			if c.recall(); len(c.workloads) > 0 {
+			c.recall()
+			c.mu.Lock()
+			c.locate()
+			c.mu.Unlock()
+			if len(c.workloads) > 0 {
 				claim(c.claims())
 			}
 			c.speak()
@@ -256,6 +272,7 @@ func (c *Cluster) look() []workload.Claim {
 		if len(paths) == 0 {
 			unplaced = append(unplaced, found.String())
 		}
+		c.await(found, paths)
 		found.place(paths)
 		all = append(all, found)
 		delete(before, p.UID)
@@ -269,6 +286,7 @@ func (c *Cluster) look() []workload.Claim {
 	c.workloads = all
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.locate()
 	c.misplaced = nil
 	if len(unplaced) > 0 {
 		c.misplaced = fmt.Errorf("there is no cgroup for %s, and %d pods in all: no directory kubepods or kubepods.slice is below %s; see that the kubelet runs with cgroupsPerQOS, and that nodeproxy sees the node's cgroups", unplaced[0], len(unplaced), c.cfg.Mount)

@@ -176,6 +176,7 @@ func TestPods(t *testing.T) {
 		{"registered as instances", testDefinitions},
 		{"ClusterIPs", testClusterIPs},
 		{"the API server stops and starts", testOutage},
+		{"pods start", testStarting},
 		{"the DaemonSet of its own", testDaemonSet},
 		{"the DaemonSet, which it may not follow", testDaemonSetForbidden},
 	} {

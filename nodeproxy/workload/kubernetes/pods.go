@@ -56,6 +56,13 @@ func (p pod) paths() (all []string) {
 
 // judge says what a pod claims, and whether it claims anything.
 func (c *Cluster) judge(of *corev1.Pod) (pod, bool) {
+	object, _, _ := c.namespaces.GetByKey(of.Namespace)
+	namespace, _ := object.(*corev1.Namespace)
+	return judge(of, namespace, c.cfg.Namespaces)
+}
+
+// judge is of a pod in a namespace, nil if that is not known, where pods of each may be services.
+func judge(of *corev1.Pod, in *corev1.Namespace, services map[string][]string) (pod, bool) {
 	labels := make(workload.Labels)
 	add := func(written map[string]string) {
 		for key, value := range written {
@@ -64,11 +71,9 @@ func (c *Cluster) judge(of *corev1.Pod) (pod, bool) {
 			}
 		}
 	}
-	if object, known, _ := c.namespaces.GetByKey(of.Namespace); known {
-		if namespace, ok := object.(*corev1.Namespace); ok {
-			add(namespace.Labels)
-			add(namespace.Annotations)
-		}
+	if in != nil {
+		add(in.Labels)
+		add(in.Annotations)
 	}
 	add(of.Labels)
 	add(of.Annotations)
@@ -83,9 +88,9 @@ func (c *Cluster) judge(of *corev1.Pod) (pod, bool) {
 		}
 	}
 	service, named := labels["service"]
-	p.claim = labels.Claim(c.Name(), "")
+	p.claim = labels.Claim(providerName, "")
 	p.claim.Name, p.claim.Service, p.claim.Also = p.String(), of.Spec.ServiceAccountName, nil
-	if p.claim.Denied = c.refuses(of, service, named); p.claim.Denied != "" {
+	if p.claim.Denied = refuses(of, service, named, services); p.claim.Denied != "" {
 		p.claim.Invalid = ""
 	}
 	for _, container := range running(of) {
@@ -106,7 +111,7 @@ func sorted(ports []uint16) []uint16 {
 }
 
 // refuses says why a pod may not be what it asks to be, or "".
-func (c *Cluster) refuses(p *corev1.Pod, service string, named bool) string {
+func refuses(p *corev1.Pod, service string, named bool, services map[string][]string) string {
 	account := p.Spec.ServiceAccountName
 	if proxy := injected(p); proxy != "" {
 		return fmt.Sprintf("it has a sidecar of its own (%s), and is left to that: have it injected no more, and restart the pod", proxy)
@@ -116,7 +121,7 @@ func (c *Cluster) refuses(p *corev1.Pod, service string, named bool) string {
 		return "it has no service account, whose name it could be: static pods cannot be workloads"
 	case named && service != account:
 		return fmt.Sprintf("it asks to be service %q and runs as service account %q: a pod may be only what its service account is called; remove the label service, or change the account", service, account)
-	case !slices.Contains(c.cfg.Namespaces[p.Namespace], account):
+	case !slices.Contains(services[p.Namespace], account):
 		return fmt.Sprintf("it runs as service account %q, which is no service of namespace %q: if it is to be one, add it to workloads.kubernetes.namespace %q { services = […] } in nodeproxy's configuration", account, p.Namespace, p.Namespace)
 	}
 	return ""
