@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -61,8 +62,9 @@ func testStarting(t *testing.T, c *cluster) {
 // asked asserts what is known of a pod without a daemon.
 func (c *cluster) asked(t *testing.T, p *corev1.Pod, want, known bool) {
 	t.Helper()
-	meshed, err := Access{c.kubeconfig, c.stateFile(), c.cfg.Namespaces}.Meshed(t.Context(), p.Namespace, p.Name, string(p.UID))
-	if meshed != want || (err == nil) != known {
-		t.Errorf("%s is to be in the mesh: %v, %v; want %v, known: %v", p.Name, meshed, err, want, known)
-	}
+	access := Access{c.kubeconfig, c.stateFile(), c.cfg.Namespaces}
+	within(t, patience, fmt.Sprintf("%s is to be in the mesh: %v, known: %v", p.Name, want, known), func() bool { // rights take a moment
+		meshed, err := access.Meshed(t.Context(), p.Namespace, p.Name, string(p.UID))
+		return meshed == want && (err == nil) == known
+	})
 }
