@@ -26,6 +26,7 @@ func newCleanup(e *env) *cobra.Command {
 		Short: "Remove every program, map and pin of a daemon that does not run",
 		Long: "Removes all that nodeproxy left in the kernel, and says what. It needs no daemon, no configuration and no network.\n" +
 			"Workloads are outside the mesh afterwards: what they send is not encrypted. While a daemon runs it refuses.\n" +
+			"A CNI plugin is taken out of the node's network configuration, which is what it was before.\n" +
 			"Where there is a configuration with Consul for its source, and the agent can be reached, what the daemon registered\n" +
 			"there is removed as well. What is not turns critical by itself.",
 		Example: "  nodeproxy cleanup\n  nodeproxy cleanup --node node-1",

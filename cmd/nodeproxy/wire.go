@@ -95,7 +95,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 	if d.finder, err = newFinder(cfg, log); err != nil {
 		return nil, err
 	}
-	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder, d.kernelBefore()); err != nil {
+	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder, d.kernelBefore(), ending(source)); err != nil {
 		return nil, err
 	}
 	caller, _ := source.(catalog.Caller)
@@ -192,7 +192,7 @@ func (d *node) listenMetrics(address string) (err error) {
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder, before *workload.Before) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder, before *workload.Before, ending func([]string)) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -211,8 +211,16 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, p
 	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
-		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Before: before, Log: log,
+		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Before: before, Ending: ending, Log: log,
 	})
+}
+
+// ending is how a source is told what is being stopped, nil where it tells nobody.
+func ending(source catalog.Source) func([]string) {
+	if s, ok := source.(catalog.Ender); ok {
+		return s.Ending
+	}
+	return nil
 }
 
 func configuredClaims(cfg *config.Config) (all workload.Configured) {

@@ -55,6 +55,13 @@ type Yielder interface {
 	Yield()
 }
 
+// Ender is a Source that tells other nodes of this one's instances.
+type Ender interface {
+	// Ending lists the instances whose workloads are being stopped, each time they change: they are to get no new connections. It does
+	// not block.
+	Ending(instances []string)
+}
+
 // Health is a source's state as status shows it.
 type Health struct {
 	Kind     string    // "file" or "consul"

@@ -182,14 +182,17 @@ func entriesOf(cfg *Config, d *data, w *wanted, snap *catalog.Snapshot) []*api.C
 			}
 		}
 		if side != nil && snap.Leaves[def.Service] != nil && slices.Contains(w.needed, def.Service) {
-			all = append(all, entry(of(side), healthCheck(side.ID+"-app", applicationCheck(def))))
+			all = append(all, entry(of(side), healthCheck(side.ID+"-app", applicationCheck(def, d.ending[def.ID]))))
 		}
 	}
 	return all
 }
 
 // applicationCheck is the checks of an instance in one.
-func applicationCheck(def *catalog.Definition) catalog.CheckResult {
+func applicationCheck(def *catalog.Definition, ending bool) catalog.CheckResult {
+	if ending {
+		return catalog.CheckResult{Name: "application", Output: endingText}
+	}
 	sum := catalog.CheckResult{Name: "application", Passing: true}
 	for _, c := range def.Checks {
 		if !c.Passing {

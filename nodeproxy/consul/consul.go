@@ -133,6 +133,7 @@ var (
 	_ catalog.Source  = (*Source)(nil)
 	_ catalog.Caller  = (*Source)(nil)
 	_ catalog.Yielder = (*Source)(nil)
+	_ catalog.Ender   = (*Source)(nil)
 )
 
 // New checks cfg and reads its certificates. It does not ask the agent.
@@ -175,6 +176,18 @@ func (s *Source) Need(services []string) {
 
 // Yield implements catalog.Yielder: nothing is registered any more, and what is stays when Run ends.
 func (s *Source) Yield() { s.yielded.Store(true) }
+
+// Ending implements catalog.Ender: the sidecars that are registered here are critical until they end no more.
+func (s *Source) Ending(instances []string) {
+	ending := make(map[string]bool)
+	for _, id := range instances {
+		ending[id] = true
+	}
+	s.world.update(func(d *data) bool {
+		d.ending = ending
+		return true
+	})
+}
 
 // Called implements catalog.Caller.
 func (s *Source) Called(service string) { s.called.add(service) }

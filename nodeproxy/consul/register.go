@@ -31,6 +31,9 @@ const (
 
 	sidecarSuffix = "-sidecar-proxy"
 
+	endingMeta = "nodeproxy-ending" // of a sidecar whose workload is being stopped: agents do not show what is checked
+	endingText = "the workload is being stopped"
+
 	// heartbeat is how often the agent is told that this daemon lives, lifetime how long it believes it.
 	heartbeat = 10 * time.Second
 	lifetime  = 45 * time.Second
@@ -119,10 +122,10 @@ func (r *run) givePorts(d *data, needed []string) map[string]uint16 {
 }
 
 // sidecar is the registration of ours for an instance.
-func sidecar(app *api.AgentService, port uint16) *api.AgentServiceRegistration {
+func sidecar(app *api.AgentService, port uint16, ending bool) *api.AgentServiceRegistration {
 	meta := map[string]string{managedBy: ours}
 	for k, v := range app.Meta {
-		if k != managedBy {
+		if k != managedBy && k != endingMeta {
 			meta[k] = v
 		}
 	}
@@ -135,6 +138,10 @@ func sidecar(app *api.AgentService, port uint16) *api.AgentServiceRegistration {
 			{CheckID: id + "-app", Name: "application", AliasService: app.ID},
 			{CheckID: id + "-np", Name: "node proxy", AliasService: proxyService},
 		},
+	}
+	if ending {
+		meta[endingMeta] = "true"
+		reg.Checks = append(reg.Checks, &api.AgentServiceCheck{CheckID: id + "-end", Name: endingText, TTL: lifetime.String(), Status: api.HealthCritical})
 	}
 	if app.Weights != (api.AgentWeights{}) {
 		reg.Weights = &app.Weights
@@ -179,11 +186,14 @@ type wanted struct {
 
 // wantedSidecar is a sidecar for an instance. Its registration is made when it is compared: it takes some kilobytes.
 type wantedSidecar struct {
-	app  *api.AgentService
-	port uint16
+	app    *api.AgentService
+	port   uint16
+	ending bool
 }
 
-func (s wantedSidecar) registration() *api.AgentServiceRegistration { return sidecar(s.app, s.port) }
+func (s wantedSidecar) registration() *api.AgentServiceRegistration {
+	return sidecar(s.app, s.port, s.ending)
+}
 
 // wantedOf is what to register for snap. A sidecar is wanted once its service has a certificate: before, nobody answers at
 // its port.
@@ -192,7 +202,7 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	for _, app := range unserved(d, needed) {
 		id := app.ID + sidecarSuffix
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil && d.namesake(app) == nil {
-			w.sidecars[id] = wantedSidecar{app, given[app.ID]}
+			w.sidecars[id] = wantedSidecar{app, given[app.ID], d.ending[app.ID]}
 		}
 	}
 	var served []uint16

@@ -122,7 +122,9 @@ func (m *Manager) follow() {
 		}
 		if !ok || id != e.cgroup || m.changed(e, c) {
 			m.release(e, ok && id == e.cgroup)
+			continue
 		}
+		e.claim.Ending = c.Ending
 	}
 	for path, c := range wanted {
 		if _, known := m.workloads[path]; known {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -40,6 +41,8 @@ type Config struct {
 
 	NotDirect   string // why connections within the node pass the proxy; "": they need not
 	PreferLocal bool   // a virtual IP leads to this node's instances even if there are others
+
+	Ending func(instances []string) // is told which are served by workloads alone that are being stopped; nil: nobody is
 
 	Before *Before // the daemon that hands over; nil: none runs
 
@@ -359,7 +362,7 @@ func (m *Manager) beat(ctx context.Context, h Handler) {
 func (m *Manager) loop(ctx context.Context, h Handler) {
 	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
-	var needed []string
+	var needed, told []string
 	for {
 		if need := m.needed(); !slices.Equal(need, needed) {
 			needed = need
@@ -370,6 +373,10 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 		}
 		m.reconcile(h)
 		m.pen.Release(1)
+		if ending := m.stopping(); m.cfg.Ending != nil && !slices.Equal(ending, told) {
+			told = ending
+			m.cfg.Ending(ending)
+		}
 		now := time.Now()
 		m.looked.Store(&now)
 		select {
@@ -435,6 +442,23 @@ func (m *Manager) needed() []string {
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
+}
+
+// stopping lists the instances of which every workload is being stopped.
+func (m *Manager) stopping() (all []string) {
+	ends := make(map[string]bool)
+	for _, e := range m.workloads {
+		for _, id := range e.instances {
+			others, served := ends[id]
+			ends[id] = e.claim.Ending && (others || !served)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(ends)) {
+		if ends[id] {
+			all = append(all, id)
+		}
+	}
+	return all
 }
 
 // event reports a verdict of the kernel, and hurries when a namespace turns out to have no listener yet.

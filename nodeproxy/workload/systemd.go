@@ -47,6 +47,7 @@ type labelledUnit struct {
 	invalid string // why they could not be read
 	cgroup  string
 	sockets []string // cgroups of the socket units that start it
+	ending  bool     // it is being stopped
 }
 
 // NewSystemd is a provider for the units of this machine's service manager. mount is where cgroup2 is.
@@ -150,7 +151,9 @@ func (s *Systemd) session(ctx context.Context, claim func([]Claim)) error {
 	}
 }
 
-func sameClaim(a, b Claim) bool { return a.Cgroup == b.Cgroup && a.Invalid == b.Invalid && a.agrees(b) }
+func sameClaim(a, b Claim) bool {
+	return a.Cgroup == b.Cgroup && a.Invalid == b.Invalid && a.Ending == b.Ending && a.agrees(b)
+}
 
 // subscribe makes systemd's signals come, and returns who sends them.
 func subscribe(ctx context.Context, conn *dbus.Conn) (owner string, err error) {
@@ -254,6 +257,20 @@ func (s *Systemd) readAll(ctx context.Context, b bus) error {
 			return err
 		}
 	}
+	return s.readJobs(ctx, b, names)
+}
+
+// readJobs notes which units are being stopped, or are about to be.
+func (s *Systemd) readJobs(ctx context.Context, b bus, names []string) error {
+	stopping, err := b.stopping(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if u := s.units[name]; u != nil {
+			u.ending = stopping[name]
+		}
+	}
 	return nil
 }
 
@@ -286,7 +303,7 @@ func (s *Systemd) readSome(ctx context.Context, b bus, names []string) error {
 			return err
 		}
 	}
-	return nil
+	return s.readJobs(ctx, b, loaded)
 }
 
 // readFiles reads the labels of a unit. before is what it was, or nil.
@@ -350,6 +367,7 @@ func (s *Systemd) claims() []Claim {
 			continue
 		}
 		c := u.labels.Claim(s.Name(), u.cgroup)
+		c.Ending = u.ending
 		if u.invalid != "" {
 			c.Invalid = u.invalid
 		}
@@ -387,6 +405,21 @@ func (b bus) loaded(ctx context.Context, patterns ...string) ([]string, error) {
 		}
 	}
 	return names, nil
+}
+
+// stopping lists the units that have a job to stop, or to stop and start.
+func (b bus) stopping(ctx context.Context) (map[string]bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, busTimeout)
+	defer cancel()
+	jobs, err := b.conn.ListJobsContext(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list systemd's jobs: %w", err)
+	}
+	all := make(map[string]bool)
+	for _, j := range jobs {
+		all[j.Unit] = j.JobType == "stop" || j.JobType == "restart"
+	}
+	return all, nil
 }
 
 // files lists what a unit was read from, in the order in which settings hold.

@@ -58,6 +58,7 @@ type Claim struct {
 	Probed   []uint16   `json:",omitempty"` // to which probers may connect besides those of its service's instances
 	Mapped   []Mapping  `json:",omitempty"` // ports of the node that lead to it
 	Sockets  bool       `json:",omitempty"` // it has no processes: a service manager listens in it, in the node's network namespace
+	Ending   bool       `json:",omitempty"` // it is being stopped: others are told, and nothing else changes
 	Invalid  string     `json:",omitempty"` // why its labels cannot be understood: it is refused, and changes nothing
 	Denied   string     `json:",omitempty"` // why it may not be that service: it is refused, and ends an enrolment
 }

@@ -96,6 +96,9 @@ func (l *labelled) below() string {
 			if c.Invalid != "" {
 				what = "!" + c.Invalid
 			}
+			if c.Ending {
+				what += ",ending"
+			}
 			all = append(all, name+"="+what)
 		}
 	}

@@ -220,6 +220,7 @@ type pod struct {
 	labels, annotations      map[string]string
 	more                     string // of its spec, as JSON members
 	args                     []string
+	preStop                  int // seconds for which it runs when it is to end
 }
 
 func (p pod) manifest() string {
@@ -236,10 +237,17 @@ func (p pod) manifest() string {
 	annotations, _ := json.Marshal(p.annotations)
 	args, _ := json.Marshal(p.args)
 	_, first, _ := strings.Cut(p.args[1], ":")
+	lifecycle := ""
+	if p.preStop > 0 {
+		lifecycle = fmt.Sprintf(`, "lifecycle": {"preStop": {"sleep": {"seconds": %d}}}`, p.preStop)
+	}
+	if !strings.Contains(p.more, "terminationGracePeriodSeconds") {
+		p.more += ` "terminationGracePeriodSeconds": 1,`
+	}
 	return fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": %q, "namespace": %q, "labels": %s, "annotations": %s},
-"spec": {"nodeName": %q, "serviceAccountName": %q, "terminationGracePeriodSeconds": 1, %s "containers": [{"name": "app", "image": "app:lab", "args": %s,
-"ports": [{"containerPort": %[9]s}], "readinessProbe": {"tcpSocket": {"port": %[9]s}, "periodSeconds": 1}}]}}`,
-		p.name, p.namespace, labels, annotations, p.node, p.account, p.more, args, first)
+"spec": {"nodeName": %q, "serviceAccountName": %q, %s "containers": [{"name": "app", "image": "app:lab", "args": %s,
+"ports": [{"containerPort": %[9]s}], "readinessProbe": {"tcpSocket": {"port": %[9]s}, "periodSeconds": 1}%[10]s}]}}`,
+		p.name, p.namespace, labels, annotations, p.node, p.account, p.more, args, first, lifecycle)
 }
 
 // meshed is what has a pod in the mesh.

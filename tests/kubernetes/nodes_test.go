@@ -58,6 +58,7 @@ func TestPodsOfTwoNodes(t *testing.T) {
 		m.kubectl("-n", "shop", "wait", "pod", "api", "--for", "condition=Ready", "--timeout", patience.String())
 	})
 	run("a pod starts protected", testStart)
+	run("a pod ends", testEnd)
 	run("the network configuration is rewritten", testRewritten)
 	run("the runtime is restarted while no daemon runs", testRuntimeRestarted)
 	run("a daemon that ends while the API server does not answer leaves what is pinned", testUnknown)

@@ -70,7 +70,7 @@ func (m *mesh) knock(node *kubelab.Node) (answered func() []string) {
 	var mu sync.Mutex
 	found := make(map[string]bool)
 	address := node.Pods().Addr()
-	for range 40 {
+	for range 24 {
 		address = address.Next()
 		at := netip.AddrPortFrom(address, port).String()
 		knocking.Go(func() {
@@ -152,6 +152,50 @@ func (m *mesh) strangers(node *kubelab.Node) (all []string) {
 		all = append(all, fmt.Sprintf("%s:%d", ip, port))
 	}
 	return all
+}
+
+// testEnd deletes a pod that has a live connection, and takes its time to end.
+func testEnd(m *mesh) {
+	first, second := m.Members[0], m.Members[1]
+	m.intentions("edge", map[string]string{"web": "allow"})
+	before := m.namespaces(second)
+	m.create(pod{name: "ends", account: "edge", labels: meshed, node: second.Name, more: `"terminationGracePeriodSeconds": 60,`, preStop: 6})
+	live := m.stream(m.vip("edge", 1))
+	defer live.Kill()
+	m.kubectl("-n", "shop", "delete", "--wait=false", "pod", "ends")
+	m.await("the other node knows that it ends", func() error {
+		status, err := m.status(first)
+		if err != nil {
+			return err
+		}
+		for _, s := range status.Services {
+			for _, i := range s.Instances {
+				if s.Name == "edge" && !i.Healthy {
+					return nil
+				}
+			}
+		}
+		return errors.New("it has no unhealthy instance")
+	})
+	m.goesOn(live)
+	if out := m.kubectl("-n", "shop", "get", "pod", "ends", "-o", "jsonpath={.metadata.deletionTimestamp} {.status.phase}"); !strings.HasSuffix(out, " Running") || strings.HasPrefix(out, " ") {
+		m.t.Errorf("meanwhile the pod is %q", out)
+	}
+	m.await("nothing keeps its network namespace", func() error {
+		_, err := m.Kubectl(m.ctx(), "-n", "shop", "get", "pod", "ends")
+		if now := m.namespaces(second); err == nil || now != before {
+			return fmt.Errorf("the daemon has %d, before it had %d; its pod: %w", now, before, err)
+		}
+		return nil
+	})
+}
+
+// namespaces is how many network namespaces the daemon of a node keeps.
+func (m *mesh) namespaces(node *kubelab.Node) (n int) {
+	m.t.Helper()
+	out, err := node.Run(m.ctx(), "sh", "-c", "for pid in $("+daemons+"); do ls -l /proc/$pid/fd; done")
+	m.must(err)
+	return strings.Count(out, "-> net:[")
 }
 
 // testRewritten has somebody else replace the network configuration, as the installers of networks do.

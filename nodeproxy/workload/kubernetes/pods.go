@@ -89,6 +89,7 @@ func judge(of *corev1.Pod, in *corev1.Namespace, services map[string][]string) (
 	}
 	service, named := labels["service"]
 	p.claim = labels.Claim(providerName, "")
+	p.claim.Ending = of.DeletionTimestamp != nil
 	p.claim.Name, p.claim.Service, p.claim.Also = p.String(), of.Spec.ServiceAccountName, nil
 	if p.claim.Denied = refuses(of, service, named, services); p.claim.Denied != "" {
 		p.claim.Invalid = ""
