@@ -245,7 +245,7 @@ func (p pod) manifest() string {
 		p.more += ` "terminationGracePeriodSeconds": 1,`
 	}
 	return fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": %q, "namespace": %q, "labels": %s, "annotations": %s},
-"spec": {"nodeName": %q, "serviceAccountName": %q, %s "containers": [{"name": "app", "image": "app:lab", "args": %s,
+"spec": {"nodeName": %q, "serviceAccountName": %q, "dnsPolicy": "Default", %s "containers": [{"name": "app", "image": "app:lab", "args": %s,
 "ports": [{"containerPort": %[9]s}], "readinessProbe": {"tcpSocket": {"port": %[9]s}, "periodSeconds": 1}%[10]s}]}}`,
 		p.name, p.namespace, labels, annotations, p.node, p.account, p.more, args, first, lifecycle)
 }

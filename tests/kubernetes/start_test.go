@@ -80,7 +80,7 @@ func (m *mesh) knock(node *kubelab.Node) (answered func() []string) {
 					found[at] = true
 					mu.Unlock()
 				}
-				time.Sleep(time.Millisecond)
+				time.Sleep(5 * time.Millisecond)
 			}
 		})
 	}
@@ -223,6 +223,14 @@ func testRuntimeRestarted(m *mesh) {
 	m.must(node.RestartRuntime(m.ctx()))
 	m.create(pod{name: "newcomer", account: "default"})
 	m.kubectl("create", "-f", m.write("pod.json", pod{name: "held", account: "edge", labels: meshed}.manifest()))
+	m.await("who is not labelled runs again", func() error {
+		for _, at := range m.strangers(node) {
+			if !answers(m.ctx(), node, at) {
+				return fmt.Errorf("%s does not answer", at)
+			}
+		}
+		return nil
+	})
 	for _, name := range []string{"held", "web", "other"} {
 		m.await(name+" does not start, and an event says why", func() error {
 			out, err := m.Kubectl(m.ctx(), "-n", "shop", "get", "events", "--field-selector", "reason=FailedCreatePodSandBox,involvedObject.name="+name, "-o", "jsonpath={.items[*].message}")
@@ -232,14 +240,6 @@ func testRuntimeRestarted(m *mesh) {
 			return err
 		})
 	}
-	m.await("who is not labelled runs again", func() error {
-		for _, at := range m.strangers(node) {
-			if !answers(m.ctx(), node, at) {
-				return fmt.Errorf("%s does not answer", at)
-			}
-		}
-		return nil
-	})
 	strangers = append(strangers, m.strangers(node)...)
 	for _, at := range answered() {
 		if !slices.Contains(strangers, at) {
