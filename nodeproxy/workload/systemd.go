@@ -373,7 +373,7 @@ func (s *Systemd) claims() []Claim {
 		}
 		all = append(all, c)
 		for _, cgroup := range u.sockets {
-			c.Cgroup, c.Sockets = cgroup, true
+			c.Cgroup, c.Sockets, c.Ending = cgroup, true, false
 			all = append(all, c)
 		}
 	}
