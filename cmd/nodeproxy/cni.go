@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/cni"
@@ -61,10 +62,12 @@ func (d *node) keepPlugin(ctx context.Context, cfg *config.Config) error {
 	if d.plugin == nil {
 		return d.removePlugin(cfg)
 	}
+	var access sync.WaitGroup
 	if cfg.Pods.Kubeconfig == "" {
-		go d.pods.KeepAccess(ctx, pluginAccount, pluginAccess(cfg))
+		access.Go(func() { d.pods.KeepAccess(ctx, pluginAccount, pluginAccess(cfg)) })
 	}
 	d.plugin.Keep(ctx)
+	access.Wait()
 	return nil
 }
 
