@@ -355,6 +355,9 @@ func (d *node) run(ctx context.Context, cfg *config.Config) error {
 		if d.metrics != nil {
 			serve(public, &d.public, "metrics", d.metrics.Serve)
 		}
+		if d.pods != nil {
+			d.public.Go(func() { d.pods.KeepGates(public, d.manager.Workloads) })
+		}
 		serve(public, &d.public, "the CNI plugin", func(ctx context.Context) error { return d.keepPlugin(ctx, cfg) })
 		serve(background, &servers, "the next daemon", d.handOver)
 		close(d.inOffice)

@@ -27,7 +27,7 @@ func TestPodsOfTwoNodes(t *testing.T) {
 	m.intentions("api", map[string]string{"web": "allow"})
 	m.create(
 		pod{name: "web", account: "web", labels: meshed}, pod{name: "web-2", account: "web", labels: meshed, node: "node-2"},
-		pod{name: "api", account: "api", labels: meshed, node: "node-2"},
+		pod{name: "api", account: "api", labels: meshed, node: "node-2", more: `"readinessGates": [{"conditionType": "nodeproxy.io/protected"}],`},
 		pod{name: "other", account: "other", labels: meshed}, pod{name: "stranger", account: "default"}, pod{name: "stranger-2", account: "default", node: "node-2"})
 	m.protected("shop/web", "shop/other")
 	second := m.Members[1]
@@ -52,6 +52,7 @@ func TestPodsOfTwoNodes(t *testing.T) {
 		m.refused("shop/stranger-2", api)
 		m.kubectl("-n", "shop", "label", "pod", "api", "nodeproxy.io/mesh-")
 		m.reaches("shop/stranger-2", api)
+		m.kubectl("-n", "shop", "wait", "pod", "api", "--for", "condition=Ready=false", "--timeout", patience.String()) // its readiness gate
 		m.kubectl("-n", "shop", "label", "pod", "api", "nodeproxy.io/mesh=enabled")
 		m.refused("shop/stranger-2", api)
 		m.reaches("shop/web", vip)

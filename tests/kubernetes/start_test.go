@@ -18,13 +18,13 @@ import (
 	"nodeproxy.io/tests/kubelab"
 )
 
-// holding adds deploy/kubernetes/cni to the overlay, with the directory of the nodes' network configuration.
+// holding adds both components of deploy/kubernetes to the overlay, cni with the directory of the nodes' network configuration.
 func (m *mesh) holding() {
 	m.t.Helper()
 	path := filepath.Join(m.overlay, "kustomization.yaml")
 	text, err := os.ReadFile(path)
 	m.must(err)
-	m.must(os.WriteFile(path, append(text, `components: [../kubernetes/cni]
+	m.must(os.WriteFile(path, append(text, `components: [../kubernetes/cni, ../kubernetes/readiness]
 patches:
   - target: {kind: DaemonSet, name: nodeproxy}
     patch: |-

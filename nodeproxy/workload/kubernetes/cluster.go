@@ -4,7 +4,7 @@
 // A label asks, and the configuration grants: a pod may be only what its service account is called, in a namespace for which that
 // service is configured. Nothing is asked of the container runtime: a pod's cgroup is found by its UID.
 //
-// The API server is read, and never written to, but for the tokens of KeepAccess. While it does not answer, what was last known stays in force, and Problem says so.
+// The API server is read, and written to for KeepAccess and KeepGates alone. While it does not answer, what was last known stays in force, and Problem says so.
 package kubernetes
 
 import (
@@ -67,6 +67,7 @@ type Cluster struct {
 	spoke     bool                   // Run has claimed what there is, or what is remembered
 	faults    map[string]error       // by resource
 	misplaced error                  // pods without a cgroup
+	gates     error                  // conditions that are not set
 	changed   []chan struct{}        // get a value, without blocking, when anything has changed
 	starting  map[types.UID]bool     // whose network namespace has been made
 	placed    map[types.UID][]string // where the cgroups of workloads are or will be
@@ -128,7 +129,7 @@ func (c *Cluster) Problem() error {
 	if !c.spoke {
 		return nil
 	}
-	return cmp.Or(c.unheard(), c.misplaced, c.unfollowed())
+	return cmp.Or(c.unheard(), c.misplaced, c.unfollowed(), c.gates)
 }
 
 func (c *Cluster) isAway() bool {

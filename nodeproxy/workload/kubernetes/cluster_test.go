@@ -177,6 +177,7 @@ func TestPods(t *testing.T) {
 		{"ClusterIPs", testClusterIPs},
 		{"the API server stops and starts", testOutage},
 		{"pods start", testStarting},
+		{"readiness gates", testGates},
 		{"the DaemonSet of its own", testDaemonSet},
 		{"the DaemonSet, which it may not follow", testDaemonSetForbidden},
 	} {
