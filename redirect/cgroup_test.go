@@ -38,16 +38,7 @@ unshare --cgroup $alone "$@"
 `
 
 func TestAContainerSeesCgroupsAsItsNodeDoes(t *testing.T) {
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	lab := netlab.ForTest(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	for where, want := range map[string]string{"node": "/sys/fs/cgroup/pod-node <nil> true\n", "alone": ""} {
@@ -86,16 +77,7 @@ func appOwn() {
 }
 
 func TestTheCgroupInWhichADaemonIsFirstIsItsOwn(t *testing.T) {
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	lab := netlab.ForTest(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	mount, err := redirect.CgroupMount()

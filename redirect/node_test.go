@@ -136,19 +136,7 @@ func newNode(t testing.TB) *node {
 // newNodeWith is newNode with a changed configuration.
 func newNodeWith(t testing.TB, change func(*redirect.Config)) *node {
 	t.Helper()
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-		if leaks := lab.Leaks(); len(leaks) > 0 {
-			t.Errorf("left behind: %v", leaks)
-		}
-	})
+	lab := netlab.ForTest(t)
 	own, err := lab.Cgroup().Child("daemon")
 	if err != nil {
 		t.Fatal(err)

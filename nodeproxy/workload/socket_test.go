@@ -141,16 +141,7 @@ func confinedSockets(t *testing.T, own, locked, pid string) {
 // TestAProcessThatJustStartedHasNoSockets is for one in another mount namespace than the daemon's, which a container's first
 // process is too while it still has the node's file system.
 func TestAProcessThatJustStartedHasNoSockets(t *testing.T) {
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	lab := netlab.ForTest(t)
 	cgroup := filepath.Join(lab.Cgroup().Path(), "starting")
 	must := func(err error) {
 		t.Helper()

@@ -34,19 +34,9 @@ func bootSystemd(t *testing.T) *managed {
 		t.Skip("slow: boots systemd")
 	}
 	netlab.Lacks(t, systemdlab.Missing()...)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-		if leaks := lab.Leaks(); len(leaks) > 0 {
-			t.Errorf("left behind: %v", leaks)
-		}
-	})
+	lab := netlab.ForTest(t)
 	m := &managed{labelled: &labelled{t: t, claims: make(chan []Claim, 1<<12)}}
+	var err error
 	if m.Systemd, err = systemdlab.Boot(within30(t), lab); err != nil {
 		t.Fatal(err)
 	}

@@ -31,16 +31,7 @@ type labelled struct {
 
 func runXattr(t *testing.T, prepare func(l *labelled), options ...func(*Xattr)) *labelled {
 	t.Helper()
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	lab := netlab.ForTest(t)
 	mount, err := redirect.CgroupMount()
 	if err != nil {
 		t.Fatal(err)

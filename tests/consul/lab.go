@@ -230,21 +230,7 @@ func (a *Agent) Restart(ctx context.Context) error {
 
 // Await repeats check until it returns nil. If ctx ends first, or the agent does, the error quotes the agent's output.
 func (a *Agent) Await(ctx context.Context, what string, check func() error) error {
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for {
-		err := check()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return fmt.Errorf("wait until the agent %s %s: %w: %w; its output:\n%s", a.cfg.Node, what, context.Cause(ctx), err, a.Process.Output())
-		case <-a.Process.Done():
-			return fmt.Errorf("wait until the agent %s %s: it ended; its output:\n%s", a.cfg.Node, what, a.Process.Output())
-		}
-	}
+	return a.Process.Await(ctx, "the agent "+a.cfg.Node+" "+what, check)
 }
 
 // Stop ends the agent with SIGTERM: it leaves its cluster.

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/tests/kubelab"
 	"nodeproxy.io/tests/netlab"
 )
 
@@ -45,7 +46,7 @@ func (m *agentless) withPods(service string) *pods {
 "users": [{"name": "test", "user": {"token": "secret"}}],
 "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}]}`)
 	start("etcd", "--data-dir", filepath.Join(p.dir, "etcd"), "--unsafe-no-fsync")
-	start(kubernetesProgram(t, "kube-apiserver"), "--etcd-servers", "http://127.0.0.1:2379", "--bind-address", "127.0.0.1", "--secure-port", "6443",
+	start(kubelab.Program(t, "kube-apiserver"), "--etcd-servers", "http://127.0.0.1:2379", "--bind-address", "127.0.0.1", "--secure-port", "6443",
 		"--cert-dir", filepath.Join(p.dir, "certificates"), "--service-cluster-ip-range", "10.96.0.0/16", "--endpoint-reconciler-type", "none",
 		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts, "--service-account-issuer", "https://kubernetes.test",
 		"--token-auth-file", p.write("tokens", "secret,admin,1,system:masters\n"), "--authorization-mode", "RBAC",
@@ -60,20 +61,6 @@ func (m *agentless) withPods(service string) *pods {
 	return p
 }
 
-// kubernetesProgram finds what the Makefile builds, once per version, outside the repository.
-func kubernetesProgram(t *testing.T, name string) string {
-	t.Helper()
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	found, err := filepath.Glob(filepath.Join(cache, "nodeproxy-tools", "kubernetes-v*", name))
-	if err != nil || len(found) == 0 {
-		t.Fatalf("there is no %s (%v): run make kubernetes", name, err)
-	}
-	return found[len(found)-1]
-}
-
 func (p *pods) write(name, text string) string {
 	p.t.Helper()
 	path := filepath.Join(p.dir, name)
@@ -83,7 +70,7 @@ func (p *pods) write(name, text string) string {
 
 func (p *pods) kubectl(args ...string) (string, error) {
 	args = append([]string{"--kubeconfig", filepath.Join(p.dir, "kubeconfig")}, args...)
-	return p.Lab.Run(p.ctx(), netlab.Command{Path: kubernetesProgram(p.t, "kubectl"), Args: args, Namespace: p.Nodes[1].Namespace})
+	return p.Lab.Run(p.ctx(), netlab.Command{Path: kubelab.Program(p.t, "kubectl"), Args: args, Namespace: p.Nodes[1].Namespace})
 }
 
 func (p *pods) do(args ...string) string {

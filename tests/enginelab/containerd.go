@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"nodeproxy.io/tests/netlab"
 )
@@ -53,18 +52,10 @@ func (c *Containerd) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for {
-		if _, err = c.Ctr(ctx, "version"); err == nil {
-			return nil
-		}
-		select {
-		case <-c.process.Done():
-			return fmt.Errorf("start containerd: it ended: %s", c.process.Output())
-		case <-ctx.Done():
-			return fmt.Errorf("start containerd: %w: %w; its log:\n%s", context.Cause(ctx), err, c.process.Output())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
+	return c.process.Await(ctx, "containerd answers", func() error {
+		_, err := c.Ctr(ctx, "version")
+		return err
+	})
 }
 
 // Stop ends it as a service manager does, and not its containers.

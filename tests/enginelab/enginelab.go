@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"nodeproxy.io/tests/netlab"
 )
@@ -96,18 +95,10 @@ func (e *Engine) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for {
-		if _, err = e.Docker(ctx, "version"); err == nil {
-			return nil
-		}
-		select {
-		case <-e.process.Done():
-			return fmt.Errorf("start the engine: it ended: %s", e.process.Output())
-		case <-ctx.Done():
-			return fmt.Errorf("start the engine: %w: %w; its log:\n%s", context.Cause(ctx), err, e.process.Output())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
+	return e.process.Await(ctx, "the engine answers", func() error {
+		_, err := e.Docker(ctx, "version")
+		return err
+	})
 }
 
 // Stop ends the engine as a service manager does, and not its containers.

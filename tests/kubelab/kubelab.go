@@ -71,6 +71,16 @@ func Missing() []string {
 	return missing
 }
 
+// Program is the path of a program of Kubernetes. It ends the test as netlab.Lacks does if that has not been built.
+func Program(tb netlab.TB, name string) string {
+	tb.Helper()
+	path, err := program(name)
+	if err != nil {
+		netlab.Lacks(tb, err.Error())
+	}
+	return path
+}
+
 // program finds what the Makefile builds, once per version, outside the repository.
 func program(name string) (string, error) {
 	cache, err := os.UserCacheDir()
@@ -178,7 +188,7 @@ func (c *Cluster) start(ctx context.Context, cfg Config) error {
 		}
 	}
 	for _, n := range c.Members {
-		if err := n.await(ctx, n.kubelet, n.Name+" is ready", func() error {
+		if err := n.kubelet.Await(ctx, n.Name+" is ready", func() error {
 			out, err := c.Kubectl(ctx, "get", "node", n.Name, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")]}`)
 			if err == nil && !strings.Contains(out, `"status":"True"`) {
 				err = errors.New(out)
@@ -249,7 +259,7 @@ func (c *Cluster) startControl(ctx context.Context) error {
 		if component[0] != "kube-apiserver" {
 			continue
 		}
-		if err := node.await(ctx, p, "the API server is ready", func() error {
+		if err := p.Await(ctx, "the API server is ready", func() error {
 			_, err := c.Kubectl(ctx, "get", "--raw", "/readyz")
 			return err
 		}); err != nil {
@@ -294,19 +304,14 @@ func (c *Cluster) SignalAPIServer(ctx context.Context, sig syscall.Signal) error
 func (c *Cluster) Logs() string {
 	var all strings.Builder
 	for _, p := range c.control {
-		all.WriteString(tail(p) + "\n")
+		all.WriteString(p.Tail() + "\n")
 	}
 	for _, n := range c.Members {
 		for _, p := range []*netlab.Process{n.runtime, n.kubelet} {
 			if p != nil {
-				all.WriteString(n.Name + ": " + tail(p) + "\n")
+				all.WriteString(n.Name + ": " + p.Tail() + "\n")
 			}
 		}
 	}
 	return all.String()
-}
-
-func tail(p *netlab.Process) string {
-	text := p.Output()
-	return text[max(0, len(text)-3000):]
 }

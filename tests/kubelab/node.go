@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	"nodeproxy.io/tests/netlab"
 )
@@ -236,7 +235,7 @@ func (n *Node) startRuntime(ctx context.Context, config string) (err error) {
 	if n.runtime, err = n.service("containerd", "containerd", "--config", config); err != nil {
 		return err
 	}
-	return n.await(ctx, n.runtime, "containerd answers", func() error {
+	return n.runtime.Await(ctx, "containerd answers", func() error {
 		_, err := n.Run(ctx, "ctr", "version")
 		return err
 	})
@@ -257,23 +256,4 @@ func (n *Node) RestartRuntime(ctx context.Context) error {
 func (n *Node) Import(ctx context.Context, image string) error {
 	_, err := n.Run(ctx, "ctr", "--namespace", "k8s.io", "images", "import", image)
 	return err
-}
-
-// await repeats check until it returns nil, ctx ends or the process does.
-func (n *Node) await(ctx context.Context, p *netlab.Process, what string, check func() error) error {
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for {
-		err := check()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-tick.C:
-		case <-p.Done():
-			return fmt.Errorf("wait until %s: it ended: %s", what, tail(p))
-		case <-ctx.Done():
-			return fmt.Errorf("wait until %s: %w: %w; its output:\n%s", what, context.Cause(ctx), err, tail(p))
-		}
-	}
 }

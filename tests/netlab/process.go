@@ -145,6 +145,34 @@ func (p *Process) ExitCode() int {
 	}
 }
 
+// Await repeats check until it returns nil. If ctx ends first, or the process does, the error has the end of its output.
+func (p *Process) Await(ctx context.Context, what string, check func() error) error {
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for {
+		err := check()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-p.Done():
+			return fmt.Errorf("wait until %s: process %d has ended; its output:\n%s", what, p.PID(), p.Tail())
+		case <-ctx.Done():
+			return fmt.Errorf("wait until %s: %w: %w; the output of process %d:\n%s", what, context.Cause(ctx), err, p.PID(), p.Tail())
+		}
+	}
+}
+
+// pollInterval is how often Await checks.
+const pollInterval = 50 * time.Millisecond
+
+// Tail is the end of Output.
+func (p *Process) Tail() string {
+	text := p.Output()
+	return text[max(0, len(text)-3000):]
+}
+
 // WaitOutput waits until text appears in Output. It fails when the process ends without it.
 func (p *Process) WaitOutput(ctx context.Context, text string) error {
 	for {

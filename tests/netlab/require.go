@@ -14,6 +14,30 @@ type TB interface {
 	Fatalf(format string, args ...any)
 }
 
+// ForTest makes a Lab that is closed when the test ends, which then fails if anything is left behind. It ends the test as Lacks does unless a
+// Lab can be made here.
+func ForTest(tb interface {
+	TB
+	Cleanup(func())
+	Errorf(format string, args ...any)
+}) *Lab {
+	tb.Helper()
+	Require(tb)
+	l, err := New()
+	if err != nil {
+		tb.Fatalf("%v", err)
+	}
+	tb.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			tb.Errorf("close the lab: %v", err)
+		}
+		if leaks := l.Leaks(); len(leaks) > 0 {
+			tb.Errorf("left behind: %v", leaks)
+		}
+	})
+	return l
+}
+
 // Require ends the test as Lacks does unless a Lab can be made here.
 func Require(tb TB) {
 	tb.Helper()

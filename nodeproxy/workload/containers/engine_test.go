@@ -284,12 +284,7 @@ func TestAMissingEngineIsAProblemAndNoClaim(t *testing.T) {
 
 // A real engine cannot be made to name the process of another, which is what happens when a number is used again.
 func TestAProcessThatIsNotTheContainersIsNeverTaken(t *testing.T) {
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := netlab.ForTest(t)
 	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 	mine, err := lab.Cgroup().Child("docker-" + id + ".scope")
 	theirs, errTheirs := lab.Cgroup().Child("other")

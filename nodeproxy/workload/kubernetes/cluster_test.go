@@ -44,18 +44,10 @@ func startCluster(t *testing.T) *cluster {
 	if testing.Short() {
 		t.Skip("it takes a Kubernetes API server")
 	}
-	netlab.Require(t)
-	lab, err := netlab.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := lab.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	lab := netlab.ForTest(t)
 	c := &cluster{t: t, apiServer: startAPIServer(t), mount: lab.Cgroup().Path()}
 	c.mkdir("kubelet/kubepods")
+	var err error
 	c.Cluster, err = New(Config{
 		Node: node, Kubeconfig: c.kubeconfig, Mount: c.mount, Log: slog.New(slog.DiscardHandler), StateFile: c.stateFile(),
 		DaemonSet:  DaemonSet{"elsewhere", "nodeproxy"},

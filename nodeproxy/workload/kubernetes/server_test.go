@@ -25,6 +25,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"nodeproxy.io/tests/kubelab"
 )
 
 // patience bounds every wait for an event.
@@ -171,7 +173,7 @@ func stop(cmd *exec.Cmd) {
 // startServer waits until the API server is ready.
 func (s *apiServer) startServer() {
 	s.t.Helper()
-	s.running = s.start("kube-apiserver", kubernetesBinary(s.t, "kube-apiserver"), s.args...)
+	s.running = s.start("kube-apiserver", kubelab.Program(s.t, "kube-apiserver"), s.args...)
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
 	within(s.t, 2*patience, "the API server is ready", func() bool {
 		req, err := http.NewRequest(http.MethodGet, "https://"+s.address+"/readyz", nil)
@@ -189,20 +191,6 @@ func (s *apiServer) startServer() {
 }
 
 func (s *apiServer) stopServer() { stop(s.running) }
-
-// kubernetesBinary finds what the Makefile builds, once per version, outside the repository.
-func kubernetesBinary(t *testing.T, name string) string {
-	t.Helper()
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	found, err := filepath.Glob(filepath.Join(cache, "nodeproxy-tools", "kubernetes-v*", name))
-	if err != nil || len(found) == 0 {
-		t.Fatalf("there is no %s (%v): run make kubernetes", name, err)
-	}
-	return found[len(found)-1]
-}
 
 // within waits for something to hold.
 func within(t *testing.T, limit time.Duration, what string, holds func() bool) {
