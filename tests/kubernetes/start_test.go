@@ -159,7 +159,7 @@ func testEnd(m *mesh) {
 	first, second := m.Members[0], m.Members[1]
 	m.intentions("edge", map[string]string{"web": "allow"})
 	before := m.namespaces(second)
-	m.create(pod{name: "ends", account: "edge", labels: meshed, node: second.Name, more: `"terminationGracePeriodSeconds": 60,`, preStop: 6})
+	m.create(pod{name: "ends", account: "edge", labels: meshed, node: second.Name, more: `"terminationGracePeriodSeconds": 60,`, preStop: 15})
 	live := m.stream(m.vip("edge", 1))
 	defer live.Kill()
 	m.kubectl("-n", "shop", "delete", "--wait=false", "pod", "ends")
@@ -193,9 +193,9 @@ func testEnd(m *mesh) {
 // namespaces is how many network namespaces the daemon of a node keeps.
 func (m *mesh) namespaces(node *kubelab.Node) (n int) {
 	m.t.Helper()
-	out, err := node.Run(m.ctx(), "sh", "-c", "for pid in $("+daemons+"); do ls -l /proc/$pid/fd; done")
+	out, err := node.Run(m.ctx(), "sh", "-c", "for pid in $("+daemons+"); do for file in /proc/$pid/fd/*; do readlink $file || true; done; done") // one may be closed meanwhile
 	m.must(err)
-	return strings.Count(out, "-> net:[")
+	return strings.Count(out, "net:[")
 }
 
 // testRewritten has somebody else replace the network configuration, as the installers of networks do.
