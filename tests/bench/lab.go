@@ -208,9 +208,15 @@ func (l *lab) start(ctx context.Context) error {
 	return nil
 }
 
+// told is what a daemon tells of connections since its start.
+type told struct {
+	opened int
+	lost   int // news from the kernel, of which it may not have heard that one was opened
+}
+
 // opened is how many ends of connections each daemon has opened since it started. It waits until none is open any more:
 // closing is work too.
-func (l *lab) opened(ctx context.Context) (n [2]int, err error) {
+func (l *lab) opened(ctx context.Context) (n [2]told, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, fmt.Errorf("not closed within %s", setupTimeout))
 	defer cancel()
 	for i, d := range l.Daemons {
@@ -223,7 +229,7 @@ func (l *lab) opened(ctx context.Context) (n [2]int, err error) {
 		if err != nil {
 			return n, err
 		}
-		n[i] = int(status.Connections.Opened)
+		n[i] = told{int(status.Connections.Opened), int(status.Kernel.Counters[admin.CounterEventsLost])}
 	}
 	return n, nil
 }
