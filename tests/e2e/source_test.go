@@ -105,6 +105,7 @@ var fileOnly = map[string][]string{
 		"TestAWorkloadWhoseRulesFindNoRoomIsNotEnrolledAndTheOthersGoOn",
 		"TestWorkloadsAreUnprotectedWhileAnAddressToRedirectFindsNoRoom",
 		"TestTenThousandConnectionsLeaveNothingBehind",
+		"TestAGibibyteGoesBothWaysAtOnceOverEightConnections",
 		"TestTheTraceShowsWhatItsFiltersLetThrough",
 		"TestWhatSomebodyDetachesIsRepairedAndCounted",
 		"TestWhatCannotBeRepairedIsAnUnprotectedWorkload",

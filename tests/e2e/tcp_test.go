@@ -97,6 +97,40 @@ func TestASocketBoundToADeviceIsRefusedWithAReason(t *testing.T) {
 	m.reaches(web, m.vip("api"))
 }
 
+// TestAGibibyteGoesBothWaysAtOnceOverEightConnections has every byte come back as it was, and the end after it, from an instance of the
+// other node and one of the same.
+func TestAGibibyteGoesBothWaysAtOnceOverEightConnections(t *testing.T) {
+	onEveryPath(t, func(t *testing.T, m *mesh, between admin.Path) {
+		const connections, each = 8, 1 << 27
+		web := m.place(0, "web")
+		m.place(1, "api")
+		m.place(0, "db")
+		m.allow("api", "web")
+		m.allow("db", "web")
+		m.start()
+		for service, path := range map[string]admin.Path{"api": between, "db": admin.PathDirect} {
+			var all []*netlab.Process
+			for range connections {
+				p, err := web.Start(m.app("echo", "-half", "-n", strconv.Itoa(each), "-timeout", slowly.String(), m.vip(service)))
+				m.must(err)
+				t.Cleanup(p.Kill)
+				all = append(all, p)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), slowly)
+			for _, p := range all {
+				m.must(p.Wait(ctx))
+				if out := p.Output(); out != fmt.Sprintf("echoed %d\n", each) {
+					t.Errorf("over %s: %s", path, out)
+				}
+			}
+			cancel()
+			if n := m.metric(0, "nodeproxy_connections_opened_total", `destination_service="`+service+`"`, `path="`+string(path)+`"`, `direction="outbound"`); n != connections {
+				t.Errorf("%v of %d connections went over %s", n, connections, path)
+			}
+		}
+	})
+}
+
 // TestTenThousandConnectionsLeaveNothingBehind opens and closes them on each path; the baselines are looked at in the end.
 func TestTenThousandConnectionsLeaveNothingBehind(t *testing.T) {
 	onEveryPath(t, func(t *testing.T, m *mesh, between admin.Path) {

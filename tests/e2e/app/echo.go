@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
@@ -11,16 +12,17 @@ import (
 	"time"
 )
 
-// echo sends bytes and reads them back, without a half-close, which some proxies do not carry. It prints "echoed N", or
-// "not echoed: ERROR" with the errno's name where there is one.
+// echo sends bytes and reads them back at the same time, and with -half ends one after the other way, which some proxies do not carry. It
+// prints "echoed N", or "not echoed: ERROR" with the errno's name where there is one.
 func echo(args []string) error {
 	flags := flag.NewFlagSet("echo", flag.ContinueOnError)
 	n := flags.Int64("n", 1<<20, "bytes")
+	half := flags.Bool("half", false, "half-close after the last byte, and wait for the other side's end")
 	timeout := flags.Duration("timeout", 30*time.Second, "give up after")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	if err := echoOver(flags.Arg(0), *n, *timeout); err != nil {
+	if err := echoOver(flags.Arg(0), *n, *half, *timeout); err != nil {
 		fmt.Printf("not echoed: %s\n", errorName(err))
 		return nil
 	}
@@ -28,23 +30,37 @@ func echo(args []string) error {
 	return nil
 }
 
-func echoOver(to string, n int64, timeout time.Duration) error {
-	conn, err := net.DialTimeout("tcp", to, timeout)
+func echoOver(to string, n int64, half bool, timeout time.Duration) error {
+	dialled, err := net.DialTimeout("tcp", to, timeout)
 	if err != nil {
 		return err
 	}
+	conn := dialled.(*net.TCPConn)
 	_ = conn.SetDeadline(time.Now().Add(timeout))
-	want := make([]byte, n)
-	_, _ = pattern{}.Read(want)
+	sent, got := sha256.New(), sha256.New()
 	var sending sync.WaitGroup
-	sending.Go(func() { _, _ = conn.Write(append([]byte("echo\n"), want...)) })
+	sending.Go(func() {
+		_, _ = io.WriteString(conn, "echo\n")
+		_, _ = io.Copy(conn, io.TeeReader(io.LimitReader(pattern{}, n), sent))
+		if half {
+			_ = conn.CloseWrite()
+		}
+	})
 	defer sending.Wait()
 	defer conn.Close() // ends the writer
-	got := make([]byte, n)
-	if _, err := io.ReadFull(conn, got); err != nil {
+	switch read, err := io.CopyN(got, conn, n); {
+	case errors.Is(err, io.EOF) && read > 0:
+		return io.ErrUnexpectedEOF
+	case err != nil:
 		return err
 	}
-	if !bytes.Equal(got, want) {
+	if half {
+		if more, err := io.Copy(io.Discard, conn); err != nil || more > 0 {
+			return errors.Join(err, fmt.Errorf("%d bytes more came back", more))
+		}
+	}
+	sending.Wait()
+	if !bytes.Equal(got.Sum(nil), sent.Sum(nil)) {
 		return errors.New("other bytes came back")
 	}
 	return nil

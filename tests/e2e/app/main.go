@@ -3,7 +3,7 @@
 //
 //	app serve [-first] [-unix] ADDRESS...   serves; -first speaks before the client does
 //	app dial [flags] ADDRESS [COMMAND]      connects, sends COMMAND, prints what comes back and how it ended
-//	app echo [-n N] ADDRESS                 sends N bytes to "app serve" and reads them back
+//	app echo [-half] [-n N] ADDRESS         sends N bytes to "app serve" and reads them back
 //	app hold [-await] -n N [-say HEX] ADDR  opens N connections, -await: one after another is answered, and holds them until its stdin ends
 //	app load [-n N] [-c C] ADDRESS          makes N connections, C at a time, and counts the failures; -n 0: until its stdin ends
 //	app repeat -n N -at-once M ADDRESS      connects N times, M at once, asks "peer", and prints how many were answered
