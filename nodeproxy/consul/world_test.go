@@ -39,6 +39,9 @@ type world struct {
 
 func newWorld(t testing.TB, cfg lab.Config) *world {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("slow: runs a Consul")
+	}
 	lab.Require(t)
 	l, err := netlab.New()
 	if err != nil {
