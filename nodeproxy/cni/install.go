@@ -156,7 +156,7 @@ func copyProgram(from, to string) (err error) {
 		return err
 	}
 	_, err = io.Copy(out, in)
-	if err = errors.Join(err, out.Close()); err == nil {
+	if err = errors.Join(err, out.Sync(), out.Close()); err == nil {
 		err = os.Rename(out.Name(), to)
 	}
 	return err
@@ -323,10 +323,20 @@ func replace(path string, text []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(aside(path), text, info.Mode().Perm()); err != nil {
+	return writeWhole(path, aside(path), text, info.Mode().Perm())
+}
+
+// writeWhole writes a file under another name and renames it once it is on the disk: after a power cut it is the one or the other.
+func writeWhole(path, new string, text []byte, mode fs.FileMode) error {
+	f, err := os.OpenFile(new, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, mode)
+	if err != nil {
 		return err
 	}
-	return os.Rename(aside(path), path)
+	_, err = f.Write(text)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(new, path)
 }
 
 func readRecord(path string) (*record, error) {
@@ -350,10 +360,7 @@ func (r *record) write(path string) error {
 		err = os.MkdirAll(filepath.Dir(path), 0o700)
 	}
 	if err == nil {
-		err = os.WriteFile(path+".new", text, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(path+".new", path)
+		err = writeWhole(path, path+".new", text, 0o600)
 	}
 	return err
 }
