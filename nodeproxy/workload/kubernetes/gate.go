@@ -26,7 +26,7 @@ func (c *Cluster) KeepGates(ctx context.Context, state func() []workload.Workloa
 	defer tick.Stop()
 	for {
 		if c.hasSynced() {
-			err := c.setGates(ctx, state())
+			err := c.setGates(ctx, state)
 			c.mu.Lock()
 			c.gates = err
 			c.mu.Unlock()
@@ -41,15 +41,20 @@ func (c *Cluster) KeepGates(ctx context.Context, state func() []workload.Workloa
 }
 
 // setGates returns the first of what went wrong.
-func (c *Cluster) setGates(ctx context.Context, all []workload.WorkloadState) (failed error) {
+func (c *Cluster) setGates(ctx context.Context, state func() []workload.WorkloadState) (failed error) {
+	var gated []*corev1.Pod
 	for _, p := range list[corev1.Pod](c.pods) {
 		asks := slices.ContainsFunc(p.Spec.ReadinessGates, func(g corev1.PodReadinessGate) bool { return g.ConditionType == gate })
-		if !asks || p.DeletionTimestamp != nil || (pod{Pod: p}).finished() {
-			continue
+		if asks && p.DeletionTimestamp == nil && !(pod{Pod: p}).finished() {
+			gated = append(gated, p)
 		}
-		if err := c.setGate(ctx, p, c.protection(p, all)); err != nil {
-			failed = cmp.Or(failed, err)
-		}
+	}
+	if len(gated) == 0 {
+		return nil
+	}
+	now := state()
+	for _, p := range gated {
+		failed = cmp.Or(failed, c.setGate(ctx, p, c.protection(p, now)))
 	}
 	return failed
 }
