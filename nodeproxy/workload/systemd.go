@@ -277,17 +277,22 @@ func (s *Systemd) readJobs(ctx context.Context, b bus, names []string) error {
 // readSome looks at services that have or had a job, or whose sockets had one. The files of known ones are not read again: systemd
 // does that when it is told to reload.
 func (s *Systemd) readSome(ctx context.Context, b bus, names []string) error {
-	for i, name := range names {
+	var services []string
+	for _, name := range names {
 		if !isSocket(name) {
+			services = append(services, name)
 			continue
 		}
 		started, err := property[[]string](ctx, b.conn.GetUnitPropertyContext, name, "Triggers")
 		if err != nil && !errors.Is(err, errGone) {
 			return err
 		}
-		names[i] = strings.Join(started, "")
+		services = append(services, started...)
 	}
-	loaded, err := b.loaded(ctx, names...)
+	if len(services) == 0 {
+		return nil
+	}
+	loaded, err := b.loaded(ctx, services...)
 	if err != nil {
 		return err
 	}
