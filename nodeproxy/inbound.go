@@ -2,7 +2,6 @@ package nodeproxy
 
 import (
 	"context"
-	"crypto/tls"
 	"fmt"
 	"net"
 	"net/netip"
@@ -141,7 +140,7 @@ func (in *inbound) authenticate(now *state) (leg, error) {
 	if in.cfg.Tunnels {
 		protocol = tunnel.ALPN
 	}
-	secure, source, err := in.answer(now, w, protocol, deadline)
+	peer, err := in.answer(now, w, protocol, deadline)
 	took := time.Since(begin)
 	in.c.describe(func(about *admin.Connection) { about.Handshake = took })
 	if err != nil {
@@ -153,17 +152,17 @@ func (in *inbound) authenticate(now *state) (leg, error) {
 	if err := in.conn.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	if protocol != "" && secure.ConnectionState().NegotiatedProtocol == protocol {
-		l := newLink(secure, w, source, true)
+	if protocol != "" && peer.Protocol == protocol {
+		l := newLink(w, peer, true)
 		l.handshake = took
 		return l, nil
 	}
-	in.c.identify(source.Identity, in.served.Service)
-	return newSecureLeg(secure, w), nil
+	in.c.identify(peer.Peer.Identity, in.served.Service)
+	return w.leg(peer), nil
 }
 
 // answer does the TLS handshake. Its costly part waits for a turn.
-func (in *inbound) answer(now *state, w *wire, protocol string, deadline time.Time) (*tls.Conn, mtls.Peer, error) {
+func (in *inbound) answer(now *state, w *wire, protocol string, deadline time.Time) (*mtls.Secured, error) {
 	ctx, cancel := context.WithDeadline(in.c.ctx, deadline)
 	defer cancel()
 	done := func() {}

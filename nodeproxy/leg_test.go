@@ -26,8 +26,8 @@ func TestLookingForFirstBytesLosesNoEnd(t *testing.T) {
 			}
 			tc.end(application)
 			eventually(t, "its end has arrived", func() bool {
-				if p := l.first(plainChunk); p != nil {
-					t.Fatalf("first returns %q", p)
+				if b := l.first(plainChunk); b.buf != nil {
+					t.Fatalf("first returns %q", b.text())
 				}
 				return l.ended != nil
 			})

@@ -1,11 +1,9 @@
 package nodeproxy
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync/atomic"
 	"time"
 
@@ -20,21 +18,18 @@ var (
 	errDuplicate   = errors.New("the other node has seen this opening before, and may have passed on what it carried")
 )
 
-// link is one end of a tunnel: its TLS connection, the state of the protocol, and what was read and not used yet. It is
-// the leg of the stream that is under way, and holds a buffer only while there are bytes in it.
+// link is one end of a tunnel: its connection, the state of the protocol, and what was read and not used yet. It is the leg of the
+// stream that is under way.
 type link struct {
-	tls       *tls.Conn
-	wire      *wire
+	channel
 	session   *tunnel.Session
 	peer      mtls.Peer
 	born      time.Time
 	handshake time.Duration // of TLS, if it is yet to be told with a stream
 
 	// Used by whoever reads.
-	held     *buffer // nil when nothing is unread
-	from, to int     // what is unread of held; from is never below headroom
-	left     int     // how much of a body is not returned yet, of OPEN and DATA
-	drained  bool    // no whole record is left of what has arrived
+	left int     // how much of a body is not returned yet, of OPEN and DATA
+	part [1]span // what next returned, if it is a part of a record
 
 	// Used by whoever writes.
 	unconfirmed int // how much was sent that the other side is not known to have read
@@ -46,51 +41,43 @@ type link struct {
 // fits the socket to it.
 const sureToBeRead = 4 << 10
 
-// newLink takes over conn, whose handshake was done over w.
-func newLink(conn *tls.Conn, w *wire, peer mtls.Peer, server bool) *link {
-	w.polling = true
+// newLink takes over w, over which the handshake with peer was done.
+func newLink(w *wire, peer *mtls.Secured, server bool) *link {
 	// Nothing can have been sent by a client before its handshake was done, and a server sends nothing first.
-	return &link{tls: conn, wire: w, session: tunnel.NewSession(server), peer: peer, born: time.Now()}
+	return &link{channel: newChannel(w, peer.Records), session: tunnel.NewSession(server), peer: peer.Peer, born: time.Now()}
 }
 
-// more waits for bytes. What is unread moves to the front; only then.
+// more waits for more bytes. A close_notify is no end that a stream may have.
 func (l *link) more() error {
-	if l.drained {
-		if err := l.wire.fill(); err != nil {
-			return err
-		}
-	}
-	if l.held == nil {
-		l.held, l.from, l.to = l.wire.pool.get(), headroom, headroom
-	} else {
-		n := copy(l.held[headroom:], l.held[l.from:l.to])
-		l.from, l.to = headroom, headroom+n
-	}
-	// A frame of the most bytes is read alone if it is the first: what follows then begins with a header.
-	n, err := drain(l.tls, l.held[l.to:], maxRecord-headroom-plainSlack)
-	l.to += n
-	l.drained = errors.Is(err, os.ErrDeadlineExceeded)
-	l.release()
-	switch {
-	case n > 0 || l.drained || err == nil:
-		return nil // an error comes again
-	case errors.Is(err, io.EOF):
+	err := l.channel.more()
+	if errors.Is(err, io.EOF) {
 		return errTunnelEnded
 	}
 	return err
 }
 
-// plainSlack is by how much the last record of a frame of the most bytes is smaller than others.
-const plainSlack = chunk - plainChunk
+// has says whether n bytes are unread.
+func (l *link) has(n int) bool { return batch{l.in, l.opened}.size() >= n }
 
-// need waits until n bytes are unread, which must fit one record.
+// need waits until n bytes are unread that lie together. n is small.
 func (l *link) need(n int) error {
-	for l.to-l.from < n {
+	for !l.has(n) {
 		if err := l.more(); err != nil {
 			return err
 		}
 	}
+	l.join(n)
 	return nil
+}
+
+// take takes the first n bytes that are unread, and lie together.
+func (l *link) take(n int) []byte {
+	first := &l.opened[0]
+	p := l.in.bytes[first.from : first.from+n]
+	if first.from += n; first.from == first.to {
+		l.opened = l.opened[1:]
+	}
+	return p
 }
 
 // frame waits for a frame and takes its header.
@@ -98,20 +85,21 @@ func (l *link) frame() (h tunnel.Header, err error) {
 	if err := l.need(tunnel.HeaderSize); err != nil {
 		return h, err
 	}
-	if h, err = tunnel.ParseHeader(l.held[l.from:l.to]); err == nil {
+	if h, err = tunnel.ParseHeader(l.take(tunnel.HeaderSize)); err == nil {
 		err = l.session.Receive(h)
 	}
-	l.from += tunnel.HeaderSize
 	return h, err
 }
 
 // body takes n bytes of a body. They are valid until the next read.
 func (l *link) body(n int) ([]byte, error) {
+	if n == 0 {
+		return nil, nil
+	}
 	if err := l.need(n); err != nil {
 		return nil, err
 	}
-	l.from += n
-	return l.held[l.from-n : l.from], nil
+	return l.take(n), nil
 }
 
 // skip passes over what is left of a body.
@@ -125,57 +113,66 @@ func (l *link) skip() error {
 	return nil
 }
 
-func (l *link) next() ([]byte, error) {
+func (l *link) next() (batch, error) {
 	for {
-		if l.left > 0 && l.from < l.to {
-			n := min(l.left, l.to-l.from)
-			p := l.held[l.from-headroom : l.from+n]
-			l.from += n
-			l.left -= n
-			return p, nil
-		}
 		if l.left > 0 {
-			if err := l.more(); err != nil {
-				return nil, err
+			if err := l.need(1); err != nil {
+				return batch{}, err
 			}
-			continue
+			return l.data(), nil
 		}
 		h, err := l.frame()
 		if err != nil {
-			return nil, err
+			return batch{}, err
 		}
 		switch h.Type {
 		case tunnel.Data:
 			l.left = h.Length
 		case tunnel.End:
 			l.release()
-			return nil, io.EOF
+			return batch{}, io.EOF
 		default:
-			return nil, errStreamReset
+			return batch{}, errStreamReset
 		}
 	}
 }
 
-// release gives the buffer back if nothing in it is unread.
-func (l *link) release() {
-	if l.held != nil && l.from == l.to {
-		l.wire.pool.put(l.held)
-		l.held = nil
+// data takes what is unread of the body, in whole records but for the last.
+func (l *link) data() batch {
+	n := 0
+	for n < len(l.opened) && l.opened[n].to-l.opened[n].from <= l.left {
+		l.left -= l.opened[n].to - l.opened[n].from
+		n++
 	}
+	if n > 0 {
+		b := batch{l.in, l.opened[:n]}
+		l.opened = l.opened[n:]
+		return b
+	}
+	first := &l.opened[0]
+	l.part[0] = span{first.from, first.from + l.left}
+	first.from += l.left
+	l.left = 0
+	return batch{l.in, l.part[:]}
 }
 
-func (l *link) write(p []byte) error {
-	frame := p[headroom-tunnel.HeaderSize:]
-	tunnel.Header{Type: tunnel.Data, Length: len(p) - headroom, Stream: l.session.Send(tunnel.Data)}.Put(frame)
-	l.unconfirmed += len(p)
-	return l.wire.seal(l.tls, frame)
+func (l *link) write(b batch) error {
+	for _, s := range b.spans {
+		frame := b.buf.bytes[s.from-tunnel.HeaderSize : s.to]
+		tunnel.Header{Type: tunnel.Data, Length: s.to - s.from, Stream: l.session.Send(tunnel.Data)}.Put(frame)
+		l.unconfirmed += headroom + s.to - s.from
+		if err := l.seal(frame); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // control sends a frame that carries nothing of the application's.
 func (l *link) control(t tunnel.Type, body []byte) error {
-	frame := make([]byte, tunnel.HeaderSize, tunnel.HeaderSize+tunnel.MaxReason)
+	frame := make([]byte, tunnel.HeaderSize, tunnel.HeaderSize+tunnel.MaxReason+1)
 	tunnel.Header{Type: t, Length: len(body), Stream: l.session.Send(t)}.Put(frame)
-	return l.wire.seal(l.tls, append(frame, body...))
+	return l.seal(append(frame, body...))
 }
 
 func (l *link) closeWrite() error { return l.control(tunnel.End, nil) }
@@ -185,7 +182,7 @@ func (l *link) watch() error {
 	l.watching.Store(true)
 	defer l.watching.Store(false)
 	for !l.finished.Load() && !l.session.Idle() {
-		if l.to-l.from >= tunnel.HeaderSize {
+		if l.has(tunnel.HeaderSize) {
 			if _, err := l.frame(); err != nil {
 				return err
 			}
@@ -202,17 +199,15 @@ func (l *link) watch() error {
 func (l *link) close() {
 	l.finished.Store(true)
 	if l.watching.Load() {
-		_ = l.wire.SetReadDeadline(time.Unix(1, 0)) // it fails only when all is lost anyway
+		_ = l.conn.SetReadDeadline(time.Unix(1, 0)) // it fails only when all is lost anyway
 	}
 }
-
-func (l *link) reset() { abort(l.wire.TCPConn) }
 
 // ready makes l ready for another stream. It returns false if that cannot be: the last one did not end in order.
 func (l *link) ready() bool {
 	l.finished.Store(false)
 	l.release()
-	return l.session.Idle() && !l.session.Exhausted() && l.wire.SetDeadline(time.Time{}) == nil
+	return l.session.Idle() && !l.session.Exhausted() && l.conn.SetDeadline(time.Time{}) == nil
 }
 
 // Born implements tunnel.Conn.
@@ -220,25 +215,12 @@ func (l *link) Born() time.Time { return l.born }
 
 // Alive implements tunnel.Conn.
 func (l *link) Alive() bool {
-	if !l.drained && !l.look() {
-		return false
-	}
-	return l.drained && l.held == nil && len(l.wire.unread) == 0 && l.wire.socket.quiet() && time.Now().Before(l.peer.Until())
-}
-
-// look reads what has arrived, without waiting. crypto/tls answers some records, for which a peer that reads nothing could
-// make it wait for ever: no answer is sent, and a tunnel on which one was due is no good.
-func (l *link) look() bool {
-	if l.wire.TCPConn.SetWriteDeadline(time.Unix(1, 0)) != nil || l.more() != nil {
-		return false
-	}
-	_, err := l.tls.Write(nil) // sends nothing, and fails if an answer did
-	return err == nil && l.wire.TCPConn.SetWriteDeadline(time.Time{}) == nil
+	return l.unseal() == nil && l.in == nil && l.socket.quiet() && time.Now().Before(l.peer.Until())
 }
 
 // Ping implements tunnel.Conn.
 func (l *link) Ping(deadline time.Time) error {
-	if err := l.wire.SetDeadline(deadline); err != nil {
+	if err := l.conn.SetDeadline(deadline); err != nil {
 		return err
 	}
 	if err := l.control(tunnel.Ping, make([]byte, tunnel.PingSize)); err != nil {
@@ -253,7 +235,7 @@ func (l *link) Ping(deadline time.Time) error {
 	}
 	l.release()
 	l.unconfirmed = 0
-	return l.wire.SetDeadline(time.Time{})
+	return l.conn.SetDeadline(time.Time{})
 }
 
 // caughtUp says whether the other side has read the last stream, and asks if that is not sure. An OPEN behind bytes that its
@@ -264,17 +246,19 @@ func (l *link) caughtUp() bool {
 
 // Close implements tunnel.Conn. What was sent still arrives. There is no close_notify, which might have to wait, and without
 // a stream it says nothing more than a FIN.
-func (l *link) Close() { _ = l.wire.TCPConn.Close() }
+func (l *link) Close() { _ = l.conn.Close() }
 
-// open asks for a stream. first is what the application has sent already, after headroom, or nil.
-func (l *link) open(o tunnel.Opening, first []byte) error {
-	if first == nil {
-		first = make([]byte, headroom)
+// open asks for a stream. first is what the application has sent already, empty if that is nothing.
+func (l *link) open(o tunnel.Opening, first batch) error {
+	frame := make([]byte, headroom, headroom+1)
+	if first.buf != nil {
+		s := first.spans[0]
+		frame = first.buf.bytes[s.from-headroom : s.to]
 	}
-	tunnel.Header{Type: tunnel.Open, Length: len(first) - tunnel.HeaderSize, Stream: l.session.Send(tunnel.Open)}.Put(first)
-	o.Put(first[tunnel.HeaderSize:])
-	l.unconfirmed = len(first)
-	if err := l.wire.seal(l.tls, first); err != nil {
+	tunnel.Header{Type: tunnel.Open, Length: len(frame) - tunnel.HeaderSize, Stream: l.session.Send(tunnel.Open)}.Put(frame)
+	o.Put(frame[tunnel.HeaderSize:])
+	l.unconfirmed = len(frame)
+	if err := l.seal(frame); err != nil {
 		return err
 	}
 	return l.answer()
@@ -318,15 +302,28 @@ func (l *link) answer() error {
 	return errStreamReset
 }
 
+// begins waits for the beginning of a frame, or of its first record.
+func (l *link) begins() error {
+	for l.in == nil {
+		if err := l.fill(); err != nil {
+			return err
+		}
+		if err := l.unseal(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // awaitOpening waits until a time for the OPEN of the next stream, answering pings. A frame that has begun has no more than
 // whole to arrive: it takes a buffer, which an idle tunnel has not. The first bytes of the application follow from next.
 func (l *link) awaitOpening(until time.Time, whole time.Duration) (tunnel.Opening, error) {
 	for {
-		if err := l.need(1); err != nil {
+		if err := l.begins(); err != nil {
 			return tunnel.Opening{}, err
 		}
 		if by := time.Now().Add(whole); by.Before(until) {
-			if err := l.wire.SetDeadline(by); err != nil {
+			if err := l.conn.SetDeadline(by); err != nil {
 				return tunnel.Opening{}, err
 			}
 		}
@@ -338,7 +335,7 @@ func (l *link) awaitOpening(until time.Time, whole time.Duration) (tunnel.Openin
 		case tunnel.Ping:
 			body, err := l.body(h.Length)
 			if err == nil {
-				err = errors.Join(l.control(tunnel.Pong, body), l.wire.SetDeadline(until))
+				err = errors.Join(l.control(tunnel.Pong, body), l.conn.SetDeadline(until))
 			}
 			if err != nil {
 				return tunnel.Opening{}, err

@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
+	"io"
 	"os"
 	"strings"
 	"testing"
@@ -16,6 +17,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/mtls"
 	"nodeproxy.io/nodeproxy/mtls/mtlstest"
+	"nodeproxy.io/nodeproxy/mtls/record"
 	"nodeproxy.io/nodeproxy/tunnel"
 )
 
@@ -25,18 +27,18 @@ func stuckLink(t testing.TB) (l *link, peer *secureLeg) {
 	client, server := securePair(t, newBuffers())
 	for _, size := range []int{chunk, 16} { // there is room for less when there is none for more
 		for piece, err := make([]byte, size), error(nil); !errors.Is(err, os.ErrDeadlineExceeded); {
-			if err = client.wire.TCPConn.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+			if err = client.conn.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
 				t.Fatal(err)
 			}
-			if _, err = client.wire.TCPConn.Write(piece); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			if _, err = client.conn.Write(piece); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Fatal(err)
 			}
 		}
 	}
-	if err := client.wire.TCPConn.SetWriteDeadline(time.Time{}); err != nil {
+	if err := client.conn.SetWriteDeadline(time.Time{}); err != nil {
 		t.Fatal(err)
 	}
-	return newLink(client.tls, client.wire, mtls.Peer{}, false), server
+	return linkOver(client, false), server
 }
 
 // within fails the test unless what is done in time. l is reset then, so that it ends.
@@ -62,7 +64,7 @@ func TestRetiringATunnelDoesNotWaitForItsPeer(t *testing.T) {
 	pool.Take(t.Context(), 1, nil)
 	pool.Put(1, l)
 	within(t, l, "Retire", func() { pool.Retire(func(int) bool { return false }) })
-	if _, err := l.wire.TCPConn.Write([]byte("x")); err == nil {
+	if _, err := l.conn.Write([]byte("x")); err == nil {
 		t.Error("the connection is open")
 	}
 }
@@ -70,12 +72,11 @@ func TestRetiringATunnelDoesNotWaitForItsPeer(t *testing.T) {
 func TestLookingAtATunnelDoesNotWaitForItsPeer(t *testing.T) {
 	l, peer := stuckLink(t)
 	// What is no record is answered by an alert.
-	if _, err := peer.wire.TCPConn.Write(make([]byte, chunk)); err != nil {
+	if _, err := peer.conn.Write(make([]byte, chunk)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it has arrived", func() bool { return !l.wire.socket.quiet() })
-	l.drained = false
-	if err := l.wire.fill(); err != nil {
+	eventually(t, "it has arrived", func() bool { return !l.socket.quiet() })
+	if err := l.fill(); err != nil {
 		t.Fatal(err)
 	}
 	within(t, l, "Alive", func() {
@@ -85,51 +86,52 @@ func TestLookingAtATunnelDoesNotWaitForItsPeer(t *testing.T) {
 	})
 }
 
-// A tunnel that was just made is alive, and looking at it leaves it fit for a stream.
-func TestLookingAtATunnelLeavesItFitForUse(t *testing.T) {
-	client, server := securePair(t, newBuffers())
-	l := newLink(client.tls, client.wire, mtls.Peer{}, false)
-	if !l.look() || !l.drained {
-		t.Fatal("it is not alive")
-	}
-	if err := l.write(roomFor("x")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := server.next(); err != nil {
-		t.Error(err)
-	}
-}
-
-// A KeyUpdate that asks for an answer gets none between streams: the tunnel is not used again, rather than failing a stream.
-func TestATunnelThatOwesAnAnswerIsNotAlive(t *testing.T) {
+// A KeyUpdate that asks for an answer gets none between streams, when a peer that reads nothing would be waited for: it comes
+// before the next frame.
+func TestAnAnswerThatIsOwedComesWithTheNextFrame(t *testing.T) {
 	a, b := tcpPair(t)
-	pool := newBuffers()
-	w, err := newWire(a, pool)
+	w, err := newWire(a, newBuffers())
 	if err != nil {
 		t.Fatal(err)
 	}
 	var keys bytes.Buffer
+	var secrets record.Secrets
 	leaf := mtlstest.NewRoot(t).Leaf(t, spiffe("api"))
 	server := tls.Server(b, &tls.Config{Certificates: []tls.Certificate{*leaf}, SessionTicketsDisabled: true})
 	shaken := make(chan error, 1)
 	go func() { shaken <- server.Handshake() }()
-	client := tls.Client(w, &tls.Config{InsecureSkipVerify: true, KeyLogWriter: &keys})
+	client := tls.Client(record.Stepwise(w), &tls.Config{InsecureSkipVerify: true, KeyLogWriter: io.MultiWriter(&keys, &secrets)})
 	if err := errors.Join(client.Handshake(), <-shaken); err != nil {
 		t.Fatal(err)
 	}
 	if suite := client.ConnectionState().CipherSuite; suite != tls.TLS_AES_128_GCM_SHA256 {
 		t.Fatalf("the test seals for another suite than %s", tls.CipherSuiteName(suite))
 	}
-	l := newLink(client, w, mtls.Peer{}, false)
+	records, err := secrets.Layer(client.ConnectionState(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLink(w, &mtls.Secured{Records: records}, false)
 	if _, err := b.Write(sealFirst(t, keys.String(), []byte{24, 0, 0, 1, 1, 22})); err != nil { // KeyUpdate, update_requested; a handshake record
 		t.Fatal(err)
 	}
-	eventually(t, "it has arrived", func() bool { return !l.wire.socket.quiet() })
-	if err := l.wire.fill(); err != nil {
+	if err := l.fill(); err != nil {
 		t.Fatal(err)
 	}
-	if l.look() {
-		t.Error("it is alive")
+	if err := l.unseal(); err != nil || l.in != nil {
+		t.Fatalf("%v; a buffer is held: %v", err, l.in != nil)
+	}
+	b.SetReadDeadline(time.Now().Add(100 * time.Millisecond)) // nothing is to come
+	if n, err := b.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%d bytes came between streams: %v", n, err)
+	}
+	b.SetReadDeadline(time.Now().Add(patience))
+	if err := l.control(tunnel.Ping, make([]byte, tunnel.PingSize)); err != nil {
+		t.Fatal(err)
+	}
+	ping := make([]byte, tunnel.HeaderSize+tunnel.PingSize)
+	if _, err := io.ReadFull(server, ping); err != nil || tunnel.Type(ping[0]) != tunnel.Ping {
+		t.Errorf("%x, %v", ping, err)
 	}
 }
 

@@ -305,7 +305,7 @@ type meshDial struct {
 }
 
 // dial connects and does the handshake, when it is this connection's turn and until ctx ends. hold gets the connection
-// before it; the leg is a *link if the other side took the protocol, else a *secureLeg. errNoTunnels means that it is known
+// before it; the leg is a *link if the other side took the protocol, else another. errNoTunnels means that it is known
 // by now that it would not. How long the handshake took is returned with an error too.
 func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, time.Duration, error) {
 	done, err := m.wait(ctx)
@@ -327,7 +327,7 @@ func (m *meshDial) dial(ctx context.Context, hold func(net.Conn) error) (leg, ti
 	}
 	begin := time.Now()
 	peer, err := m.secure(conn, begin)
-	if _, plain := peer.(*secureLeg); m.protocol != "" && (plain || mtls.NoSuchProtocol(err)) {
+	if _, tunnels := peer.(*link); m.protocol != "" && (peer != nil && !tunnels || mtls.NoSuchProtocol(err)) {
 		m.tunnels.isPlain(m.inst.Mesh)
 	}
 	if err != nil {
@@ -351,17 +351,17 @@ func (m *meshDial) secure(conn *net.TCPConn, begin time.Time) (leg, error) {
 	if err := errors.Join(conn.SetKeepAliveConfig(keepAlive), conn.SetDeadline(begin.Add(m.cfg.Limits.Handshake))); err != nil {
 		return nil, err
 	}
-	secure, peer, err := m.state.credentials.Connect(w, m.origin.Workload.Service, m.target, m.protocol)
+	peer, err := m.state.credentials.Connect(w, m.origin.Workload.Service, m.target, m.protocol)
 	if err != nil {
 		return nil, err
 	}
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	if m.protocol != "" && secure.ConnectionState().NegotiatedProtocol == m.protocol {
-		return newLink(secure, w, peer, false), nil
+	if m.protocol != "" && peer.Protocol == m.protocol {
+		return newLink(w, peer, false), nil
 	}
-	return newSecureLeg(secure, w), nil
+	return w.leg(peer), nil
 }
 
 // pause waits, or until the connection is cut off.

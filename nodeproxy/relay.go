@@ -76,15 +76,16 @@ func transfer(dst, src leg, count *atomic.Uint64) error {
 		}
 	}
 	for {
-		p, err := src.next()
+		b, err := src.next()
 		if err != nil {
 			return err
 		}
-		err = dst.write(p)
+		size := b.size()
+		err = dst.write(b)
 		src.release()
 		if err != nil {
 			return err
 		}
-		count.Add(uint64(len(p) - headroom))
+		count.Add(uint64(size))
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"nodeproxy.io/nodeproxy/tunnel"
 )
 
-// chunk is how much one system call reads or writes: with TLS records of at most 16 KiB each, several per call.
+// chunk is how much one system call writes: with TLS records of at most 16 KiB each, several per call.
 const chunk = 64 << 10
 
 // plainChunk is how much plaintext still fits one chunk when it is sealed: four records, with headers and tags. A frame of a
@@ -21,10 +21,38 @@ const plainChunk = tunnel.MaxBody
 // headroom is what a leg leaves free before the bytes that it read, for the header that another may write there.
 const headroom = tunnel.HeaderSize + tunnel.OpeningSize
 
-// buffer is one chunk.
-type buffer [chunk]byte
+// maxSpans is how many records are opened at once.
+const maxSpans = 64
 
-// buffers lends chunks. A connection holds one only while it has bytes in hand: ten thousand idle ones hold none.
+// buffer is more than a chunk, so that a record's beginning behind one fits too, and notes on what is where.
+type buffer struct {
+	bytes [72<<10 - maxSpans*16]byte
+	spans [maxSpans]span
+}
+
+// upTo is the first n bytes of b.
+func (b *buffer) upTo(n int) batch {
+	b.spans[0] = span{0, n}
+	return batch{b, b.spans[:1]}
+}
+
+// span is a part of a buffer.
+type span struct{ from, to int }
+
+// batch is bytes of a connection in their order. The headroom before each span means nothing, once the spans before it are used.
+type batch struct {
+	buf   *buffer
+	spans []span
+}
+
+func (b batch) size() (n int) {
+	for _, s := range b.spans {
+		n += s.to - s.from
+	}
+	return n
+}
+
+// buffers lends buffers. A connection holds one only while it has bytes in hand: ten thousand idle ones hold none.
 type buffers struct{ pool sync.Pool }
 
 func newBuffers() *buffers {
@@ -51,6 +79,7 @@ type socket struct {
 type reading struct {
 	from, to int // of the buffer
 	poll     bool
+	into     *buffer // nil for one of the pool
 	buf      *buffer
 	n        int
 	err      error
@@ -58,7 +87,7 @@ type reading struct {
 }
 
 type writing struct {
-	left  []byte
+	left  batch
 	err   error
 	ready func(fd uintptr) (done bool)
 }
@@ -73,40 +102,46 @@ func newSocket(conn syscall.Conn, pool *buffers) (*socket, error) {
 	return s, nil
 }
 
-// read waits until the socket is readable, and only then takes a buffer and reads into buf[from:to]. The buffer is the
-// caller's. The end of the stream is io.EOF.
-func (s *socket) read(from, to int) (buf *buffer, n int, err error) {
+// read waits until the socket is readable and reads into buf, from one place to another; if into is nil it takes a buffer, only then. The
+// buffer is the caller's. The end of the stream is io.EOF.
+func (s *socket) read(into *buffer, from, to int) (buf *buffer, n int, err error) {
 	r := &s.reading
-	r.from, r.to, r.poll = from, to, false
+	r.into, r.from, r.to, r.poll = into, from, to, false
 	return s.doRead()
 }
 
 // poll is read that does not wait: it returns no buffer and no error when there is nothing to read.
 func (s *socket) poll(from, to int) (buf *buffer, n int, err error) {
 	r := &s.reading
-	r.from, r.to, r.poll = from, to, true
+	r.into, r.from, r.to, r.poll = nil, from, to, true
 	return s.doRead()
 }
 
 func (s *socket) doRead() (buf *buffer, n int, err error) {
 	r := &s.reading
 	if err := s.raw.Read(r.ready); err != nil {
+		r.into = nil
 		return nil, 0, err
 	}
 	buf, n, err = r.buf, r.n, r.err
-	r.buf = nil
+	r.into, r.buf = nil, nil
 	return buf, n, err
 }
 
 func (s *socket) readReady(fd uintptr) (done bool) {
 	r := &s.reading
-	r.buf, r.n, r.err = s.pool.get(), 0, nil
-	n, errno := transferBytes(syscall.SYS_READ, fd, r.buf[r.from:r.to])
+	r.buf, r.n, r.err = r.into, 0, nil
+	if r.into == nil {
+		r.buf = s.pool.get()
+	}
+	n, errno := transferBytes(syscall.SYS_READ, fd, r.buf.bytes[r.from:r.to])
 	if n > 0 {
 		r.n = n
 		return true
 	}
-	s.pool.put(r.buf)
+	if r.into == nil {
+		s.pool.put(r.buf)
+	}
 	r.buf = nil
 	switch errno {
 	case 0:
@@ -130,22 +165,22 @@ func (s *socket) quiet() bool {
 	return err == nil && errno == syscall.EAGAIN
 }
 
-// write sends all of p.
-func (s *socket) write(p []byte) error {
+// write sends all of b, whose spans it changes.
+func (s *socket) write(b batch) error {
 	w := &s.writing
-	w.left, w.err = p, nil
+	w.left, w.err = b, nil
 	waitErr := s.raw.Write(w.ready)
-	w.left = nil
+	w.left = batch{}
 	return errors.Join(waitErr, w.err)
 }
 
 func (s *socket) writeReady(fd uintptr) (done bool) {
 	w := &s.writing
-	for len(w.left) > 0 {
-		n, errno := transferBytes(syscall.SYS_WRITE, fd, w.left)
+	for len(w.left.spans) > 0 {
+		n, errno := gather(fd, w.left)
 		switch errno {
 		case 0:
-			w.left = w.left[n:]
+			w.left.skip(n)
 		case syscall.EAGAIN:
 			return false
 		default:
@@ -154,6 +189,44 @@ func (s *socket) writeReady(fd uintptr) (done bool) {
 		}
 	}
 	return true
+}
+
+// skip takes the first n bytes from b.
+func (b *batch) skip(n int) {
+	for n > 0 {
+		first := &b.spans[0]
+		m := min(n, first.to-first.from)
+		n -= m
+		if first.from += m; first.from == first.to {
+			b.spans = b.spans[1:]
+		}
+	}
+}
+
+// gather writes what it can of b, which must not be empty, with one system call.
+func gather(fd uintptr, b batch) (n int, errno syscall.Errno) {
+	first := b.spans[0]
+	if len(b.spans) == 1 {
+		return transferBytes(syscall.SYS_WRITE, fd, b.buf.bytes[first.from:first.to])
+	}
+	var parts [16]syscall.Iovec
+	count := 0
+	for _, s := range b.spans[:min(len(b.spans), len(parts))] {
+		parts[count].Base = &b.buf.bytes[s.from]
+		parts[count].SetLen(s.to - s.from)
+		count++
+	}
+	for {
+		r, _, errno := syscall.RawSyscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&parts)), uintptr(count))
+		if errno != syscall.EINTR {
+			return int(r), errno
+		}
+	}
+}
+
+// offer writes what it can of p without waiting.
+func (s *socket) offer(p []byte) {
+	_ = s.raw.Control(func(fd uintptr) { _, _ = transferBytes(syscall.SYS_WRITE, fd, p) }) // it fails only when the socket is closed
 }
 
 // closeWrite tells the peer that there will be no more bytes.

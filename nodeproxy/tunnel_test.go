@@ -17,6 +17,7 @@ import (
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls/record"
 	"nodeproxy.io/nodeproxy/tunnel"
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/policy"
@@ -101,14 +102,14 @@ func (m *mesh) tunnelTo(at netip.AddrPort, source string) *far {
 		m.t.Fatal(err)
 	}
 	inst, _ := m.proxy.gate.current().snap.InstanceByMesh(at)
-	secure, peer, err := m.proxy.gate.current().credentials.Connect(w, source, &catalog.Target{Service: inst.Service}, tunnel.ALPN)
+	peer, err := m.proxy.gate.current().credentials.Connect(w, source, &catalog.Target{Service: inst.Service}, tunnel.ALPN)
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	if secure.ConnectionState().NegotiatedProtocol != tunnel.ALPN {
+	if peer.Protocol != tunnel.ALPN {
 		m.t.Fatal("no tunnel was negotiated")
 	}
-	return &far{newLink(secure, w, peer, false), m.t}
+	return &far{newLink(w, peer, false), m.t}
 }
 
 func newOpening(source string) (o tunnel.Opening) {
@@ -120,9 +121,9 @@ func newOpening(source string) (o tunnel.Opening) {
 // hears reads what comes over the stream.
 func (f *far) hears(text string) {
 	f.t.Helper()
-	p, err := f.next()
-	if err != nil || string(p[headroom:]) != text {
-		f.t.Fatalf("%q, %v; want %q", p, err, text)
+	b, err := f.next()
+	if err != nil || b.text() != text {
+		f.t.Fatalf("%q, %v; want %q", b.text(), err, text)
 	}
 	f.release()
 }
@@ -178,11 +179,11 @@ func TestARefusedStreamLeavesTheTunnelForOthers(t *testing.T) {
 	}
 	m.neverDelivered()
 	other := m.tunnelTo(at, "api") // of another pair, which is allowed
-	if err := other.open(newOpening("10.0.0.1:1"), nil); err != nil {
+	if err := other.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
 		t.Fatal(err)
 	}
 	a.accept()
-	wantRefusal(t, f.open(newOpening("10.0.0.1:1"), nil), catalog.ReasonIntention)
+	wantRefusal(t, f.open(newOpening("10.0.0.1:1"), batch{}), catalog.ReasonIntention)
 	m.rule(policy.Allow)
 	m.publish()
 	if err := f.open(newOpening("10.0.0.1:1"), roomFor("now")); err != nil {
@@ -256,9 +257,9 @@ func TestWhatIsMalformedClosesTheTunnel(t *testing.T) {
 			at := m.instance("api", "api-1", m.silent().String()).Mesh
 			m.publish()
 			f := m.tunnelTo(at, "web")
-			b := make([]byte, tunnel.HeaderSize+64)
+			b := make([]byte, tunnel.HeaderSize+64, tunnel.HeaderSize+65)
 			frame.Put(b)
-			f.tls.Write(b)
+			f.seal(b)
 			if _, err := f.next(); err == nil {
 				t.Error("it is answered")
 			}
@@ -271,11 +272,11 @@ func TestWhatIsMalformedClosesTheTunnel(t *testing.T) {
 func TestRESETAndTheEndOfTLSResetTheApplication(t *testing.T) {
 	for name, end := range map[string]func(*far){
 		"RESET":              func(f *far) { f.control(tunnel.Reset, nil) },
-		"close_notify":       func(f *far) { f.tls.CloseWrite() },
-		"FIN":                func(f *far) { f.wire.CloseWrite() },
+		"close_notify":       func(f *far) { f.channel.closeWrite() },
+		"FIN":                func(f *far) { f.conn.CloseWrite() },
 		"RST":                func(f *far) { f.reset() },
 		"RESET after END":    func(f *far) { f.closeWrite(); f.control(tunnel.Reset, nil) },
-		"FIN after END":      func(f *far) { f.closeWrite(); f.wire.CloseWrite() },
+		"FIN after END":      func(f *far) { f.closeWrite(); f.conn.CloseWrite() },
 		"DATA after END":     func(f *far) { f.closeWrite(); f.write(roomFor("x")) },
 		"OPEN in the stream": func(f *far) { f.control(tunnel.Open, make([]byte, tunnel.OpeningSize)) },
 		"a wrong stream":     func(f *far) { f.session.Send(tunnel.Open); f.write(roomFor("x")) },
@@ -320,7 +321,7 @@ func TestPingIsAnswered(t *testing.T) {
 	if !f.Alive() {
 		t.Error("it is not alive after a ping")
 	}
-	if err := f.open(newOpening("10.0.0.1:1"), nil); err != nil {
+	if err := f.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -336,7 +337,7 @@ func TestTheSourceAddressIsShownOnlyIfItIsTheSources(t *testing.T) {
 	m.kernel.owns = func(ip netip.Addr) bool { return ip == netip.MustParseAddr("10.0.0.80") }
 	m.publish()
 	f := m.tunnelTo(inst.Mesh, "web")
-	peer := f.wire.LocalAddr().String()
+	peer := f.conn.LocalAddr().String()
 	rejected := uint64(0)
 	for _, tc := range []struct {
 		claim string
@@ -357,7 +358,7 @@ func TestTheSourceAddressIsShownOnlyIfItIsTheSources(t *testing.T) {
 		{"[fe80::1]:4000", false},
 		{"255.255.255.255:4000", false},
 	} {
-		if err := f.open(newOpening(tc.claim), nil); err != nil {
+		if err := f.open(newOpening(tc.claim), batch{}); err != nil {
 			t.Fatal(err)
 		}
 		a.accept().Close()
@@ -388,15 +389,15 @@ func TestMaxInboundCountsStreams(t *testing.T) {
 	m.next.Services = map[string]*catalog.Service{"api": &svc, "web": m.next.Services["web"]}
 	m.publish()
 	first, second := m.tunnelTo(at, "web"), m.tunnelTo(at, "web")
-	if err := first.open(newOpening("10.0.0.1:1"), nil); err != nil {
+	if err := first.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
 		t.Fatal(err)
 	}
 	server := a.accept()
-	wantRefusal(t, second.open(newOpening("10.0.0.1:1"), nil), catalog.ReasonCapacity)
+	wantRefusal(t, second.open(newOpening("10.0.0.1:1"), batch{}), catalog.ReasonCapacity)
 	server.Close()
 	first.finishes()
 	m.events.wait(t, "close", is(admin.EventClose, admin.Inbound))
-	if err := second.open(newOpening("10.0.0.1:1"), nil); err != nil {
+	if err := second.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
 		t.Errorf("the place was not given back: %v", err)
 	}
 }
@@ -410,25 +411,34 @@ func TestFramesMayBeginAnywhereInARecord(t *testing.T) {
 	}
 	sent := make(chan error, 1)
 	go func() {
-		client.wire.cork() // so that frames meet in one read
+		var frames []byte // that meet in records
 		for n := 1; n < 70000; n = n*3 + 1 {
-			if err := client.write(roomFor(text(min(n, plainChunk)))); err != nil {
+			b := roomFor(text(min(n, plainChunk)))
+			s := b.spans[0]
+			frame := b.buf.bytes[s.from-tunnel.HeaderSize : s.to]
+			tunnel.Header{Type: tunnel.Data, Length: b.size(), Stream: client.session.Send(tunnel.Data)}.Put(frame)
+			frames = append(frames, frame...)
+		}
+		for size := 1; len(frames) > 0; size = size%(2*record.MaxData) + 7 {
+			n := min(size, len(frames))
+			if err := client.seal(append(make([]byte, 0, n+1), frames[:n]...)); err != nil {
 				sent <- err
 				return
 			}
+			frames = frames[n:]
 		}
-		sent <- errors.Join(client.closeWrite(), client.wire.uncork())
+		sent <- client.closeWrite()
 	}()
 	var got []byte
 	for {
-		p, err := server.next()
+		b, err := server.next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		got = append(got, p[headroom:]...)
+		got = append(got, b.text()...)
 		server.release()
 	}
 	if err := <-sent; err != nil || !slices.Equal(got, want) {

@@ -405,13 +405,22 @@ func TestAReleaseWhoseTunnelsAreOthersIsServedPlainBothWays(t *testing.T) {
 			go func() {
 				defer raw.Close()
 				raw.SetDeadline(time.Now().Add(patience))
-				conn, _, err := m.proxy.gate.current().credentials.Accept(raw, "api", next, func() error { return nil })
+				w, err := newWire(raw, m.proxy.buffers)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				peer, err := m.proxy.gate.current().credentials.Accept(w, "api", next, func() error { return nil })
 				if err != nil {
 					t.Errorf("the next release's side: %v", err)
 					return
 				}
-				io.Copy(conn, conn)
-				conn.CloseWrite()
+				conn := w.leg(peer)
+				for b, err := conn.next(); err == nil; b, err = conn.next() {
+					conn.write(b)
+					conn.release()
+				}
+				conn.closeWrite()
 			}()
 		}
 	}()
@@ -426,14 +435,26 @@ func TestAReleaseWhoseTunnelsAreOthersIsServedPlainBothWays(t *testing.T) {
 	m.publish()
 	for range calls {
 		raw := m.dial(local.Mesh.String())
-		conn, _, err := m.proxy.gate.current().credentials.Connect(raw, "api", &catalog.Target{Service: "web"}, next)
-		if err != nil || conn.ConnectionState().NegotiatedProtocol != "" {
-			t.Fatalf("the next release's caller: %q, %v", conn.ConnectionState().NegotiatedProtocol, err)
+		w, err := newWire(raw, m.proxy.buffers)
+		if err != nil {
+			t.Fatal(err)
 		}
-		say(t, conn, "ping")
-		hear(t, conn, "ping")
-		conn.CloseWrite()
-		wantEOF(t, conn)
+		peer, err := m.proxy.gate.current().credentials.Connect(w, "api", &catalog.Target{Service: "web"}, next)
+		if err != nil || peer.Protocol != "" {
+			t.Fatalf("the next release's caller: %+v, %v", peer, err)
+		}
+		conn := w.leg(peer)
+		if err := conn.write(roomFor("ping")); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := conn.next(); err != nil || b.text() != "ping" {
+			t.Fatalf("%q, %v", b.text(), err)
+		}
+		conn.release()
+		conn.closeWrite()
+		if _, err := conn.next(); !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
 	}
 	for _, way := range []admin.Direction{admin.Outbound, admin.Inbound} {
 		for _, e := range m.events.waitN(t, "close", calls, is(admin.EventClose, way)) {

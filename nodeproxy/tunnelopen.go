@@ -78,7 +78,7 @@ func (d *dialer) openStream(inst *catalog.Instance) (leg, error) {
 			if _, refused := errors.AsType[*catalog.Refusal](err); refused && !doubt || d.c.ctx.Err() != nil {
 				return nil, err
 			} else if !refused {
-				doubt = doubt || first != nil
+				doubt = doubt || first.buf != nil
 			}
 			// A peer that is slow is not helped by being asked again.
 			final := isFarRefusal(err) || errors.Is(err, errDuplicate) || errors.Is(err, os.ErrDeadlineExceeded)
@@ -100,22 +100,22 @@ func (d *dialer) claim(l *link) netip.AddrPort {
 	if !client.Addr().IsLoopback() {
 		return client
 	}
-	return netip.AddrPortFrom(addrPort(l.wire.LocalAddr()).Addr(), client.Port())
+	return netip.AddrPortFrom(addrPort(l.conn.LocalAddr()).Addr(), client.Port())
 }
 
 // openOver asks for the stream over l.
-func (d *dialer) openOver(l *link, o tunnel.Opening, first []byte, deadline time.Time) error {
-	if err := l.wire.SetDeadline(deadline); err != nil {
+func (d *dialer) openOver(l *link, o tunnel.Opening, first batch, deadline time.Time) error {
+	if err := l.conn.SetDeadline(deadline); err != nil {
 		return err
 	}
 	if err := l.open(o, first); err != nil {
 		return err
 	}
-	if err := l.wire.SetDeadline(time.Time{}); err != nil {
+	if err := l.conn.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	if first != nil {
-		d.c.sent.Add(uint64(len(first) - headroom))
+	if first.buf != nil {
+		d.c.sent.Add(uint64(first.size()))
 		d.application.release()
 	}
 	d.c.via(admin.PathTunnel)
@@ -127,7 +127,7 @@ func (d *dialer) openOver(l *link, o tunnel.Opening, first []byte, deadline time
 func (d *dialer) openingError(inst *catalog.Instance, l *link, err error) error {
 	text := fmt.Errorf("open a stream at instance %q at %s: %w", inst.ID, inst.Mesh, err)
 	if refusal, ok := errors.AsType[*farRefusal](err); ok {
-		if d.c.letGo(l.wire.TCPConn) {
+		if d.c.letGo(l.conn) {
 			d.putBack(l, inst)
 		}
 		return &catalog.Refusal{Reason: refusal.reason, Err: text}
@@ -150,7 +150,7 @@ func (d *dialer) tunnelTo(inst *catalog.Instance, ready bool) (leg, error) {
 	if ready {
 		l, ok := d.tunnels.pool.Take(d.c.ctx, key, ahead.ahead)
 		if ok {
-			if err := d.c.hold(l.wire.TCPConn); err != nil {
+			if err := d.c.hold(l.conn); err != nil {
 				return nil, err
 			}
 			d.leadsTo(inst)
@@ -190,7 +190,7 @@ func (d *dialer) putBack(l *link, inst *catalog.Instance) {
 
 // ended is to be called when the relay to peer has returned err: a tunnel whose stream ended in order is used again.
 func (d *dialer) ended(peer leg, err error) {
-	if l, ok := peer.(*link); ok && err == nil && d.c.letGo(l.wire.TCPConn) {
+	if l, ok := peer.(*link); ok && err == nil && d.c.letGo(l.conn) {
 		d.putBack(l, d.inst)
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"nodeproxy.io/nodeproxy/mtls"
 )
 
 // maxRecord is how much plaintext one TLS record carries.
@@ -31,8 +33,8 @@ func isRetryRequest(record []byte) bool {
 	return len(record) >= random+len(retryRequest) && record[0] == handshake && record[5] == serverHello && bytes.Equal(record[random:][:len(retryRequest)], retryRequest[:])
 }
 
-// wire is the net.Conn below a tls.Conn. crypto/tls reads and writes a record at a time; wire makes one system call of
-// many records, and holds a buffer only while there are bytes in it.
+// wire is the net.Conn below a tls.Conn: during a handshake, and for TLS 1.2 after it too. crypto/tls reads and writes a record at
+// a time; wire makes one system call of many records, and holds a buffer only while there are bytes in it.
 //
 // One goroutine may read while others write.
 type wire struct {
@@ -41,15 +43,23 @@ type wire struct {
 	pool   *buffers
 
 	// Used by whoever reads.
-	in      *buffer // nil when unread is empty
-	unread  []byte
-	polling bool // an empty Read returns os.ErrDeadlineExceeded instead of waiting: fill waits
+	in       *buffer // nil when nothing is unread
+	from, to int     // what is unread of in
+	polling  bool    // an empty Read returns os.ErrDeadlineExceeded instead of waiting: fill waits
 
 	mu     sync.Mutex
 	first  func() // called before the first Write, if not nil
 	corked bool
 	out    *buffer // nil when pending is 0
 	queued int
+}
+
+// leg is the connection to a peer whose handshake was done over w, without a tunnel.
+func (w *wire) leg(peer *mtls.Secured) leg {
+	if peer.Older != nil {
+		return newOlderLeg(peer.Older, w)
+	}
+	return &secureLeg{newChannel(w, peer.Records)}
 }
 
 func newWire(conn *net.TCPConn, pool *buffers) (*wire, error) {
@@ -63,7 +73,7 @@ func newWire(conn *net.TCPConn, pool *buffers) (*wire, error) {
 // Read returns what was received. While polling it never waits: crypto/tls keeps its state when a read runs into a
 // deadline, so it can be called again after fill.
 func (w *wire) Read(p []byte) (int, error) {
-	if len(w.unread) == 0 {
+	if w.in == nil {
 		if w.polling {
 			return 0, os.ErrDeadlineExceeded
 		}
@@ -71,9 +81,8 @@ func (w *wire) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	n := copy(p, w.unread)
-	w.unread = w.unread[n:]
-	if len(w.unread) == 0 {
+	n := copy(p, w.in.bytes[w.from:w.to])
+	if w.from += n; w.from == w.to {
 		w.pool.put(w.in)
 		w.in = nil
 	}
@@ -83,14 +92,14 @@ func (w *wire) Read(p []byte) (int, error) {
 // fill waits for bytes and keeps them for Read, which must have returned all it had. The end of the stream is
 // errTruncated, because crypto/tls takes an io.EOF between two records for an orderly end, which only a close_notify is.
 func (w *wire) fill() error {
-	buf, n, err := w.socket.read(0, chunk)
+	buf, n, err := w.socket.read(nil, headroom, headroom+chunk)
 	if errors.Is(err, io.EOF) {
 		return errTruncated
 	}
 	if err != nil {
 		return err
 	}
-	w.in, w.unread = buf, buf[:n]
+	w.in, w.from, w.to = buf, headroom, headroom+n
 	return nil
 }
 
@@ -115,27 +124,17 @@ func (w *wire) Write(p []byte) (int, error) {
 		w.first = nil
 	}
 	if !w.corked {
-		return w.send(p)
+		return w.TCPConn.Write(p)
 	}
 	if w.queued+len(p) > chunk {
 		if err := w.flush(); err != nil {
 			return 0, err
 		}
 	}
-	if len(p) > chunk {
-		return w.send(p)
-	}
 	if w.out == nil {
 		w.out = w.pool.get()
 	}
-	w.queued += copy(w.out[w.queued:], p)
-	return len(p), nil
-}
-
-func (w *wire) send(p []byte) (int, error) {
-	if err := w.socket.write(p); err != nil {
-		return 0, err
-	}
+	w.queued += copy(w.out.bytes[w.queued:], p)
 	return len(p), nil
 }
 
@@ -169,7 +168,7 @@ func (w *wire) flush() error {
 	if w.out == nil {
 		return nil
 	}
-	err := w.socket.write(w.out[:w.queued])
+	err := w.socket.write(w.out.upTo(w.queued))
 	w.pool.put(w.out)
 	w.out, w.queued = nil, 0
 	return err

@@ -3,6 +3,7 @@ package nodeproxy
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"log/slog"
@@ -15,11 +16,22 @@ import (
 	"testing"
 	"time"
 
+	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls"
 	"nodeproxy.io/nodeproxy/mtls/mtlstest"
+	"nodeproxy.io/nodeproxy/mtls/record"
+	"nodeproxy.io/policy"
 )
 
-// securePair is both ends of a TLS connection as legs.
+// securePair is both ends of a TLS 1.3 connection as legs.
 func securePair(t testing.TB, pool *buffers) (client, server *secureLeg) {
+	t.Helper()
+	c, s := handshakePair(t, pool, tls.VersionTLS13)
+	return c.(*secureLeg), s.(*secureLeg)
+}
+
+// handshakePair is both ends of a TLS connection as legs.
+func handshakePair(t testing.TB, pool *buffers, version uint16) (client, server leg) {
 	t.Helper()
 	root := mtlstest.NewRoot(t)
 	a, b := tcpPair(t)
@@ -27,6 +39,20 @@ func securePair(t testing.TB, pool *buffers) (client, server *secureLeg) {
 		conn.SetReadBuffer(4 << 20)
 		conn.SetWriteBuffer(4 << 20)
 	}
+	p, err := policy.Compile(1, policy.Allow, policy.Identity{TrustDomain: trustDomain}, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limits := catalog.TLSLimits{Max: version}
+	leaves := map[string]*tls.Certificate{"web": root.Leaf(t, spiffe("web")), "api": root.Leaf(t, spiffe("api"))}
+	snap, err := catalog.New(catalog.Snapshot{
+		TrustDomain: trustDomain, Datacenter: "dc1", Policy: p, Roots: []*x509.Certificate{root.Cert}, Leaves: leaves,
+		Services: map[string]*catalog.Service{"api": {Name: "api"}}, TLS: catalog.TLS{Incoming: limits, Outgoing: limits},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := mtls.New(snap, leaves)
 	here, err := newWire(a, pool)
 	if err != nil {
 		t.Fatal(err)
@@ -35,15 +61,18 @@ func securePair(t testing.TB, pool *buffers) (client, server *secureLeg) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf := root.Leaf(t, spiffe("api"))
-	secure := tls.Server(there, &tls.Config{Certificates: []tls.Certificate{*leaf}, SessionTicketsDisabled: true, DynamicRecordSizingDisabled: true})
 	shaken := make(chan error, 1)
-	go func() { shaken <- secure.Handshake() }()
-	mine := tls.Client(here, &tls.Config{InsecureSkipVerify: true, DynamicRecordSizingDisabled: true})
-	if err := errors.Join(mine.Handshake(), <-shaken); err != nil {
+	var theirs *mtls.Secured
+	go func() {
+		var err error
+		theirs, err = m.Accept(there, "api", "", func() error { return nil })
+		shaken <- err
+	}()
+	ours, err := m.Connect(here, "web", &catalog.Target{Service: "api"}, "")
+	if err := errors.Join(err, <-shaken); err != nil {
 		t.Fatal(err)
 	}
-	return newSecureLeg(mine, here), newSecureLeg(secure, there)
+	return here.leg(ours), there.leg(theirs)
 }
 
 // syscalls counts what this process has read and written so far.
@@ -67,21 +96,30 @@ func syscalls(t testing.TB) (reads, writes int) {
 }
 
 func TestTensOfKilobytesPerSystemCall(t *testing.T) {
-	client, server := securePair(t, newBuffers())
+	overBothVersions(t, testTensOfKilobytesPerSystemCall)
+}
+
+func overBothVersions(t *testing.T, test func(*testing.T, uint16)) {
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		t.Run(tls.VersionName(version), func(t *testing.T) { test(t, version) })
+	}
+}
+
+func testTensOfKilobytesPerSystemCall(t *testing.T, version uint16) {
+	client, server := handshakePair(t, newBuffers(), version)
 	const chunks = 16
-	chunkOf := make([]byte, headroom+plainChunk)
 	readsBefore, writesBefore := syscalls(t)
 	total, pieces := 0, 0
 	for n := 1; n <= chunks; n++ { // each is read before the next, because socket buffers may hold no more
-		if err := client.write(chunkOf); err != nil {
+		if err := client.write(roomFor(text(plainChunk))); err != nil {
 			t.Fatal(err)
 		}
 		for total < n*plainChunk {
-			p, err := server.next()
+			b, err := server.next()
 			if err != nil {
 				t.Fatal(err)
 			}
-			total += len(p) - headroom
+			total += b.size()
 			pieces++
 			server.release()
 		}
@@ -103,17 +141,27 @@ func TestTensOfKilobytesPerSystemCall(t *testing.T) {
 }
 
 // roomFor is text as next would return it.
-func roomFor(text string) []byte { return append(make([]byte, headroom), text...) }
+func roomFor(text string) batch {
+	buf := new(buffer)
+	buf.spans[0] = span{headroom, headroom + copy(buf.bytes[headroom:], text)}
+	return batch{buf, buf.spans[:1]}
+}
+
+func (b batch) text() string {
+	var all []byte
+	for _, s := range b.spans {
+		all = append(all, b.buf.bytes[s.from:s.to]...)
+	}
+	return string(all)
+}
 
 func TestAnIdleLegHoldsNoBuffer(t *testing.T) {
-	pool := newBuffers()
-	client, server := securePair(t, pool)
+	client, server := securePair(t, newBuffers())
 	if err := client.write(roomFor("x")); err != nil {
 		t.Fatal(err)
 	}
-	p, err := server.next()
-	if err != nil || string(p[headroom:]) != "x" {
-		t.Fatalf("%q, %v", p, err)
+	if b, err := server.next(); err != nil || b.text() != "x" {
+		t.Fatalf("%q, %v", b.text(), err)
 	}
 	server.release()
 	waiting := make(chan error, 1)
@@ -121,56 +169,115 @@ func TestAnIdleLegHoldsNoBuffer(t *testing.T) {
 		_, err := server.next()
 		waiting <- err
 	}()
-	for _, w := range []*wire{client.wire, server.wire} {
-		w.mu.Lock()
-		if w.out != nil {
-			t.Error("a buffer is held for writing")
-		}
-		w.mu.Unlock()
-	}
-	if client.wire.in != nil || client.held != nil {
+	if client.in != nil {
 		t.Error("a buffer is held for reading")
 	}
 	client.reset()
 	if err := <-waiting; !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("got %v, want a reset", err)
 	}
-	if server.wire.in != nil || server.held != nil {
+	if server.in != nil {
 		t.Error("a buffer is held for reading")
+	}
+}
+
+// A leg that is half-closed may live on for long.
+func TestAHalfClosedLegHoldsNoBuffer(t *testing.T) {
+	client, server := securePair(t, newBuffers())
+	if err := errors.Join(client.write(roomFor("x")), client.closeWrite()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.next(); err != nil {
+		t.Fatal(err)
+	}
+	server.release()
+	for range 2 {
+		if _, err := server.next(); !errors.Is(err, io.EOF) || server.in != nil {
+			t.Errorf("%v; a buffer is held: %v", err, server.in != nil)
+		}
 	}
 }
 
 func TestPartOfARecordIsNoEnd(t *testing.T) {
 	client, server := securePair(t, newBuffers())
-	raw := client.wire.TCPConn
-	// Seal one record, and send it byte by byte.
-	client.wire.cork()
-	if _, err := client.tls.Write([]byte("slowly")); err != nil {
+	b := roomFor("slowly")
+	sealed := make([]byte, record.SealedSize(b.size()))
+	n, err := client.records.Seal(sealed, b.buf.bytes[b.spans[0].from:b.spans[0].to])
+	if err != nil {
 		t.Fatal(err)
 	}
-	client.wire.mu.Lock()
-	sealed := append([]byte{}, client.wire.out[:client.wire.queued]...)
-	client.wire.mu.Unlock()
 	go func() {
-		for _, b := range sealed {
-			raw.Write([]byte{b})
+		for _, b := range sealed[:n] {
+			client.conn.Write([]byte{b})
 		}
 	}()
-	p, err := server.next()
-	if err != nil || string(p[headroom:]) != "slowly" {
-		t.Fatalf("%q, %v", p, err)
+	if b, err := server.next(); err != nil || b.text() != "slowly" {
+		t.Fatalf("%q, %v", b.text(), err)
+	}
+}
+
+// Records of all sizes arrive as they were, however they meet in what is read.
+func TestRecordsOfAllSizesArriveInOrder(t *testing.T) {
+	client, server := securePair(t, newBuffers())
+	var want strings.Builder
+	sent := make(chan error, 1)
+	pieces := make([]string, 3000)
+	for i := range pieces {
+		pieces[i] = text(1 + i*i*7919%(1+i%40*1000))
+		want.WriteString(pieces[i])
+	}
+	go func() {
+		for _, piece := range pieces {
+			if err := client.write(roomFor(piece)); err != nil {
+				sent <- err
+				return
+			}
+		}
+		sent <- client.closeWrite()
+	}()
+	var got strings.Builder
+	for {
+		b, err := server.next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got.WriteString(b.text())
+		server.release()
+	}
+	if err := <-sent; err != nil || got.String() != want.String() {
+		t.Errorf("%d of %d bytes arrived as they were, %v", got.Len(), want.Len(), err)
+	}
+}
+
+// A peer is told why it is cut off, and one that reads nothing is not waited for.
+func TestAViolationIsAnsweredByAnAlertWithoutWaiting(t *testing.T) {
+	client, server := securePair(t, newBuffers())
+	if _, err := client.conn.Write([]byte{22, 3, 3, 0, 1, 0}); err != nil {
+		t.Fatal(err)
+	}
+	violation, err := server.next()
+	if _, ok := errors.AsType[*record.Violation](err); !ok {
+		t.Fatalf("%q, %v", violation.text(), err)
+	}
+	_, err = client.next()
+	if remote, ok := errors.AsType[*net.OpError](err); !ok || remote.Op != "remote error" {
+		t.Errorf("got %v, want an alert", err)
 	}
 }
 
 // crypto/tls gives a close_notify five seconds to get into the socket, which a slow reader may exceed.
 func TestWriteDeadlinesOfTLSAreIgnored(t *testing.T) {
-	client, server := securePair(t, newBuffers())
+	c, server := handshakePair(t, newBuffers(), tls.VersionTLS12)
+	client := c.(*olderLeg)
 	client.tls.SetWriteDeadline(time.Now().Add(-time.Second))
 	if err := client.write(roomFor("x")); err != nil {
 		t.Fatal(err)
 	}
-	if p, err := server.next(); err != nil || string(p[headroom:]) != "x" {
-		t.Fatalf("%q, %v", p, err)
+	if b, err := server.next(); err != nil || b.text() != "x" {
+		t.Fatalf("%q, %v", b.text(), err)
 	}
 }
 
@@ -224,17 +331,20 @@ func BenchmarkCopy(b *testing.B) {
 		startRelay(b, legA, legC)
 		benchmarkCopy(b, client, server)
 	})
-	b.Run("mTLS", func(b *testing.B) {
-		pool := newBuffers()
-		client, a := tcpPair(b)
-		c, server := tcpPair(b)
-		legA, _ := newPlainLeg(a, pool)
-		legC, _ := newPlainLeg(c, pool)
-		out, in := securePair(b, pool)
-		startRelay(b, legA, out)
-		startRelay(b, legC, in)
-		benchmarkCopy(b, client, server)
-	})
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		b.Run(tls.VersionName(version), func(b *testing.B) {
+			pool := newBuffers()
+			client, a := tcpPair(b)
+			c, server := tcpPair(b)
+			legA, _ := newPlainLeg(a, pool)
+			legC, _ := newPlainLeg(c, pool)
+			out, in := handshakePair(b, pool, version)
+			startRelay(b, legA, out)
+			startRelay(b, legC, in)
+			defer reportCPU(b)()
+			benchmarkCopy(b, client, server)
+		})
+	}
 }
 
 func startRelay(b *testing.B, x, y leg) {

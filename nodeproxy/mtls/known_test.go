@@ -43,7 +43,7 @@ func TestACertificateThatWasVerifiedBeforeIsRefused(t *testing.T) {
 		}
 		client, server := pair(t)
 		go tls.Server(server, &tls.Config{Certificates: []tls.Certificate{*leaf}, ClientAuth: tls.RequireAnyClientCert}).Handshake()
-		_, _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
+		_, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
 		wantReason(t, err, catalog.ReasonPeerIdentity, "key usage")
 	})
 	t.Run("without its key", func(t *testing.T) {
@@ -66,7 +66,7 @@ func BenchmarkHandshake(b *testing.B) {
 	for b.Loop() {
 		client, server := pair(b)
 		result := accept(c, server)
-		if _, _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, ""); err != nil {
+		if _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, ""); err != nil {
 			b.Fatal(err)
 		}
 		if got := <-result; got.err != nil {

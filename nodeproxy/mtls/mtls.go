@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
+	"nodeproxy.io/nodeproxy/mtls/record"
 	"nodeproxy.io/policy"
 )
 
@@ -75,13 +76,14 @@ func (c *Credentials) Leaf(service string) (*tls.Certificate, error) {
 //
 // Errors are *catalog.Refusal: ReasonNoCertificate before anything is read, ReasonPeerIdentity for a client certificate
 // that is not one of this mesh's services, ReasonHandshakeFailed for all else, an SNI of another service among it.
-func (c *Credentials) Accept(conn net.Conn, service, protocol string, heard func() error) (*tls.Conn, Peer, error) {
+func (c *Credentials) Accept(conn net.Conn, service, protocol string, heard func() error) (*Secured, error) {
 	leaf, err := c.Leaf(service)
 	if err != nil {
-		return nil, Peer{}, err
+		return nil, err
 	}
 	var peer Peer
-	config := base(leaf, c.snap.TLS.Incoming)
+	var secrets record.Secrets
+	config := base(leaf, c.snap.TLS.Incoming, &secrets)
 	config.ClientAuth = tls.RequireAnyClientCert // verified in VerifyConnection, which knows the reason
 	config.VerifyConnection = func(state tls.ConnectionState) (err error) {
 		peer, err = c.verify(state.PeerCertificates, x509.ExtKeyUsageClientAuth)
@@ -98,12 +100,7 @@ func (c *Credentials) Accept(conn net.Conn, service, protocol string, heard func
 		negotiating.NextProtos = []string{protocol}
 		return negotiating, nil
 	}
-	secure := tls.Server(conn, config)
-	if err := secure.Handshake(); err != nil {
-		return nil, Peer{}, handshakeError(conn, err)
-	}
-	peer.leaf = leaf.Leaf
-	return secure, peer, nil
+	return secure(tls.Server(record.Stepwise(conn), config), &secrets, false, &peer, leaf.Leaf)
 }
 
 func offersAlone(hello *tls.ClientHelloInfo, protocol string) bool {
@@ -113,21 +110,22 @@ func offersAlone(hello *tls.ClientHelloInfo, protocol string) bool {
 
 // Connect does the client's side of the handshake on conn as the local service source, with an instance of target: the
 // one that was chosen, whatever was dialled. The caller sets a deadline, and closes conn on error. It offers protocol
-// alone as ALPN, or none if it is "" or the mesh caps TLS below 1.3; the connection says whether the server took it,
+// alone as ALPN, or none if it is "" or the mesh caps TLS below 1.3; Secured says whether the server took it,
 // which it may with TLS 1.3 only. A server may also end the handshake because of it: see NoSuchProtocol.
 //
 // With TLS 1.3 the server's refusal of our certificate comes only after Connect returned, with the first Read.
 //
 // Errors are *catalog.Refusal: ReasonNoCertificate before anything is sent, ReasonPeerIdentity when the server is not
 // target, ReasonHandshakeFailed for all else.
-func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Target, protocol string) (*tls.Conn, Peer, error) {
+func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Target, protocol string) (*Secured, error) {
 	leaf, err := c.Leaf(source)
 	if err != nil {
-		return nil, Peer{}, err
+		return nil, err
 	}
 	want := c.snap.TargetIdentity(target)
 	var peer Peer
-	config := base(leaf, c.snap.TLS.Outgoing)
+	var secrets record.Secrets
+	config := base(leaf, c.snap.TLS.Outgoing, &secrets)
 	if protocol != "" && c.snap.TLS.Outgoing.Allows(tls.VersionTLS13) {
 		config.NextProtos = []string{protocol}
 	}
@@ -151,12 +149,35 @@ func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Targ
 		}
 		return err
 	}
-	secure := tls.Client(conn, config)
-	if err := secure.Handshake(); err != nil {
-		return nil, Peer{}, handshakeError(conn, err)
+	return secure(tls.Client(record.Stepwise(conn), config), &secrets, true, &peer, leaf.Leaf)
+}
+
+// Secured is a connection after its handshake.
+type Secured struct {
+	Peer     Peer
+	Protocol string // that was negotiated, or ""
+
+	// One of the two is what goes on from here. With TLS 1.3 nothing is left of the handshake, and all that was received after it is still to be
+	// read from the connection below.
+	Records *record.Layer // TLS 1.3
+	Older   *tls.Conn     // TLS 1.2
+}
+
+// secure does the handshake of conn, and fills in what peer does not say yet.
+func secure(conn *tls.Conn, secrets *record.Secrets, client bool, peer *Peer, ours *x509.Certificate) (*Secured, error) {
+	if err := conn.Handshake(); err != nil {
+		return nil, handshakeError(conn, err)
 	}
-	peer.leaf = leaf.Leaf
-	return secure, peer, nil
+	peer.leaf = ours
+	state := conn.ConnectionState()
+	if state.Version < tls.VersionTLS13 {
+		return &Secured{Peer: *peer, Older: conn}, nil
+	}
+	records, err := secrets.Layer(state, client)
+	if err != nil {
+		return nil, handshakeError(conn, err)
+	}
+	return &Secured{Peer: *peer, Protocol: state.NegotiatedProtocol, Records: records}, nil
 }
 
 // NoSuchProtocol says whether a handshake failed because the server insists on another ALPN.
@@ -206,7 +227,7 @@ func (c *Credentials) SameTerms(o *Credentials) bool {
 
 // base is what both sides have in common, within limits. NextProtos stays empty: a native client offers h2, and a list
 // without it would end the handshake.
-func base(leaf *tls.Certificate, limits catalog.TLSLimits) *tls.Config {
+func base(leaf *tls.Certificate, limits catalog.TLSLimits, secrets *record.Secrets) *tls.Config {
 	suites := limits.Suites
 	if suites == nil {
 		suites = catalog.CipherSuites()
@@ -217,7 +238,8 @@ func base(leaf *tls.Certificate, limits catalog.TLSLimits) *tls.Config {
 		CipherSuites:                suites,
 		Certificates:                []tls.Certificate{*leaf},
 		SessionTicketsDisabled:      true,
-		DynamicRecordSizingDisabled: true, // the caller writes tens of kilobytes at a time
+		KeyLogWriter:                secrets, // which stay in memory
+		DynamicRecordSizingDisabled: true,    // the caller writes tens of kilobytes at a time
 	}
 }
 

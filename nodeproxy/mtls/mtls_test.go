@@ -14,6 +14,7 @@ import (
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/mtls"
 	"nodeproxy.io/nodeproxy/mtls/mtlstest"
+	"nodeproxy.io/nodeproxy/mtls/record"
 	"nodeproxy.io/policy"
 )
 
@@ -68,7 +69,8 @@ func pair(t testing.TB) (client, server net.Conn) {
 }
 
 type accepted struct {
-	conn *tls.Conn
+	conn net.Conn
+	done *mtls.Secured
 	peer policy.Identity
 	err  error
 }
@@ -77,13 +79,34 @@ type accepted struct {
 func accept(c *mtls.Credentials, conn net.Conn) <-chan accepted {
 	result := make(chan accepted, 1)
 	go func() {
-		secure, peer, err := c.Accept(conn, "api", "", func() error { return nil })
+		done, err := c.Accept(conn, "api", "", func() error { return nil })
 		if err != nil {
 			conn.Close()
+			result <- accepted{err: err}
+			return
 		}
-		result <- accepted{secure, peer.Identity, err}
+		result <- accepted{conn, done, done.Peer.Identity, nil}
 	}()
 	return result
+}
+
+// say sends a short text after a handshake.
+func say(t testing.TB, conn net.Conn, done *mtls.Secured, text string) {
+	t.Helper()
+	if done.Older != nil {
+		if _, err := io.WriteString(done.Older, text); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	out := make([]byte, record.SealedSize(len(text)))
+	n, err := done.Records.Seal(out, append([]byte(text), 0)[:len(text)])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write(out[:n]); err != nil {
+		t.Error(err)
+	}
 }
 
 func wantReason(t *testing.T, err error, reason catalog.Reason, words string) {
@@ -111,7 +134,7 @@ func TestBothSidesMeetAndCarryBytes(t *testing.T) {
 	c := credentials(t, []*mtlstest.Authority{root}, map[string]*tls.Certificate{"api": root.Leaf(t, apiURI), "web": root.Leaf(t, webURI)})
 	client, server := pair(t)
 	result := accept(c, server)
-	secure, _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
+	done, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,14 +145,17 @@ func TestBothSidesMeetAndCarryBytes(t *testing.T) {
 	if got.peer.String() != webURI {
 		t.Fatalf("the server sees %s, want %s", got.peer, webURI)
 	}
-	state := secure.ConnectionState()
-	if state.Version != tls.VersionTLS13 || state.NegotiatedProtocol != "" || state.ServerName != sniAPI || state.DidResume {
-		t.Fatalf("version %x, ALPN %q, SNI %q, resumed %v", state.Version, state.NegotiatedProtocol, state.ServerName, state.DidResume)
+	if done.Protocol != "" || done.Records == nil || got.done.Records == nil {
+		t.Fatalf("ALPN %q; TLS 1.3: %v and %v", done.Protocol, done.Records != nil, got.done.Records != nil)
 	}
-	go secure.Write([]byte("hello"))
-	buf := make([]byte, 5)
-	if _, err := io.ReadFull(got.conn, buf); err != nil || string(buf) != "hello" {
-		t.Fatalf("read %q, %v", buf, err)
+	say(t, client, done, "hello")
+	received := make([]byte, record.SealedSize(5))
+	n, err := server.Read(received)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, size, err := got.done.Records.Open(received[:n]); err != nil || string(received[record.HeaderSize:][:size]) != "hello" {
+		t.Fatalf("read %q, %v", received[record.HeaderSize:][:size], err)
 	}
 }
 
@@ -217,7 +243,7 @@ func TestClientRefusesServerCertificate(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			client, server := pair(t)
 			go tls.Server(server, &tls.Config{Certificates: []tls.Certificate{*tt.leaf}, ClientAuth: tls.RequireAnyClientCert}).Handshake()
-			_, _, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
+			_, err := c.Connect(client, "web", &catalog.Target{Service: "api"}, "")
 			wantReason(t, err, catalog.ReasonPeerIdentity, tt.words)
 		})
 	}
@@ -294,7 +320,7 @@ func TestWhatPeersOffer(t *testing.T) {
 				if handshake != nil || got.err != nil {
 					t.Fatalf("client: %v, server: %v", handshake, got.err)
 				}
-				go got.conn.Write([]byte("x")) // a session ticket would come before it
+				say(t, got.conn, got.done, "x") // a session ticket would come before it
 				if _, err := peer.Read(make([]byte, 1)); err != nil {
 					t.Fatal(err)
 				}
@@ -331,7 +357,7 @@ func TestIntermediatesThatThePeerSendsAreUsed(t *testing.T) {
 			client := credentials(t, []*mtlstest.Authority{tt.roots}, map[string]*tls.Certificate{"web": tt.signs.Leaf(t, webURI)})
 			here, there := pair(t)
 			result := accept(server, there)
-			if _, _, err := client.Connect(here, "web", &catalog.Target{Service: "api"}, ""); err != nil {
+			if _, err := client.Connect(here, "web", &catalog.Target{Service: "api"}, ""); err != nil {
 				t.Fatal(err)
 			}
 			if got := <-result; got.err != nil {
@@ -347,9 +373,9 @@ func TestNoValidLeafOfOurOwn(t *testing.T) {
 	for name, leaves := range map[string]map[string]*tls.Certificate{"missing": nil, "expired": {"api": expired}} {
 		t.Run(name, func(t *testing.T) {
 			c := credentials(t, []*mtlstest.Authority{root}, leaves)
-			_, _, err := c.Accept(nil, "api", "", func() error { return nil }) // nil: nothing may be read or sent
+			_, err := c.Accept(nil, "api", "", func() error { return nil }) // nil: nothing may be read or sent
 			wantReason(t, err, catalog.ReasonNoCertificate, `"api"`)
-			_, _, err = c.Connect(nil, "api", &catalog.Target{Service: "web"}, "")
+			_, err = c.Connect(nil, "api", &catalog.Target{Service: "web"}, "")
 			wantReason(t, err, catalog.ReasonNoCertificate, `"api"`)
 		})
 	}

@@ -77,7 +77,7 @@ func TestAPeersRootsVouchForItsTrustDomainAlone(t *testing.T) {
 					return nil, nil
 				}}).Handshake()
 			}()
-			_, _, err := ours.Connect(client, "api", target, "")
+			_, err := ours.Connect(client, "api", target, "")
 			if got := <-sni; got != target.Peered.SNI {
 				t.Errorf("the SNI is %s", got)
 			}

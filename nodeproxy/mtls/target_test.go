@@ -53,7 +53,7 @@ func TestTheTargetsIdentityAndNotTheDialledOnesIsVerified(t *testing.T) {
 			_ = conn.Handshake()
 			sni <- conn.ConnectionState().ServerName
 		}()
-		_, _, err := within(t, root, catalog.TLS{}).Connect(client, "web", &c.target, "")
+		_, err := within(t, root, catalog.TLS{}).Connect(client, "web", &c.target, "")
 		if c.sni == "" {
 			wantReason(t, err, catalog.ReasonPeerIdentity, c.server)
 			continue
@@ -84,7 +84,7 @@ func TestTheMeshLimitsTLS(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			client, server := pair(t)
 			result := accept(within(t, root, catalog.TLS{Incoming: c.server}), server)
-			conn, _, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"}, "")
+			peer, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"}, "")
 			if c.version == 0 {
 				wantReason(t, err, catalog.ReasonHandshakeFailed, "handshake")
 				return
@@ -95,9 +95,10 @@ func TestTheMeshLimitsTLS(t *testing.T) {
 			if got := <-result; got.err != nil {
 				t.Fatal(got.err)
 			}
-			state := conn.ConnectionState()
-			if state.Version != c.version || c.suite != 0 && state.CipherSuite != c.suite {
-				t.Errorf("version %x, suite %s", state.Version, tls.CipherSuiteName(state.CipherSuite))
+			if older := peer.Older != nil; older != (c.version == tls.VersionTLS12) || older == (peer.Records != nil) {
+				t.Errorf("TLS 1.2: %v, records: %v", older, peer.Records != nil)
+			} else if older && c.suite != 0 && peer.Older.ConnectionState().CipherSuite != c.suite {
+				t.Errorf("suite %s", tls.CipherSuiteName(peer.Older.ConnectionState().CipherSuite))
 			}
 		})
 	}
@@ -119,14 +120,14 @@ func TestTheProtocolNeedsTLS13OnBothSides(t *testing.T) {
 			client, server := pair(t)
 			accepted := make(chan error, 1)
 			go func() {
-				_, _, err := within(t, root, catalog.TLS{Incoming: c.server}).Accept(server, "api", "test/1", func() error { return nil })
+				_, err := within(t, root, catalog.TLS{Incoming: c.server}).Accept(server, "api", "test/1", func() error { return nil })
 				accepted <- err
 			}()
-			conn, _, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"}, "test/1")
+			peer, err := within(t, root, catalog.TLS{Outgoing: c.client}).Connect(client, "web", &catalog.Target{Service: "api"}, "test/1")
 			if err := errors.Join(err, <-accepted); err != nil {
 				t.Fatal(err)
 			}
-			if got := conn.ConnectionState().NegotiatedProtocol; got != c.want {
+			if got := peer.Protocol; got != c.want {
 				t.Errorf("%q was negotiated, want %q", got, c.want)
 			}
 		})
