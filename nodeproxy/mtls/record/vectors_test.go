@@ -181,7 +181,7 @@ func TestViolationsAreToldByTheirAlert(t *testing.T) {
 			if !ok || v.Alert != tc.want {
 				t.Fatalf("got %v, want the alert %v", err, tc.want)
 			}
-			if _, _, again := to.Open(records); again != err {
+			if _, _, again := to.Open(records); !errors.Is(again, err) {
 				t.Errorf("then comes %v", again)
 			}
 		})
