@@ -16,6 +16,8 @@ import (
 // whole contract of cipher.AEAD: they append to dst, work in place where input and output begin at the same byte,
 // panic for a nonce of another length, a partial overlap, or a message of more than 2^36-32 bytes, and Open clears
 // what it wrote before it returns an error. The error is an aes.KeySizeError.
+//
+// With fips140=only crypto/cipher refuses nonces that its caller makes: records are for crypto/tls alone there.
 func New(key []byte) (cipher.AEAD, error) {
 	return choose(key, vectors() && !fips140.Enabled())
 }
