@@ -35,7 +35,7 @@ func (m *mesh) confined(capabilities []string) string {
 // The daemon of the unit needs what the unit leaves to it: without one of them it says which, and has either begun nothing, or does
 // all but what it names.
 func TestADaemonWithoutOneOfItsCapabilitiesSaysWhichAndHalfProtectsNobody(t *testing.T) {
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	web := m.place(0, "web")
 	m.place(1, "api")
 	m.allow("api", "web")

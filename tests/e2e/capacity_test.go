@@ -91,7 +91,7 @@ var neighbours = map[string]func(m *mesh, service string, port uint16) *netlab.W
 
 // crowded is a mesh with a hog and its neighbour on node 1, which both call api on node 2.
 func crowded(t *testing.T, place func(*mesh, string, uint16) *netlab.Workload) (m *mesh, hog, neighbour *netlab.Workload) {
-	m = newMesh(t)
+	m = newMeshAlone(t)
 	hog, neighbour = place(m, "hog", 8081), place(m, "neighbour", 8082)
 	m.place(1, "api")
 	m.allow("api", "hog", "neighbour")

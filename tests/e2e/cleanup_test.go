@@ -16,6 +16,7 @@ import (
 )
 
 func TestCleanupRemovesEverythingWithoutDaemonOrConfiguration(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]func(m *mesh, node int){
 		"after an orderly stop": func(m *mesh, node int) { m.stop(node) },
 		"after a SIGKILL":       func(m *mesh, node int) { m.kill(node) },

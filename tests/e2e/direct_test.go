@@ -31,6 +31,7 @@ func sameNode(t *testing.T, config string) (m *mesh, web, api *netlab.Workload) 
 
 // eachPath runs a test of two neighbours over both paths within a node.
 func eachPath(t *testing.T, test func(t *testing.T, m *mesh, web, api *netlab.Workload, path admin.Path)) {
+	t.Parallel()
 	for path, same := range map[admin.Path]string{admin.PathDirect: "direct", admin.PathMTLS: "mtls"} {
 		t.Run(string(path), func(t *testing.T) {
 			m, web, api := sameNode(t, fmt.Sprintf("same_node = %q\n", same))
@@ -174,6 +175,7 @@ func TestWithADeadOrHungDaemonNothingNewIsGrantedAndWhatIsLiveGoesOn(t *testing.
 }
 
 func TestWhatCannotGoDirectTakesTheProxyAndExplainSaysWhy(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		prepare func(m *mesh, api *netlab.Workload)
 		listen  []string
@@ -248,7 +250,7 @@ func TestWhatCannotGoDirectTakesTheProxyAndExplainSaysWhy(t *testing.T) {
 }
 
 func TestALabelOfEitherEndTakesTheProxyWithinANode(t *testing.T) {
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	m.Daemons[0].Labels = "  xattr {\n    enabled = true\n  }\n"
 	ends := make(map[string]*netlab.Workload)
 	for _, name := range []string{"web", "api"} {

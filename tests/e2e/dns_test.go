@@ -361,7 +361,7 @@ func TestWithoutDNSNothingIsAttachedForIt(t *testing.T) {
 }
 
 func TestALabelDeclinesNames(t *testing.T) {
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	web := m.place(0, "web")
 	m.place(1, "api")
 	m.nameServer(m.Nodes[0].Namespace, m.Nodes[0].IPv4)

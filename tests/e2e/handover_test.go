@@ -157,6 +157,7 @@ func (m *mesh) startBlind() (next *netlab.Process, give func()) {
 }
 
 func TestWhenTheNextDaemonDiesInMidHandOverTheOneBeforeGoesOn(t *testing.T) {
+	t.Parallel()
 	t.Run("killed", func(t *testing.T) { testTheNextDaemonDies(t, (*netlab.Process).Kill) })
 	t.Run("stopped", func(t *testing.T) {
 		testTheNextDaemonDies(t, func(p *netlab.Process) { _ = p.Signal(syscall.SIGTERM) })

@@ -34,14 +34,33 @@ type mesh struct {
 }
 
 // newMesh makes two nodes. At the end of the test it asserts that the daemons are back at their baseline, end well, and
-// that nothing remains of them.
+// that nothing remains of them. Other tests run beside it: most of the time each of them waits.
 func newMesh(t *testing.T) *mesh {
+	t.Helper()
+	require(t)
+	t.Parallel()
+	return makeMesh(t)
+}
+
+// newMeshAlone is newMesh for a test beside which no other may run: its daemon heeds the extended attributes of every cgroup of
+// the machine, or it takes all that the machine can do.
+func newMeshAlone(t *testing.T) *mesh {
+	t.Helper()
+	require(t)
+	return makeMesh(t)
+}
+
+func require(t *testing.T) {
 	t.Helper()
 	netlab.Require(t)
 	if testing.Short() {
 		t.Skip("slow: end to end")
 	}
 	requireSource(t)
+}
+
+func makeMesh(t *testing.T) *mesh {
+	t.Helper()
 	lab, err := meshlab.New(programs.nodeproxy)
 	if err != nil {
 		t.Fatal(err)
@@ -66,6 +85,7 @@ func (m *mesh) in(t *testing.T) *mesh {
 
 // onEveryPath runs a test with tunnels between the nodes, and with plain Connect connections alone.
 func onEveryPath(t *testing.T, test func(t *testing.T, m *mesh, between admin.Path)) {
+	t.Parallel()
 	t.Run("tunnel", func(t *testing.T) { test(t, newMesh(t), admin.PathTunnel) })
 	t.Run("mtls", func(t *testing.T) {
 		m := newMesh(t)

@@ -21,7 +21,7 @@ import (
 // mode, so that it can be reached with and without the mesh. A second daemon that heeds them would take node 1's for its own.
 func labelled(t *testing.T) (m *mesh, web, api *netlab.Workload) {
 	t.Helper()
-	m = newMesh(t)
+	m = newMeshAlone(t)
 	m.Daemons[0].Labels = "  xattr {\n    enabled = true\n  }\n"
 	web, err := m.Nodes[0].Workload("web")
 	m.must(err)

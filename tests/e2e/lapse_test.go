@@ -343,6 +343,7 @@ func TestACgroupMadeAnewAtTheSamePathIsCapturedAndNoPlaintextLeavesIt(t *testing
 }
 
 func TestAnApplicationThatEndsConnectionsAtOnceIsNotTakenForAnother(t *testing.T) {
+	t.Parallel()
 	const connections = 100
 	for _, how := range []string{"closes", "resets"} {
 		t.Run(how, func(t *testing.T) {

@@ -18,6 +18,7 @@ const adminPort = port + 1010
 // TestAWorkloadServesSeveralServicesByPort has one workload in node 1's own namespace that is web and also web-admin. user may call
 // web, ops may call web-admin, on the same node and from the other; far is where both are not.
 func TestAWorkloadServesSeveralServicesByPort(t *testing.T) {
+	t.Parallel()
 	for path, same := range map[admin.Path]string{admin.PathDirect: "direct", admin.PathMTLS: "mtls"} {
 		t.Run(string(path), func(t *testing.T) { severalServices(t, path, fmt.Sprintf("same_node = %q\n", same)) })
 	}

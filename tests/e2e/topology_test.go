@@ -144,7 +144,7 @@ func TestTwoWorkloadsInTheNodesNamespaceAreNotTakenForEachOther(t *testing.T) {
 }
 
 func TestAnInnerWorkloadThatIsUnenrolledFailsNoConnection(t *testing.T) {
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	m.Daemons[0].Labels = "  xattr {\n    enabled = true\n  }\n"
 	outer := m.place(0, "outer")
 	m.place(1, "api")
