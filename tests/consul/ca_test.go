@@ -238,7 +238,6 @@ func (m *mesh) rotates(calls []call, changes ...func()) {
 }
 
 func TestARotationOfTheBuiltInCAFailsNoConnection(t *testing.T) {
-	t.Parallel() // it waits much, in a mesh of its own
 	m, _, calls := newFrontedMesh(t)
 	keys := func(kind string, bits int) func() {
 		return func() {
@@ -249,7 +248,6 @@ func TestARotationOfTheBuiltInCAFailsNoConnection(t *testing.T) {
 }
 
 func TestASwitchOfTheCAToVaultFailsNoConnection(t *testing.T) {
-	t.Parallel() // it waits much, in a mesh of its own
 	m, _, calls := newFrontedMesh(t)
 	vault, err := Vault()
 	m.must(err)

@@ -26,10 +26,8 @@ func newDatacenters(t *testing.T) *mesh {
 // newClusters is two nodes, each with a server of its own that is configured as more says.
 func newClusters(t *testing.T, more func(m *mesh, i int) Config) *mesh {
 	t.Helper()
-	Require(t)
-	if testing.Short() {
-		t.Skip("slow: end to end")
-	}
+	require(t)
+	t.Parallel()
 	lab, err := meshlab.New(programs.nodeproxy)
 	if err != nil {
 		t.Fatal(err)

@@ -97,7 +97,6 @@ func (a *authority) reissue(service string, notAfter time.Time) (change func(*ht
 // TestAnExpiredCertificateStopsThatServiceOnly: web's certificate ends while it cannot be renewed, batch's does not. So it is
 // after a restart without Consul.
 func TestAnExpiredCertificateStopsThatServiceOnly(t *testing.T) {
-	t.Parallel() // it waits much, in a mesh of its own
 	m := newMeshWith(t, Config{Persist: true})
 	m.fronts[0] = NewFront(t, m.agents[0].Socket())
 	root := newAuthority(t)

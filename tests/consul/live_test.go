@@ -18,7 +18,7 @@ import (
 // times that, for other programs share the machine.
 func TestAnIntentionEndsAThousandConnectionsAtOnce(t *testing.T) {
 	const n, goal = 1000, 100 * time.Millisecond
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	web := m.place(0, "web")
 	m.place(1, "api")
 	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))

@@ -44,7 +44,11 @@ func build(m *testing.M) int {
 		programs.nodeproxy: append(raceFlags(), "nodeproxy.io/cmd/nodeproxy"),
 		programs.app:       {"nodeproxy.io/tests/e2e/app"},
 	} {
-		if out, err := exec.Command("go", append([]string{"build", "-o", path}, args...)...).CombinedOutput(); err != nil {
+		cmd := exec.Command("go", append([]string{"build", "-o", path}, args...)...)
+		if path == programs.app { // which runs in containers too, that have nothing else
+			cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build %s: %v\n%s", path, err, out)
 			return 1
 		}
@@ -62,9 +66,17 @@ type mesh struct {
 	withoutACLs bool
 }
 
+// newMesh makes one. Other tests run beside it: most of the time each of them waits.
 func newMesh(t *testing.T) *mesh {
 	t.Helper()
 	return newMeshWith(t, Config{})
+}
+
+// newMeshAlone is newMesh for a test that measures time, beside which no other may run.
+func newMeshAlone(t *testing.T) *mesh {
+	t.Helper()
+	require(t)
+	return makeMesh(t, 2, Config{})
 }
 
 // newMeshWith is newMesh with the agents configured as more says.
@@ -76,10 +88,21 @@ func newMeshWith(t *testing.T, more Config) *mesh {
 // newMeshOf is newMeshWith with agents on the first nodes alone.
 func newMeshOf(t *testing.T, agents int, more Config) *mesh {
 	t.Helper()
+	require(t)
+	t.Parallel()
+	return makeMesh(t, agents, more)
+}
+
+func require(t *testing.T) {
+	t.Helper()
 	Require(t)
 	if testing.Short() {
 		t.Skip("slow: end to end")
 	}
+}
+
+func makeMesh(t *testing.T, agents int, more Config) *mesh {
+	t.Helper()
 	lab, err := meshlab.New(programs.nodeproxy)
 	if err != nil {
 		t.Fatal(err)

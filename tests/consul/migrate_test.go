@@ -131,7 +131,7 @@ func (v mover) opened(direction, label string) int {
 }
 
 func TestServicesMoveBetweenEnvoyAndNodeproxy(t *testing.T) {
-	t.Parallel() // it waits much, in a mesh of its own
+	t.Parallel()
 	for name, place := range map[string]func(*netlab.Node, string) (*netlab.Workload, error){
 		"in namespaces of their own": (*netlab.Node).Workload,
 		"in the node's namespace":    (*netlab.Node).HostWorkload,

@@ -211,7 +211,6 @@ const (
 )
 
 func TestOutagesFailNoConnectionAndEndWithoutAHerd(t *testing.T) {
-	t.Parallel() // it waits much, in a mesh of its own
 	m, batch, calls := newFrontedMesh(t)
 	alive := m.streams(calls...)
 	for _, o := range outages() {
