@@ -19,7 +19,7 @@ import (
 
 const (
 	// patience is how long a test waits for what must happen. It is long because the machine may be busy.
-	patience = 30 * time.Second
+	patience = time.Minute
 	port     = 8080
 )
 

@@ -153,6 +153,7 @@ var fileOnly = map[string][]string{
 		"TestOnePortOfTheNodeForTwoServicesIsShown",
 		"TestAContainerOfContainerdIsAWorkload",
 		"TestChurnOfLabelledWorkloadsLeavesNothingBehind",
+		"TestContainersThatComeAndGoAsFastAsTheirEngineCanLeaveNothing",
 		"TestWhoGetsTheAddressOfAnotherGetsNoIdentity",
 		"TestWhatASilentProviderMayHaveEnrolledStaysGuarded",
 		"TestAnObservedWorkloadIsOnlyWatched",
