@@ -21,8 +21,14 @@ import (
 // the node, make their cgroups, and listen where a kubelet would.
 type pods struct {
 	*agentless
-	dir string
+	cgroup  *netlab.Cgroup // of pods without resources
+	dir     string
+	server  func(port int) *netlab.Process // starts an API server, and returns when it is ready
+	serving *netlab.Process                // the one that the daemon asks
 }
+
+// apiPort is where the daemon asks.
+const apiPort = 6443
 
 func newPods(t *testing.T) *pods {
 	m := newAgentless(t, Config{Open: true}, fmt.Sprintf("addresses = [\"http://%s:8500\"]", firstNode))
@@ -32,31 +38,41 @@ func newPods(t *testing.T) *pods {
 // withPods starts an API server, whose pods in namespace shop may be one service.
 func (m *agentless) withPods(service string) *pods {
 	m.t.Helper()
-	t, p := m.t, &pods{m, m.t.TempDir()}
+	t, p := m.t, &pods{agentless: m, dir: m.t.TempDir()}
 	node := p.Nodes[1]
-	start := func(path string, args ...string) {
-		_, err := p.Lab.Start(netlab.Command{Path: path, Args: args, Namespace: node.Namespace})
+	start := func(path string, args ...string) *netlab.Process {
+		started, err := p.Lab.Start(netlab.Command{Path: path, Args: args, Namespace: node.Namespace})
 		p.must(err)
+		return started
 	}
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	p.must(err)
 	accounts := p.write("accounts.key", string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
-	p.write("kubeconfig", `{"apiVersion": "v1", "kind": "Config", "current-context": "test",
-"clusters": [{"name": "test", "cluster": {"server": "https://127.0.0.1:6443", "insecure-skip-tls-verify": true}}],
+	p.write("kubeconfig", fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "test",
+"clusters": [{"name": "test", "cluster": {"server": "https://127.0.0.1:%d", "insecure-skip-tls-verify": true}}],
 "users": [{"name": "test", "user": {"token": "secret"}}],
-"contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}]}`)
+"contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}]}`, apiPort))
 	start("etcd", "--data-dir", filepath.Join(p.dir, "etcd"), "--unsafe-no-fsync")
-	start(kubelab.Program(t, "kube-apiserver"), "--etcd-servers", "http://127.0.0.1:2379", "--bind-address", "127.0.0.1", "--secure-port", "6443",
-		"--cert-dir", filepath.Join(p.dir, "certificates"), "--service-cluster-ip-range", "10.96.0.0/16", "--endpoint-reconciler-type", "none",
-		"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts, "--service-account-issuer", "https://kubernetes.test",
-		"--token-auth-file", p.write("tokens", "secret,admin,1,system:masters\n"), "--authorization-mode", "RBAC",
-		"--advertise-address", node.IPv4.String(), "--disable-admission-plugins", "ServiceAccount")
+	tokens := p.write("tokens", "secret,admin,1,system:masters\n")
+	p.server = func(port int) *netlab.Process {
+		server := start(kubelab.Program(t, "kube-apiserver"), "--etcd-servers", "http://127.0.0.1:2379", "--bind-address", "127.0.0.1", "--secure-port", fmt.Sprint(port),
+			"--cert-dir", filepath.Join(p.dir, "certificates"), "--service-cluster-ip-range", "10.96.0.0/16", "--endpoint-reconciler-type", "none",
+			"--service-account-key-file", accounts, "--service-account-signing-key-file", accounts, "--service-account-issuer", "https://kubernetes.test",
+			"--token-auth-file", tokens, "--authorization-mode", "RBAC",
+			"--advertise-address", node.IPv4.String(), "--disable-admission-plugins", "ServiceAccount")
+		p.await("the API server is ready", func() error {
+			_, err := p.kubectl("--server", fmt.Sprintf("https://127.0.0.1:%d", port), "get", "--raw", "/readyz")
+			return err
+		})
+		return server
+	}
 	p.Daemons[1].Labels += fmt.Sprintf("  kubernetes {\n    enabled    = true\n    kubeconfig = %q\n    namespace \"shop\" {\n      services = [%q]\n    }\n  }\n",
 		filepath.Join(p.dir, "kubeconfig"), service)
-	p.await("the API server is ready", func() error {
-		_, err := p.kubectl("get", "--raw", "/readyz")
-		return err
-	})
+	p.serving = p.server(apiPort)
+	kubepods, err := node.Cgroup.Child("kubepods")
+	p.must(err)
+	p.cgroup, err = kubepods.Child("besteffort")
+	p.must(err)
 	p.do("create", "namespace", "shop")
 	return p
 }
@@ -93,12 +109,8 @@ func (p *pods) pod(name, account string) *netlab.Workload {
 "spec": {"nodeName": %q, "serviceAccountName": %q, "containers": [{"name": "app", "image": "app", "ports": [{"containerPort": %[4]d}], "readinessProbe": {"tcpSocket": {"port": %[4]d}}}]}}`,
 		name, node.Name, account, port)))
 	uid := p.do("-n", "shop", "get", "pod", name, "-o", "jsonpath={.metadata.uid}")
-	cgroup, err := node.Cgroup.Child("kubepods")
+	cgroup, err := p.cgroup.Child("pod" + uid)
 	p.must(err)
-	for _, below := range []string{"besteffort", "pod" + uid} {
-		cgroup, err = cgroup.Child(below)
-		p.must(err)
-	}
 	return &netlab.Workload{Name: name, Node: node, Namespace: ns, Cgroup: cgroup, IPv4: ip}
 }
 
@@ -109,16 +121,21 @@ func (p *pods) status(w *netlab.Workload, ready string) {
 		fmt.Sprintf(`{"status": {"phase": "Running", "podIP": %[1]q, "podIPs": [{"ip": %[1]q}], "conditions": [{"type": "Ready", "status": %[2]q}]}}`, w.IPv4, ready))
 }
 
+// web makes a workload on the first node that may call api, and may be called by it.
+func (p *pods) web() *netlab.Workload {
+	p.t.Helper()
+	p.must(p.agents[0].Intentions(p.ctx(), "api", map[string]string{"web": "allow"}))
+	p.must(p.agents[0].Intentions(p.ctx(), "web", map[string]string{"api": "allow"}))
+	token, err := p.agents[0].NewToken(p.ctx(), "node-1", rules(p.t, "node-1", "web"))
+	p.must(err)
+	p.must(os.WriteFile(p.tokenFile(0), []byte(token), 0o600))
+	p.Daemons[0].Source = fmt.Sprintf("source \"consul\" {\n  token_file = %q\n}\n", p.tokenFile(0))
+	return p.place(0, "web")
+}
+
 func TestPodsAreInstancesOfTheirServices(t *testing.T) {
 	m := newPods(t)
-	m.must(m.agents[0].Intentions(m.ctx(), "api", map[string]string{"web": "allow"}))
-	m.must(m.agents[0].Intentions(m.ctx(), "web", map[string]string{"api": "allow"}))
-	token, err := m.agents[0].NewToken(m.ctx(), "node-1", rules(t, "node-1", "web"))
-	m.must(err)
-	m.must(os.WriteFile(m.tokenFile(0), []byte(token), 0o600))
-	m.Daemons[0].Source = fmt.Sprintf("source \"consul\" {\n  token_file = %q\n}\n", m.tokenFile(0))
-
-	web := m.place(0, "web")
+	web := m.web()
 	kubelet, err := m.Nodes[1].HostWorkload("kubelet")
 	m.must(err)
 	stranger, err := m.Nodes[1].HostWorkload("stranger")
