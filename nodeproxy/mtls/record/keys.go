@@ -1,7 +1,6 @@
 package record
 
 import (
-	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hkdf"
 	"crypto/sha256"
@@ -12,6 +11,8 @@ import (
 	"hash"
 
 	"golang.org/x/crypto/chacha20poly1305"
+
+	"nodeproxy.io/nodeproxy/mtls/aesgcm"
 )
 
 // suite is what a cipher suite of TLS 1.3 stands for.
@@ -22,17 +23,9 @@ type suite struct {
 }
 
 var suites = map[uint16]*suite{
-	tls.TLS_AES_128_GCM_SHA256:       {sha256.New, 16, newGCM},
-	tls.TLS_AES_256_GCM_SHA384:       {sha512.New384, 32, newGCM},
+	tls.TLS_AES_128_GCM_SHA256:       {sha256.New, 16, aesgcm.New},
+	tls.TLS_AES_256_GCM_SHA384:       {sha512.New384, 32, aesgcm.New},
 	tls.TLS_CHACHA20_POLY1305_SHA256: {sha256.New, chacha20poly1305.KeySize, chacha20poly1305.New},
-}
-
-func newGCM(key []byte) (cipher.AEAD, error) {
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCM(block)
 }
 
 const nonceSize = 12
