@@ -95,33 +95,34 @@ func addrPort(addr net.Addr) netip.AddrPort {
 }
 
 // serve keeps the order of a Connect server: handshake, identity, intention, limits, and only then the application.
-func (in *inbound) serve() error {
+func (in *inbound) serve() (*carrying, error) {
 	now := in.gate.current()
 	if now == nil {
-		return notReady()
+		return nil, notReady()
 	}
 	peer, err := in.authenticate(now)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if l, ok := peer.(*link); ok {
-		return in.serveTunnel(l, now.trust)
+		in.serveTunnel(l, now.trust)
+		return nil, nil
 	}
 	in.handshake.end()
 	if err := in.authorize(in.c); err != nil {
-		return err
+		return nil, err
 	}
 	if err := in.reserve(now); err != nil {
-		return err
+		return nil, err
 	}
 	application, err := in.deliver()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := in.open(in.c); err != nil {
-		return err
+		return nil, err
 	}
-	return in.relay(in.c, application, peer)
+	return in.carry(in.c, application, peer), nil
 }
 
 // authenticate does the handshake and notes who the peer is. When it fails the connection is closed in order and not reset, so

@@ -25,7 +25,7 @@ func (p *Proxy) ServeOutbound(ns *workload.Namespace, ln *net.TCPListener) {
 		c.describe(func(about *admin.Connection) { about.Source.Address = app.RemoteAddr().String() })
 		origin, err := p.cfg.Kernel.Origin(ns, app)
 		origin, err = p.admitOutbound(c, origin, err)
-		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
+		p.run(c, err, func() (*carrying, error) { return p.serveOutbound(c, origin, app) })
 	})
 	p.tunnels.retireNamespace(ns.Cookie)
 }
@@ -36,7 +36,7 @@ func (p *Proxy) ServeUpstream(ln *net.UnixListener, origin func(*net.UnixConn) (
 		c := p.begin(admin.Outbound, app)
 		origin, err := origin(app)
 		origin, err = p.admitOutbound(c, origin, err)
-		p.run(c, err, func() error { return p.serveOutbound(c, origin, app) })
+		p.run(c, err, func() (*carrying, error) { return p.serveOutbound(c, origin, app) })
 	})
 }
 
@@ -60,14 +60,14 @@ func (p *Proxy) admitOutbound(c *connection, origin *workload.Origin, err error)
 	return origin, nil
 }
 
-func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Conn) error {
+func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Conn) (*carrying, error) {
 	now := p.gate.current()
 	if now == nil {
-		return notReady()
+		return nil, notReady()
 	}
 	to, ok := now.snap.UpstreamSocket(origin.Instances, origin.Socket)
 	if origin.Socket != "" && !ok {
-		return refuse(catalog.ReasonUnknownService, "find the service of %s: it is no upstream any more", origin.Socket)
+		return nil, refuse(catalog.ReasonUnknownService, "find the service of %s: it is no upstream any more", origin.Socket)
 	}
 	if !ok {
 		to, ok = now.snap.Upstream(origin.Instances, origin.Destination)
@@ -76,35 +76,42 @@ func (p *Proxy) serveOutbound(c *connection, origin *workload.Origin, app net.Co
 		to, ok = now.snap.Resolve(origin.Destination)
 	}
 	if !ok && slices.Contains(now.snap.Canaries(), origin.Destination.Addr()) {
-		return refuse(catalog.ReasonUnknownService, "a canary of \"nodeproxy check\" has come this far: nothing is wrong")
+		return nil, refuse(catalog.ReasonUnknownService, "a canary of \"nodeproxy check\" has come this far: nothing is wrong")
 	}
 	if !ok {
-		return refuse(catalog.ReasonUnknownService, "find the service of %s: it is neither a virtual IP nor the address of an instance", origin.Destination)
+		return nil, refuse(catalog.ReasonUnknownService, "find the service of %s: it is neither a virtual IP nor the address of an instance", origin.Destination)
 	}
 	d := newDialer(p, c, now, origin, to)
 	if err := d.aim(d.route.Preferred()); err != nil {
-		return err
+		return nil, err
 	}
 	if err := d.reserve(); err != nil {
-		return err
+		return nil, err
 	}
 	application, err := newPlainLeg(app, p.buffers)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	d.application = application
 	peer, err := d.connect()
 	if err != nil {
 		application.release()
-		return err
+		return nil, err
 	}
 	if err := p.open(c); err != nil {
 		application.release()
-		return err
+		return nil, err
 	}
-	err = p.relay(c, application, peer)
-	d.ended(peer, err)
-	return err
+	carries := p.carry(c, application, peer)
+	if l, ok := peer.(*link); ok {
+		end := carries.ended
+		carries.ended = func(err error) error {
+			err = end(err)
+			d.ended(l, err)
+			return err
+		}
+	}
+	return carries, nil
 }
 
 // dialer finds a peer for one outbound connection.

@@ -176,16 +176,35 @@ func (p *Proxy) begin(direction admin.Direction, conn net.Conn) *connection {
 	return c
 }
 
-// run registers c and calls serve in a goroutine of c's own. admitted is why c is refused at once, or nil.
-func (p *Proxy) run(c *connection, admitted error, serve func() error) {
+// carrying is what is left to do of a connection that is open: relay, and what is to follow.
+type carrying struct {
+	relay *relay
+	ended func(err error) error // makes of the relay's end the connection's
+}
+
+// run registers c and calls serve in a goroutine of c's own. admitted is why c is refused at once, or nil. What serve returns, if
+// that is not nil, goes on in goroutines of its own.
+func (p *Proxy) run(c *connection, admitted error, serve func() (*carrying, error)) {
 	if admitted != nil {
 		p.end(c, admitted)
 		return
 	}
 	p.live.add(c)
 	p.connections.Go(func() {
-		defer p.live.remove(c)
-		p.end(c, p.protect(serve))
+		var carries *carrying
+		err := p.protect(func() (err error) {
+			carries, err = serve()
+			return err
+		})
+		if err != nil || carries == nil {
+			p.end(c, err)
+			p.live.remove(c)
+			return
+		}
+		carries.relay.start(&p.connections, func(err error) {
+			p.end(c, p.protect(func() error { return carries.ended(err) }))
+			p.live.remove(c)
+		})
 	})
 }
 
@@ -235,19 +254,21 @@ func (p *Proxy) authorize(c *connection) error {
 	return nil
 }
 
-// relay copies between the two legs of c. application is the end on this node.
-func (p *Proxy) relay(c *connection, application, peer leg) error {
-	defer p.limitIdle(c)()
-	r := relay{a: application, b: peer, fromA: &c.sent, fromB: &c.received, protect: p.protect}
+// carry is the copying between the two legs of c. application is the end on this node.
+func (p *Proxy) carry(c *connection, application, peer leg) *carrying {
+	r := &relay{a: application, b: peer, fromA: &c.sent, fromB: &c.received, protect: p.protect}
 	if c.about.Direction == admin.Inbound {
 		r.fromA, r.fromB = &c.received, &c.sent
 	}
-	err := r.run()
-	if remote, ok := errors.AsType[*net.OpError](err); ok && remote.Op == "remote error" && c.received.Load() == 0 {
-		// With TLS 1.3 the client is told only now that its certificate was refused.
-		return &catalog.Refusal{Reason: catalog.ReasonHandshakeFailed, Err: fmt.Errorf("do the TLS handshake: the peer refused it: %w", err)}
-	}
-	return err
+	stop := p.limitIdle(c)
+	return &carrying{r, func(err error) error {
+		stop()
+		if remote, ok := errors.AsType[*net.OpError](err); ok && remote.Op == "remote error" && c.received.Load() == 0 {
+			// With TLS 1.3 the client is told only now that its certificate was refused.
+			return &catalog.Refusal{Reason: catalog.ReasonHandshakeFailed, Err: fmt.Errorf("do the TLS handshake: the peer refused it: %w", err)}
+		}
+		return err
+	}}
 }
 
 // limitIdle cuts c off when limits.idle passed without a byte, give or take a quarter. It looks at the byte counts, so

@@ -7,8 +7,8 @@ import (
 	"sync/atomic"
 )
 
-// relay joins two legs until both directions are closed in order, or either leg fails. It closes both, and returns with
-// no goroutine left.
+// relay joins two legs until both directions are closed in order, or either leg fails. It closes both, and ends with no goroutine
+// left.
 //
 // The end of one direction is passed on as a half-close and leaves the other one open. A reset stays a reset: it is
 // passed on to the other leg, as is a TLS stream that ends without a close_notify.
@@ -30,6 +30,22 @@ func (r *relay) run() error {
 	r.direction(r.a, r.b, r.fromB)
 	other.Wait()
 	return r.firstErr
+}
+
+// start relays in goroutines of group, and calls ended with what run would return. Its caller can end: the stack that a handshake
+// needed is twice what an idle connection does.
+func (r *relay) start(group *sync.WaitGroup, ended func(err error)) {
+	r.open.Store(2)
+	var running atomic.Int32
+	running.Store(2)
+	one := func(dst, src leg, count *atomic.Uint64) {
+		r.direction(dst, src, count)
+		if running.Add(-1) == 0 {
+			ended(r.firstErr)
+		}
+	}
+	group.Go(func() { one(r.b, r.a, r.fromA) })
+	group.Go(func() { one(r.a, r.b, r.fromB) })
 }
 
 // direction copies from src to dst. Then it stays to notice a reset of src, which nobody reads any more.

@@ -30,7 +30,7 @@ type tunnelEnd struct {
 
 // serveTunnel serves the streams of a tunnel until it is closed. in's own connection ends here without a word: every
 // stream is a connection.
-func (in *inbound) serveTunnel(l *link, trust uint64) error {
+func (in *inbound) serveTunnel(l *link, trust uint64) {
 	e := &tunnelEnd{inbound: *in, link: l, trust: trust}
 	e.tunnels.add(e)
 	defer e.tunnels.remove(e)
@@ -38,12 +38,12 @@ func (in *inbound) serveTunnel(l *link, trust uint64) error {
 	e.c.silence()
 	e.live.remove(e.c)
 	if !e.restFirst() {
-		return nil
+		return
 	}
 	for {
 		o, err := l.awaitOpening(e.until, e.cfg.Limits.Handshake)
 		if err != nil || !e.wake() || !e.stream(o) || !e.rest() {
-			return nil // whoever is opening notices, and does it again
+			return // whoever is opening notices, and does it again
 		}
 	}
 }
@@ -170,7 +170,8 @@ func (s *inboundStream) serve() error {
 	if err := errors.Join(l.control(tunnel.Accepted, nil), s.conn.SetDeadline(time.Time{})); err != nil {
 		return err
 	}
-	return s.relay(s.c, application, l)
+	carries := s.carry(s.c, application, l)
+	return carries.ended(carries.relay.run())
 }
 
 // admit keeps the order of a Connect server: identity, intention, limits, and only then the application.

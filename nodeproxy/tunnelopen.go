@@ -188,9 +188,9 @@ func (d *dialer) putBack(l *link, inst *catalog.Instance) {
 	d.tunnels.pool.Put(key, l)
 }
 
-// ended is to be called when the relay to peer has returned err: a tunnel whose stream ended in order is used again.
-func (d *dialer) ended(peer leg, err error) {
-	if l, ok := peer.(*link); ok && err == nil && d.c.letGo(l.conn) {
+// ended is to be called when the relay over l has ended with err: a tunnel whose stream ended in order is used again.
+func (d *dialer) ended(l *link, err error) {
+	if err == nil && d.c.letGo(l.conn) {
 		d.putBack(l, d.inst)
 	}
 }
