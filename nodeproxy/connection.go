@@ -35,8 +35,9 @@ type connection struct {
 	releases []func()
 	path     admin.Path // that bytes take once c is open
 	opened   bool
-	silent   bool  // nothing is told of c
-	ended    error // why we ended it, set once
+	opening  *sync.WaitGroup // has c until it is open or over; nil: it is, or nobody waits
+	silent   bool            // nothing is told of c
+	ended    error           // why we ended it, set once
 }
 
 func newConnection(id uint64, direction admin.Direction) *connection {
@@ -141,7 +142,15 @@ func (c *connection) open() error {
 	}
 	c.opened = true
 	c.about.Path = c.path
+	c.settle()
 	return nil
+}
+
+func (c *connection) settle() {
+	if c.opening != nil {
+		c.opening.Done()
+		c.opening = nil
+	}
 }
 
 // condemn decides that c ends because of err; cutOff must follow. Whoever ends several connections condemns all of them
@@ -179,6 +188,7 @@ func (c *connection) finish(err error) (_ admin.Connection, told bool) {
 	c.cancel()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.settle()
 	if c.ended == nil {
 		c.ended = err
 	}

@@ -28,7 +28,7 @@ type Observer interface {
 	Observe(admin.Connection)
 }
 
-// Config is what a Proxy needs; every field but the last three is required.
+// Config is what a Proxy needs; every field from PreferLocal on may be left out.
 type Config struct {
 	Node     string
 	Source   catalog.Source
@@ -41,7 +41,14 @@ type Config struct {
 	Tunnels     bool   // are made to and accepted from other nodeproxies
 	Version     string // shown in status
 	MapABI      int    // shown in status
+
+	// Restarts says, once Run's ctx has ended, whether the next daemon waits for the end of this one. nil: none does.
+	Restarts func() bool
 }
+
+// restartDrain is how long live connections may go on after the end of Run's ctx when the next daemon waits, and with it all new ones:
+// together with a start it takes less time than a heartbeat lasts.
+const restartDrain = 2 * time.Second
 
 func (c *Config) validate() error {
 	if c.Source == nil || c.Kernel == nil || c.Observer == nil || c.Log == nil || c.Node == "" {
@@ -67,6 +74,7 @@ type Proxy struct {
 	direct     directs
 
 	connections sync.WaitGroup // one for each connection in live
+	openings    sync.WaitGroup // and for each of an application's that is not open yet
 	lastID      atomic.Uint64
 	opened      atomic.Uint64
 	denied      atomic.Uint64
@@ -104,9 +112,10 @@ func New(cfg Config) (*Proxy, error) {
 }
 
 // Run runs the source and the kernel, applies snapshots and serves, until ctx ends or one of the two fails. It then lets
-// the live connections end by themselves until limits.drain has passed, resets the rest, and returns. Policy changes are
+// the live connections end by themselves until limits.drain, or restartDrain, has passed, resets the rest, and returns. Policy changes are
 // in force while it drains. It may be called once.
 func (p *Proxy) Run(ctx context.Context) error {
+	asked := ctx
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	sourceCtx, stopSource := context.WithCancel(context.WithoutCancel(ctx))
@@ -129,15 +138,15 @@ func (p *Proxy) Run(ctx context.Context) error {
 	}
 	stop()
 	p.stopping.Store(true)
-	p.drain()
+	p.drain(asked)
 	stopSource()
 	workers.Wait()
 	return errors.Join(sourceErr, kernelErr)
 }
 
 // drain closes the tunnels that nobody uses, waits for the live connections, and resets those that are left at the
-// deadline.
-func (p *Proxy) drain() {
+// deadline. asked ends when the service manager wants the process to end.
+func (p *Proxy) drain(asked context.Context) {
 	p.tunnels.retireEnds(func(*tunnelEnd) bool { return true })
 	done := make(chan struct{})
 	go func() {
@@ -146,6 +155,12 @@ func (p *Proxy) drain() {
 	}()
 	deadline := time.NewTimer(p.cfg.Limits.Drain)
 	defer deadline.Stop()
+	hurry := context.AfterFunc(asked, func() {
+		if p.cfg.Restarts != nil && p.cfg.Restarts() {
+			deadline.Reset(min(restartDrain, p.cfg.Limits.Drain))
+		}
+	})
+	defer hurry()
 	select {
 	case <-done:
 		return
@@ -173,7 +188,24 @@ func (p *Proxy) Need(services []string) {
 func (p *Proxy) begin(direction admin.Direction, conn net.Conn) *connection {
 	c := newConnection(p.lastID.Add(1), direction)
 	_ = c.hold(conn) // c is new: it cannot have been cut off
+	if direction == admin.Outbound {
+		p.openings.Add(1)
+		c.opening = &p.openings
+	}
 	return c
+}
+
+// Settle implements workload.Handler.
+func (p *Proxy) Settle(ctx context.Context) {
+	settled := make(chan struct{})
+	go func() {
+		defer close(settled)
+		p.openings.Wait()
+	}()
+	select {
+	case <-settled:
+	case <-ctx.Done():
+	}
 }
 
 // carrying is what is left to do of a connection that is open: relay, and what is to follow.

@@ -23,11 +23,18 @@ const formerDir = "former"
 const lockFile = "lock"
 
 // Files are what a daemon that takes over needs of this one, by the names under which its Open asks for them: the lock of
-// the node, and the sockets at which connections and queries arrive. They stay this Redirect's.
+// the node, and its Sockets. They stay this Redirect's.
 func (r *Redirect) Files() map[string]syscall.Conn {
+	files := r.Sockets()
+	files[lockFile] = r.lock
+	return files
+}
+
+// Sockets are those at which connections and queries arrive: all that a daemon needs of one that is dead.
+func (r *Redirect) Sockets() map[string]syscall.Conn {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	files := map[string]syscall.Conn{lockFile: r.lock}
+	files := make(map[string]syscall.Conn)
 	for _, ns := range r.namespaces {
 		for _, kind := range []outboundListenerKind{outboundListenerKindLISTENER_OUTBOUND, outboundListenerKindLISTENER_INBOUND} {
 			for ln, key := range ns.listenersOf(kind) {

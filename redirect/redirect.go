@@ -43,9 +43,10 @@ type Config struct {
 	FailOpen bool   // on_failure = "open"
 	DNS      bool   // name queries of workloads may be steered: OpenDNS, SteerDNS
 
-	// Inherited takes, by name, a file that a daemon which still runs has from Files; nil for one that it has not. A nil
-	// function: no daemon runs.
+	// Inherited takes, by name, a file that the daemon before has from Files; nil for one that it has not. A nil function: it has
+	// left nothing.
 	Inherited func(name string) *os.File
+	Runs      bool // the daemon before, and keeps its grants in line with the policy
 }
 
 // Redirect is the kernel state of one node. Its methods may be called concurrently.
@@ -133,7 +134,7 @@ func Open(cfg Config) (_ *Redirect, err error) {
 		return nil, err
 	}
 	// The grants of a daemon that is dead must not come into force again with our first Beat.
-	if !handed {
+	if !cfg.Runs {
 		if err := r.SetGrants(nil); err != nil {
 			return nil, err
 		}

@@ -161,6 +161,9 @@ func (c closed) Need(services []string) {
 	}
 }
 
+// Settle implements workload.Handler.
+func (closed) Settle(context.Context) {}
+
 // ServeOutbound implements workload.Handler.
 func (closed) ServeOutbound(_ *workload.Namespace, ln *net.TCPListener) { refuse(ln) }
 

@@ -9,7 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
+
+	systemd "github.com/coreos/go-systemd/v22/dbus"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/catalog"
@@ -36,30 +39,97 @@ func self(cfg *config.Config) handover.Self {
 
 // inherit is a file of the daemon before, nil for none.
 func (d *node) inherit(name string) *os.File {
-	if d.before == nil {
+	if d.estate == nil {
 		return nil
 	}
 	d.taking.Lock() // namespaces are opened several at a time
 	defer d.taking.Unlock()
-	return d.before.Estate.Files.Take(name)
+	return d.estate.Files.Take(name)
 }
 
 func (d *node) kernelBefore() *workload.Before {
-	if d.before == nil {
+	if d.estate == nil {
 		return nil
 	}
-	return &workload.Before{PID: d.before.From.PID, State: d.before.Estate.State, Take: d.inherit}
+	b := &workload.Before{State: d.estate.State, Take: d.inherit}
+	if d.before != nil {
+		b.Runs, b.PID = true, d.before.From.PID
+	}
+	return b
+}
+
+// settled closes what nobody has taken of a daemon that is dead.
+func (d *node) settled() {
+	if d.before == nil && d.estate != nil {
+		d.taking.Lock()
+		defer d.taking.Unlock()
+		d.estate.Files.Close()
+	}
+}
+
+// keeper is who holds what the next daemon needs, or nothing for a nil state.
+func (d *node) keeper() func(state []byte, files map[string]syscall.Conn) error {
+	if d.store == nil {
+		return nil
+	}
+	return func(state []byte, files map[string]syscall.Conn) error {
+		if state == nil {
+			return d.store.Drop()
+		}
+		return d.store.Keep(d.self, state, files)
+	}
+}
+
+// busTimeout is how long systemd has to say why it ends the daemon: less than a heartbeat lasts.
+const busTimeout = 3 * time.Second
+
+// restarts says why the service manager ends this process: true if it starts the next one at once. Where it cannot be asked it is
+// taken for a stop.
+func (d *node) restarts() bool {
+	if d.store == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), busTimeout)
+	defer cancel()
+	stops, err := stopped(ctx)
+	if err != nil {
+		d.log.Warn("whether this is a restart is not known: it is taken for a stop, and what connects meanwhile is refused", "error", err)
+		return false
+	}
+	if y, ok := d.source.(catalog.Yielder); ok && !stops {
+		y.Yield() // it goes on in a moment
+	}
+	return !stops
+}
+
+// stopped says whether the unit of this process has a job to stop. A restart is another job, and what is only ended by a signal has
+// none and is started again.
+func stopped(ctx context.Context) (bool, error) {
+	conn, err := systemd.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("connect to systemd: %w", err)
+	}
+	defer conn.Close()
+	unit, err := conn.GetUnitNameByPID(ctx, uint32(os.Getpid()))
+	if err != nil {
+		return false, fmt.Errorf("ask systemd for the unit of this process: %w", err)
+	}
+	jobs, err := conn.ListJobsContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("ask systemd for its jobs: %w", err)
+	}
+	return slices.ContainsFunc(jobs, func(j systemd.JobStatus) bool { return j.Unit == unit && j.JobType == "stop" }), nil
 }
 
 // knowledge is the snapshot of the daemon before; nil for none.
 type knowledge struct{ *catalog.Remembered }
 
 func (d *node) knownBefore() knowledge {
-	if d.before == nil || len(d.before.Estate.Snapshot) == 0 {
+	if d.estate == nil || len(d.estate.Snapshot) == 0 {
 		return knowledge{}
 	}
-	defer clear(d.before.Estate.Snapshot) // keys
-	r, err := catalog.Decode(d.before.Estate.Snapshot)
+	defer clear(d.estate.Snapshot) // keys
+	r, err := catalog.Decode(d.estate.Snapshot)
 	if err != nil {
 		d.log.Warn("the snapshot of the daemon before is not used: the source's first one is awaited", "error", err)
 		return knowledge{}
@@ -121,6 +191,9 @@ func (d *node) succeed(ctx context.Context) error {
 		case <-d.manager.Ready():
 			if err := d.before.Commit(); err != nil {
 				return err
+			}
+			if err := d.store.Succeed(d.before.Estate); err != nil {
+				d.log.Warn("what the service manager keeps for the daemon before is kept beside what it will for this one", "error", err)
 			}
 			d.manager.TakeOffice()
 			d.before.Estate.Files.Close() // those that nobody needs
@@ -187,6 +260,7 @@ func (d *node) Bequeath(ctx context.Context, to handover.Self) (*handover.Estate
 		return nil, err
 	}
 	e := &handover.Estate{State: state, Files: files}
+	d.store.Bequeath(e.Files)
 	e.Files[adminFile+d.server.Path()] = d.server.File()
 	if d.metrics != nil {
 		e.Files[metricsFile+d.metrics.Address()] = d.metrics.File()
@@ -227,6 +301,7 @@ func (d *node) Release(to handover.Self) {
 	d.manager.Yield()
 	d.stopPublic()
 	d.public.Wait()
+	d.store.Yield()
 	d.released.Store(true)
 	if to.PID > 0 {
 		notify(d.log, fmt.Sprintf("MAINPID=%d", to.PID))

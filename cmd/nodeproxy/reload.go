@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/nodeproxy/admin"
 	"nodeproxy.io/nodeproxy/config"
@@ -54,20 +56,22 @@ func reload(ctx context.Context, e *env, daemon *admin.Client, args ...string) e
 	next := exec.Command(program, args...)
 	next.Stdout, next.Stderr = e.stdout, e.stderr
 	next.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if os.Getppid() == 1 {
+		next.SysProcAttr.Cloneflags = unix.CLONE_PARENT // a service manager does not wait for the end of what is not its child
+	}
 	if err := next.Start(); err != nil {
 		return fmt.Errorf("replace the daemon: %w", err)
 	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = next.Wait() // its state says more
-	}()
+	ended, err := endOf(next.Process.Pid)
+	if err != nil {
+		return fmt.Errorf("replace the daemon: watch the next one: %w", err)
+	}
 	tick := time.NewTicker(reloadLook)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ended:
-			return fmt.Errorf("replace the daemon: the next one has ended, as it says above, and the one that runs goes on: %s", next.ProcessState)
+			return errors.New("replace the daemon: the next one has ended, as it says above, and the one that runs goes on")
 		case <-ctx.Done():
 			_ = next.Process.Kill()
 			<-ended
@@ -78,4 +82,23 @@ func reload(ctx context.Context, e *env, daemon *admin.Client, args ...string) e
 			}
 		}
 	}
+}
+
+// endOf returns a channel that is closed when a process has ended, whosever child it is.
+func endOf(pid int) (<-chan struct{}, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		defer unix.Close(fd)
+		for { // what interrupts it is no end
+			if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1); n > 0 {
+				return
+			}
+		}
+	}()
+	return ended, nil
 }

@@ -27,6 +27,7 @@ func newRun(e *env) *cobra.Command {
 		Short: "Run the daemon",
 		Long: "Runs the daemon of this node. If one runs already, this one takes over from it, and no new connection fails.\n\n" +
 			"SIGTERM or SIGINT lets live connections end until limits.drain has passed; a second one ends it at once.\n" +
+			"Where systemd restarts the service they have two seconds, and new ones wait for the next daemon: systemd keeps the sockets.\n" +
 			"Either way what is pinned in the kernel stays in force: enrolled workloads connect again when a\n" +
 			"daemon runs again, or after \"nodeproxy cleanup\".",
 		Example: "  nodeproxy run --config /etc/nodeproxy/nodeproxy.hcl",
@@ -34,16 +35,28 @@ func newRun(e *env) *cobra.Command {
 	}
 	path := configFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		cfg, err := config.Load(*path)
+		store, err := handover.FindStore()
 		if err != nil {
 			return err
 		}
-		if err := redirect.JoinNodeCgroups(); err != nil {
-			return fmt.Errorf("start the daemon: %w", err)
+		err = run(cmd.Context(), *path, e, store)
+		if err != nil && cmd.Context().Err() == nil {
+			err = errors.Join(err, store.Drop()) // what waits must not wait for ever
 		}
-		return runDaemon(cmd.Context(), cfg, e.stderr)
+		return err
 	}
 	return cmd
+}
+
+func run(ctx context.Context, path string, e *env, store *handover.Store) error {
+	cfg, err := config.Load(path)
+	if err != nil {
+		return err
+	}
+	if err := redirect.JoinNodeCgroups(); err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	return runDaemon(ctx, cfg, store, e.stderr)
 }
 
 // newLogs returns the daemon's log, and that of connections, which has a level of its own (log.access).
@@ -73,7 +86,7 @@ func capable(log *slog.Logger) error {
 }
 
 // runDaemon runs until ctx ends, drains, and returns.
-func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
+func runDaemon(ctx context.Context, cfg *config.Config, store *handover.Store, out io.Writer) error {
 	log, access := newLogs(cfg.Log, out)
 	if err := capable(log); err != nil {
 		return fmt.Errorf("start the daemon: %w", err)
@@ -82,7 +95,11 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("start the daemon: %w", err)
 	}
-	d, err := newNode(cfg, log, access, before)
+	left, err := leftBy(before, store, self(cfg))
+	if err != nil {
+		log.Warn("what waited for a daemon is refused", "error", err)
+	}
+	d, err := newNode(cfg, log, access, store, before, left)
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return fmt.Errorf("start the daemon: %w: run it as root", err)
 	}
@@ -124,6 +141,14 @@ func runDaemon(ctx context.Context, cfg *config.Config, out io.Writer) error {
 	stopFollowing()
 	supervising.Wait()
 	return err
+}
+
+// leftBy is what there is of the daemon before: of the one that runs, or of one that is dead; nil for nothing.
+func leftBy(before *handover.Succession, store *handover.Store, self handover.Self) (*handover.Estate, error) {
+	if before != nil {
+		return before.Estate, nil
+	}
+	return store.Open(self)
 }
 
 // lingering is how long a pod that has handed over waits for its end. Where nobody ends it, it is started anew and takes the node

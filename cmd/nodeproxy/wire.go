@@ -50,7 +50,10 @@ type node struct {
 	self       handover.Self
 	handover   string                         // the path of its socket
 	before     *handover.Succession           // nil: no daemon ran
+	estate     *handover.Estate               // of it, or of one that is dead; nil: there is none
 	taking     sync.Mutex                     // guards its files
+	store      *handover.Store                // nil: there is no service manager
+	restarting func() bool                    // restarts, asked once
 	tookOver   atomic.Pointer[admin.Handover] // nil: from nobody
 	inOffice   chan struct{}                  // closed once this is the node's daemon
 	released   atomic.Bool                    // it is no more: another one has taken over
@@ -60,8 +63,9 @@ type node struct {
 
 // newNode builds all parts, what can be refused first and the kernel's state last, from what the daemon before has left, if there
 // is one. On error nothing is left open.
-func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succession) (_ *node, err error) {
-	d := &node{log: log, self: self(cfg), handover: handoverSocket(cfg), before: before, inOffice: make(chan struct{})}
+func newNode(cfg *config.Config, log, access *slog.Logger, store *handover.Store, before *handover.Succession, left *handover.Estate) (_ *node, err error) {
+	d := &node{log: log, self: self(cfg), handover: handoverSocket(cfg), store: store, before: before, estate: left, inOffice: make(chan struct{})}
+	d.restarting = sync.OnceValue(d.restarts)
 	defer func() {
 		if err != nil {
 			d.close()
@@ -95,7 +99,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 	if d.finder, err = newFinder(cfg, log); err != nil {
 		return nil, err
 	}
-	if d.manager, err = newManager(cfg, log, d.manual, d.pods, d.finder, d.kernelBefore(), ending(source)); err != nil {
+	if d.manager, err = newManager(cfg, log, d, ending(source)); err != nil {
 		return nil, err
 	}
 	caller, _ := source.(catalog.Caller)
@@ -124,7 +128,7 @@ func newNode(cfg *config.Config, log, access *slog.Logger, before *handover.Succ
 			Connections: cfg.Limits.Connections, PerWorkload: cfg.Limits.PerWorkload,
 			Handshake: cfg.Limits.Handshake, Connect: cfg.Limits.Connect, Idle: cfg.Limits.Idle, Drain: cfg.Limits.Drain,
 		},
-		PreferLocal: cfg.PreferLocal, Tunnels: cfg.Tunnels, Version: version, MapABI: redirect.MapABI,
+		PreferLocal: cfg.PreferLocal, Tunnels: cfg.Tunnels, Version: version, MapABI: redirect.MapABI, Restarts: d.restarting,
 	})
 	return d, err
 }
@@ -192,7 +196,7 @@ func (d *node) listenMetrics(address string) (err error) {
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, pods *kubernetes.Cluster, finder *registered.Finder, before *workload.Before, ending func([]string)) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, d *node, ending func([]string)) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -205,13 +209,14 @@ func newManager(cfg *config.Config, log *slog.Logger, manual *workload.Manual, p
 	if cfg.DNS {
 		names = dns.NewServer(log)
 	}
-	labelled, err := labelProviders(cfg, log, pods, finder)
+	labelled, err := labelProviders(cfg, log, d.pods, d.finder)
 	if err != nil {
 		return nil, err
 	}
 	return workload.NewManager(workload.Config{
 		Node: cfg.Node.Name, Pins: cfg.State.Pins, FailOpen: cfg.FailOpen, Mode: *modeOf(cfg.Inbound.Mode), Existing: cfg.Existing, Plaintext: cfg.Inbound.PlaintextFrom, Probers: probers,
-		Providers: append([]workload.Provider{configured, manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Before: before, Ending: ending, Log: log,
+		Providers: append([]workload.Provider{configured, d.manual}, labelled...), NotDirect: notDirect(cfg), PreferLocal: cfg.PreferLocal, DNS: names, Ending: ending, Log: log,
+		Before: d.kernelBefore(), Settled: d.settled, Keep: d.keeper(), Restarts: d.restarting,
 	})
 }
 

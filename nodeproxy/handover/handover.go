@@ -7,6 +7,9 @@
 //
 // Either may die at any moment. The newer one before Commit: the older one goes on as before. The older one, before its
 // Estate was read whole: Begin says that nobody is there; after that: the newer one has all it needs, and Commit succeeds.
+//
+// Where a service manager keeps files for the unit (Store), a daemon that is dead hands over too: its listening sockets and what it
+// knew, without a snapshot.
 package handover
 
 import (

@@ -12,7 +12,9 @@ import (
 	"os"
 	"path"
 	"slices"
+	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
@@ -20,6 +22,7 @@ import (
 
 // Before is the daemon that hands over to this one.
 type Before struct {
+	Runs  bool                       // else it is dead: nobody serves until this one does
 	PID   int                        // 0 where it is not seen from here
 	State []byte                     // of its Freeze
 	Take  func(name string) *os.File // one of the files of its Freeze, nil for one that it has not: the caller's then
@@ -85,13 +88,8 @@ func (m *Manager) Freeze(ctx context.Context) (state []byte, files map[string]sy
 		m.pen.Release(everybody)
 		return nil, nil, errors.New("it is stopping")
 	}
-	left := legacy{Groups: m.groups, Workloads: make(map[uint64]Workload)}
 	files = m.redirect.Files()
-	for _, e := range m.workloads {
-		if e.enrolled {
-			left.Workloads[e.cgroup] = e.Workload
-		}
-	}
+	left := m.legacy(files)
 	m.direct.mu.Lock()
 	for key, r := range m.direct.routes {
 		if r.source.IsValid() {
@@ -99,15 +97,42 @@ func (m *Manager) Freeze(ctx context.Context) (state []byte, files map[string]sy
 		}
 	}
 	m.direct.mu.Unlock()
-	for key, s := range m.sockets.open {
-		listener, directory := socketFiles(len(left.Sockets))
-		files[listener], files[directory] = s.ln, s.dir
-		left.Sockets = append(left.Sockets, legacySocket{key.cgroup, key.mounts, key.path, key.mode})
-	}
 	if state, err = json.Marshal(left); err != nil {
 		return nil, nil, errors.Join(err, m.Thaw())
 	}
 	return state, files, nil
+}
+
+// legacy is what the next daemon needs to know, but for the routes. It adds upstreams to the files.
+func (m *Manager) legacy(files map[string]syscall.Conn) legacy {
+	left := legacy{Groups: m.groups, Workloads: make(map[uint64]Workload)}
+	for _, e := range m.workloads {
+		if e.enrolled {
+			left.Workloads[e.cgroup] = e.Workload
+		}
+	}
+	for i, key := range slices.SortedFunc(maps.Keys(m.sockets.open), socketKey.compare) {
+		listener, directory := socketFiles(i)
+		files[listener], files[directory] = m.sockets.open[key].ln, m.sockets.open[key].dir
+		left.Sockets = append(left.Sockets, legacySocket{key.cgroup, key.mounts, key.path, key.mode})
+	}
+	return left
+}
+
+// keep has what the next daemon needs kept, for when this one is dead. The node must be this one's.
+func (m *Manager) keep() {
+	if m.cfg.Keep == nil || m.inherited != nil || m.cfg.Before != nil && m.cfg.Before.Runs && !m.inOffice.Load() {
+		return
+	}
+	files := m.redirect.Sockets()
+	state, err := json.Marshal(m.legacy(files))
+	if err == nil {
+		err = m.cfg.Keep(state, files)
+	}
+	if text := fmt.Sprint(err); err != nil && text != m.unkept {
+		m.log.Warn("connections to some workloads are refused while the service restarts", "error", err)
+		m.unkept = text
+	}
 }
 
 // freeze is false once Run is about to end.
@@ -161,7 +186,7 @@ func (m *Manager) leaves() bool {
 	if m.frozen {
 		return true
 	}
-	if m.cfg.Before == nil || m.inOffice.Load() {
+	if m.cfg.Before == nil || !m.cfg.Before.Runs || m.inOffice.Load() {
 		return false
 	}
 	m.redirect.Freeze()
@@ -171,11 +196,30 @@ func (m *Manager) leaves() bool {
 
 // leaveToNext closes what this process alone holds of what it has handed over.
 func (m *Manager) leaveToNext() error {
-	err := m.redirect.Yield()
+	return errors.Join(m.redirect.Yield(), m.closeUpstreams(), m.closeListeners(outbound, inbound), m.closeDNS())
+}
+
+// setUp is how long connections have, at most, that were accepted before a restart and are not open yet.
+const setUp = time.Second
+
+// leaveToRestart closes what this process alone holds of what is kept for the next one: what arrives from now on waits for that. What
+// applications have begun is carried to its destination first, which may be this node. calling has those who accept from applications.
+func (m *Manager) leaveToRestart(h Handler, calling *sync.WaitGroup) error {
+	err := errors.Join(m.closeUpstreams(), m.closeListeners(outbound))
+	calling.Wait()
+	ctx, cancel := context.WithTimeout(context.Background(), setUp)
+	defer cancel()
+	h.Settle(ctx)
+	// Until this beat lapses connections are let through to where they wait.
+	return errors.Join(err, m.closeListeners(inbound), m.redirect.Beat(), m.closeDNS(), m.redirect.Stop())
+}
+
+// closeUpstreams leaves the sockets' files to the next daemon.
+func (m *Manager) closeUpstreams() (err error) {
 	for _, s := range m.sockets.open {
 		err = errors.Join(err, ignoreClosed(s.ln.Close()), s.dir.Close())
 	}
-	return errors.Join(err, m.closeListeners(), m.closeDNS())
+	return err
 }
 
 func socketFiles(i int) (listener, directory string) {
@@ -244,6 +288,9 @@ func (m *Manager) begin(serve func()) {
 func (m *Manager) settle() {
 	if m.inherited == nil {
 		return
+	}
+	if m.cfg.Settled != nil {
+		defer m.cfg.Settled()
 	}
 	for _, serve := range m.inherited.serve {
 		serve()

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"nodeproxy.io/nodeproxy/catalog"
@@ -20,7 +21,8 @@ import (
 
 const (
 	beatEvery      = time.Second
-	hesitation     = 5 * time.Second // how long a hand-over waits for a provider that has a problem
+	hesitation     = 5 * time.Second  // how long a hand-over waits for a provider that has a problem
+	waiting        = 10 * time.Second // how long, after a restart, connections wait for the mesh to be known, before they are refused
 	reapEvery      = 30 * time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for
@@ -44,7 +46,13 @@ type Config struct {
 
 	Ending func(instances []string) // is told which are served by workloads alone that are being stopped; nil: nobody is
 
-	Before *Before // the daemon that hands over; nil: none runs
+	Before  *Before // the daemon that hands over; nil: none does
+	Settled func()  // is called when all is taken of what Before has left; nil: nobody is
+
+	// Keep holds files, and what goes with them, for the Before of the next daemon if this one is dead; nil: there is nobody who can.
+	Keep func(state []byte, files map[string]syscall.Conn) error
+	// Restarts says, at the end, whether the next daemon is about to start and gets what Keep holds; nil: it does not.
+	Restarts func() bool
 
 	Existing *time.Duration // how long a workload keeps the connections it has when it is enrolled; nil: until they end
 	Log      *slog.Logger
@@ -118,6 +126,7 @@ type Manager struct {
 	sockets    sockets
 	older      map[uint64]*older // by cgroup id
 	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
+	unkept     string            // why not all is kept for the next daemon
 }
 
 // entry is a granted claim.
@@ -174,7 +183,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		return nil, err
 	}
 	r, err := redirect.Open(redirect.Config{
-		Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen, DNS: cfg.DNS != nil, Inherited: before.Take,
+		Pins: cfg.Pins, Node: cfg.Node, Cgroup: own, FailOpen: cfg.FailOpen, DNS: cfg.DNS != nil, Inherited: before.Take, Runs: before.Runs,
 	})
 	if err != nil {
 		return nil, err
@@ -228,7 +237,7 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	m.began = time.Now()
-	var wg sync.WaitGroup
+	var wg, calling sync.WaitGroup
 	wg.Go(func() {
 		select {
 		case <-m.yielding:
@@ -238,14 +247,14 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	})
 	m.serve = func(ns *redirect.Namespace, public *Namespace) {
 		for _, ln := range ns.Outbound {
-			wg.Go(func() { h.ServeOutbound(public, ln) })
+			calling.Go(func() { h.ServeOutbound(public, ln) })
 		}
 		for _, ln := range ns.Inbound {
 			wg.Go(func() { h.ServeInbound(public, ln) })
 		}
 	}
 	m.sockets = sockets{open: make(map[socketKey]*upstreamSocket), serve: func(s *upstreamSocket) {
-		wg.Go(func() {
+		calling.Go(func() {
 			h.ServeUpstream(s.ln, func(conn *net.UnixConn) (*Origin, error) { return m.socketOrigin(s, conn) })
 		})
 	}}
@@ -268,8 +277,7 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	beating.Wait() // a last beat must not come after Rest
 	if m.leaves() {
 		err := errors.Join(m.leaveToNext(), m.watcher.close())
-		wg.Wait()
-		m.serving.Wait()
+		wait(&calling, &wg, &m.serving)
 		close(m.yielded)
 		return err
 	}
@@ -277,19 +285,45 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 		e.left = true // nothing is redirected for it any more, and there is no later
 	}
 	m.leave()
-	for _, s := range m.sockets.open {
-		s.close(m)
+	var err error
+	if m.cfg.Restarts != nil && m.cfg.Restarts() {
+		err = m.leaveToRestart(h, &calling)
+	} else {
+		err = m.stop()
 	}
-	err := errors.Join(m.redirect.Rest(), m.closeDNS(), m.redirect.Stop(), m.watcher.close(), m.closeListeners())
-	wg.Wait()
-	m.serving.Wait()
+	err = errors.Join(err, m.watcher.close())
+	wait(&calling, &wg, &m.serving)
 	return err
 }
 
-func (m *Manager) closeListeners() (err error) {
-	for _, ns := range m.namespaces {
-		for _, ln := range slices.Concat(ns.Outbound, ns.Inbound) {
-			err = errors.Join(err, ignoreClosed(ln.Close()))
+// stop refuses what comes from now on.
+func (m *Manager) stop() error {
+	for _, s := range m.sockets.open {
+		s.close(m)
+	}
+	err := m.redirect.Rest()
+	if m.cfg.Keep != nil {
+		err = errors.Join(err, m.cfg.Keep(nil, nil)) // or what waits there would wait until the last connection has ended
+	}
+	return errors.Join(err, m.closeDNS(), m.redirect.Stop(), m.closeListeners(outbound, inbound))
+}
+
+func wait(all ...*sync.WaitGroup) {
+	for _, wg := range all {
+		wg.Wait()
+	}
+}
+
+// outbound and inbound are the listeners of a namespace.
+func outbound(s *space) []*net.TCPListener { return s.Outbound }
+func inbound(s *space) []*net.TCPListener  { return s.Inbound }
+
+func (m *Manager) closeListeners(which ...func(*space) []*net.TCPListener) (err error) {
+	for _, s := range m.namespaces {
+		for _, of := range which {
+			for _, ln := range of(s) {
+				err = errors.Join(err, ignoreClosed(ln.Close()))
+			}
 		}
 	}
 	return err
@@ -372,6 +406,7 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 			return
 		}
 		m.reconcile(h)
+		m.keep()
 		m.pen.Release(1)
 		if ending := m.stopping(); m.cfg.Ending != nil && !slices.Equal(ending, told) {
 			told = ending

@@ -52,6 +52,8 @@ func (m *Manager) reconcile(h Handler) {
 		m.settle()
 		m.once.Do(func() { close(m.ready) })
 		m.settleDirect(h)
+	} else if m.inherited != nil && !m.cfg.Before.Runs && time.Since(m.began) > waiting {
+		m.settle()
 	}
 }
 
@@ -59,7 +61,7 @@ func (m *Manager) reconcile(h Handler) {
 // nobody waits for the others, and what a provider is about to claim is served by that one: such a provider has hesitation to recover.
 func (m *Manager) complete() bool {
 	unheard := maps.Clone(m.unheard)
-	if m.inherited == nil || time.Since(m.began) > hesitation {
+	if m.inherited == nil || !m.cfg.Before.Runs || time.Since(m.began) > hesitation {
 		for _, p := range m.problems() {
 			delete(unheard, p.Provider)
 		}

@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -27,6 +28,10 @@ type socketKey struct {
 	mounts uint64
 	path   string
 	mode   uint32
+}
+
+func (k socketKey) compare(o socketKey) int {
+	return cmp.Or(cmp.Compare(k.cgroup, o.cgroup), cmp.Compare(k.mounts, o.mounts), cmp.Compare(k.path, o.path), cmp.Compare(k.mode, o.mode))
 }
 
 // upstreamSocket is one that the daemon listens on. It is the workload's file, and the daemon's listener.

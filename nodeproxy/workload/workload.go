@@ -170,6 +170,9 @@ type Handler interface {
 	// ServeUpstream accepts from ln, a unix socket of a workload, until it is closed. origin says whose a connection is.
 	ServeUpstream(ln *net.UnixListener, origin func(*net.UnixConn) (*Origin, error))
 
+	// Settle waits until what applications have begun is open or has failed, or ctx ends. No more of it is accepted by then.
+	Settle(ctx context.Context)
+
 	// Need says which services have workloads here, each time the set changes. It does not block.
 	Need(services []string)
 

@@ -320,6 +320,10 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 		h.awaitStatus("3 workloads, all protected")
 		h.reaches("web.service", api)
 	})
+	run("a restart fails no new connection", func(h *host) { restarts(h, api) })
+	run("a crash fails what the daemon carried, and no new connection", func(h *host) { crashesUnderLoad(h, api) })
+	run("what is kept of a namespace that goes during a restart is closed", namespaceGoesMeanwhile)
+	run("a stop ends what waits for a daemon", func(h *host) { stopEndsWhatWaits(h, api) })
 	run("a downgrade to another map ABI is refused", func(h *host) {
 		h.sh("mkdir /sys/fs/bpf/nodeproxy/node-1/v99")
 		out, err := h.Run(h.ctx(), "", "dpkg", "--force-unsafe-io", "-i", deb(built.first, firstVersion))
