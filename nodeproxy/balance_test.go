@@ -29,7 +29,7 @@ func many(n int) []*catalog.Instance {
 func source(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}) }
 
 func TestRoundRobinIsFair(t *testing.T) {
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	targets := []*catalog.Target{{Service: "s", Instances: many(7)}}
 	var order []string
 	for range 21 {
@@ -43,7 +43,7 @@ func TestRoundRobinIsFair(t *testing.T) {
 }
 
 func TestRandomReachesAllAboutEqually(t *testing.T) {
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	targets := []*catalog.Target{{Service: "s", Instances: many(4)}}
 	got := map[string]int{}
 	for range 4000 {
@@ -73,9 +73,9 @@ func hashed(b *balancer, list []*catalog.Instance, sources int) []string {
 
 func TestASourceStaysWithItsInstance(t *testing.T) {
 	list := many(10)
-	first := hashed(newBalancer(false), list, 5000)
+	first := hashed(newBalancer(false, new(endings)), list, 5000)
 	slices.Reverse(list)
-	if again := hashed(newBalancer(false), list, 5000); !slices.Equal(first, again) {
+	if again := hashed(newBalancer(false, new(endings)), list, 5000); !slices.Equal(first, again) {
 		t.Error("another proxy, or another order, sends a source elsewhere")
 	}
 	load := map[string]int{}
@@ -91,9 +91,9 @@ func TestASourceStaysWithItsInstance(t *testing.T) {
 
 func TestOnlySourcesOfTheInstanceThatGoesMove(t *testing.T) {
 	list := many(10)
-	before := hashed(newBalancer(false), list, 5000)
+	before := hashed(newBalancer(false, new(endings)), list, 5000)
 	gone := list[3].ID
-	after := hashed(newBalancer(false), slices.Delete(slices.Clone(list), 3, 4), 5000)
+	after := hashed(newBalancer(false, new(endings)), slices.Delete(slices.Clone(list), 3, 4), 5000)
 	for i := range before {
 		if before[i] != after[i] && before[i] != gone {
 			t.Fatalf("source %d moved from %s to %s when %s went", i, before[i], after[i], gone)
@@ -114,7 +114,7 @@ func TestAnIPv4SourceIsTheSameV4Mapped(t *testing.T) {
 }
 
 func TestFailoverIsForWhenNothingBetterIsLeft(t *testing.T) {
-	b := newBalancer(true)
+	b := newBalancer(true, new(endings))
 	primary, second, third := instances("p"), instances("s"), instances("t")
 	second[0].Node, third[0].Node, third[0].Local = "m", "o", true
 	targets := []*catalog.Target{
@@ -146,7 +146,7 @@ func TestFailoverIsForWhenNothingBetterIsLeft(t *testing.T) {
 
 func TestPassiveHealthCheckOfACaller(t *testing.T) {
 	now := time.Unix(1000, 0)
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	b.now = func() time.Time { return now }
 	list := many(4)
 	c := call{caller: "web", ejection: &catalog.Ejection{Failures: 3, Base: 10 * time.Second, Interval: 4 * time.Second, Percent: 50}}
@@ -185,7 +185,7 @@ func TestPassiveHealthCheckOfACaller(t *testing.T) {
 }
 
 func TestOneInstanceMayAlwaysBeEjected(t *testing.T) {
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	list := many(2)
 	c := call{caller: "web", ejection: &catalog.Ejection{Failures: 1, Base: time.Second, Percent: 10}}
 	if b.failed(list[0], list, c, errors.New("refused")) == 0 {
@@ -197,7 +197,7 @@ func TestOneInstanceMayAlwaysBeEjected(t *testing.T) {
 }
 
 func TestAGatewayFailsForOneServiceAlone(t *testing.T) {
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	at := func(service string) []*catalog.Target {
 		inst := instances("gateway")[0]
 		inst.Service, inst.Gateway = service, true

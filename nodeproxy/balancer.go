@@ -59,11 +59,12 @@ type call struct {
 	ejection *catalog.Ejection
 }
 
-// balancer chooses among the instances of the first target that has any: by its policy. Instances that failed are ejected:
-// they are chosen only when nothing else is left in any target, so that an ejection never makes a service unreachable.
+// balancer chooses among the instances of the first target that has any: by its policy. Instances that are about to end, and then
+// those that failed and are ejected, are chosen only when nothing else is left in any target: neither makes a service unreachable.
 type balancer struct {
 	preferLocal bool
 	now         func() time.Time
+	ends        *endings
 
 	mu      sync.Mutex
 	active  map[place]int
@@ -71,8 +72,8 @@ type balancer struct {
 	turns   map[string]uint64 // of round_robin, by target
 }
 
-func newBalancer(preferLocal bool) *balancer {
-	return &balancer{preferLocal: preferLocal, now: time.Now, active: map[place]int{}, ejected: map[ledger]ejection{}, turns: map[string]uint64{}}
+func newBalancer(preferLocal bool, ends *endings) *balancer {
+	return &balancer{preferLocal: preferLocal, now: time.Now, ends: ends, active: map[place]int{}, ejected: map[ledger]ejection{}, turns: map[string]uint64{}}
 }
 
 // pick chooses an instance that is not in tried, and counts a connection to it until done is called. It returns nil when
@@ -80,21 +81,29 @@ func newBalancer(preferLocal bool) *balancer {
 func (b *balancer) pick(targets []*catalog.Target, tried []*catalog.Instance, c call) (target *catalog.Target, inst *catalog.Instance, done func()) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var spareOf *catalog.Target
+	var spareOf, endingOf *catalog.Target
 	var spare *catalog.Instance
+	var ends []*catalog.Instance
 	for _, t := range targets {
 		if t.Unreachable != "" {
 			continue
 		}
-		usable, ejected := b.sort(t.Instances, tried, c)
+		usable, ending, ejected := b.sort(t.Instances, tried, c)
 		if len(usable) > 0 {
 			inst = b.choose(t, usable, c)
 			return t, inst, b.use(placeOf(inst))
+		}
+		if endingOf == nil && len(ending) > 0 {
+			endingOf, ends = t, ending
 		}
 		if spare == nil && len(ejected) > 0 {
 			spareOf = t
 			spare = slices.MinFunc(ejected, func(x, y *catalog.Instance) int { return b.until(x, c).Compare(b.until(y, c)) })
 		}
+	}
+	if endingOf != nil {
+		inst = b.choose(endingOf, ends, c)
+		return endingOf, inst, b.use(placeOf(inst))
 	}
 	if spare == nil {
 		return nil, nil, nil
@@ -102,14 +111,17 @@ func (b *balancer) pick(targets []*catalog.Target, tried []*catalog.Instance, c 
 	return spareOf, spare, b.use(placeOf(spare))
 }
 
-// sort lists those that may be dialled, only those of this node where they go first, and those that are ejected.
-func (b *balancer) sort(instances, tried []*catalog.Instance, c call) (usable, ejected []*catalog.Instance) {
+// sort lists those that may be dialled, only those of this node where they go first, those that are about to end, and those that are
+// ejected.
+func (b *balancer) sort(instances, tried []*catalog.Instance, c call) (usable, ending, ejected []*catalog.Instance) {
 	var local []*catalog.Instance
 	for _, candidate := range instances {
 		switch {
 		case !candidate.Usable() || slices.Contains(tried, candidate):
 		case b.now().Before(b.until(candidate, c)):
 			ejected = append(ejected, candidate)
+		case b.ends.has(candidate):
+			ending = append(ending, candidate)
 		case candidate.Local:
 			local = append(local, candidate)
 			usable = append(usable, candidate)
@@ -120,7 +132,7 @@ func (b *balancer) sort(instances, tried []*catalog.Instance, c call) (usable, e
 	if b.preferLocal && len(local) > 0 {
 		usable = local
 	}
-	return usable, ejected
+	return usable, ending, ejected
 }
 
 func (b *balancer) until(inst *catalog.Instance, c call) time.Time {

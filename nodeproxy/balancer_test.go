@@ -18,7 +18,7 @@ func instances(ids ...string) []*catalog.Instance {
 }
 
 func TestTheLessBusyOfTwoIsChosen(t *testing.T) {
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	two := instances("a", "b")
 	for range 50 {
 		if inst, _ := pick(b, two, nil); inst == nil {
@@ -31,7 +31,7 @@ func TestTheLessBusyOfTwoIsChosen(t *testing.T) {
 }
 
 func TestEveryInstanceIsDrawn(t *testing.T) {
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	seen := map[string]bool{}
 	for range 2000 {
 		inst, done := pick(b, instances("a", "b", "c", "d", "e"), nil)
@@ -45,7 +45,7 @@ func TestEveryInstanceIsDrawn(t *testing.T) {
 }
 
 func TestLocalInstancesGoFirst(t *testing.T) {
-	b := newBalancer(true)
+	b := newBalancer(true, new(endings))
 	list := instances("far", "near", "near-unhealthy")
 	list[1].Local, list[2].Local, list[2].Healthy = true, true, false
 	for range 50 {
@@ -60,7 +60,7 @@ func TestLocalInstancesGoFirst(t *testing.T) {
 
 func TestEjectionBacksOffAndEnds(t *testing.T) {
 	now := time.Unix(1000, 0)
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	b.now = func() time.Time { return now }
 	list := instances("a", "b")
 	refused := errors.New("refused")
@@ -93,7 +93,7 @@ func TestEjectionBacksOffAndEnds(t *testing.T) {
 
 func TestWhereAllAreEjectedTheSoonestIsTried(t *testing.T) {
 	now := time.Unix(1000, 0)
-	b := newBalancer(false)
+	b := newBalancer(false, new(endings))
 	b.now = func() time.Time { return now }
 	list := instances("a", "b")
 	b.failed(list[1], list, call{}, errors.New("refused"))
@@ -108,5 +108,26 @@ func TestWhereAllAreEjectedTheSoonestIsTried(t *testing.T) {
 	b.prune(&catalog.Snapshot{})
 	if len(b.ejected) != 0 {
 		t.Error("instances that are gone are remembered")
+	}
+}
+
+func TestAnInstanceThatEndsIsChosenOnlyWhenNoOtherIsLeft(t *testing.T) {
+	ends := new(endings)
+	b := newBalancer(true, ends)
+	list := instances("here", "there", "failed")
+	list[0].Local, ends.here = true, []string{"here"}
+	b.failed(list[2], list, call{}, errors.New("refused"))
+	for range 20 {
+		if inst, _ := pick(b, list, nil); inst.ID != "there" {
+			t.Fatalf("%s was chosen", inst.ID)
+		}
+	}
+	ends.hear(list[1])
+	if inst, _ := pick(b, list, list[:1]); inst.ID != "there" {
+		t.Errorf("%s was chosen before one that ends", inst.ID)
+	}
+	ends.heard[placeOf(list[1])] = time.Now().Add(-heardFor)
+	if inst, _ := pick(b, list, nil); inst.ID != "there" {
+		t.Errorf("%s was chosen: the other is taken for one that ends for ever", inst.ID)
 	}
 }

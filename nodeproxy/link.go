@@ -27,6 +27,8 @@ type link struct {
 	born      time.Time
 	handshake time.Duration // of TLS, if it is yet to be told with a stream
 
+	ending func() // is called when the other side says that its instance ends; nil: it never does
+
 	// Used by whoever reads.
 	left int     // how much of a body is not returned yet, of OPEN and DATA
 	part [1]span // what next returned, if it is a part of a record
@@ -87,6 +89,12 @@ func (l *link) frame() (h tunnel.Header, err error) {
 	}
 	if h, err = tunnel.ParseHeader(l.take(tunnel.HeaderSize)); err == nil {
 		err = l.session.Receive(h)
+	}
+	if err == nil && h.Type == tunnel.Ending {
+		if l.ending != nil {
+			l.ending()
+		}
+		return h, errTunnelEnded
 	}
 	return h, err
 }
@@ -215,7 +223,21 @@ func (l *link) Born() time.Time { return l.born }
 
 // Alive implements tunnel.Conn.
 func (l *link) Alive() bool {
-	return l.unseal() == nil && l.in == nil && l.socket.quiet() && time.Now().Before(l.peer.Until())
+	if l.unseal() == nil && l.in == nil && l.socket.quiet() {
+		return time.Now().Before(l.peer.Until())
+	}
+	l.hearEnding()
+	return false
+}
+
+// hearEnding takes the last word of a tunnel without a stream on which something has come.
+func (l *link) hearEnding() {
+	if l.in == nil && !l.socket.quiet() && l.fill() == nil {
+		_ = l.unseal()
+	}
+	if l.has(tunnel.HeaderSize) {
+		_, _ = l.frame()
+	}
 }
 
 // Ping implements tunnel.Conn.

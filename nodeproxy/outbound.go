@@ -206,6 +206,10 @@ func (d *dialer) connect() (leg, error) {
 			return peer, nil
 		}
 		done()
+		if errors.Is(err, errEnding) { // it is dialled if there is no other
+			tried = tried[:len(tried)-1]
+			continue
+		}
 		if d.c.ctx.Err() != nil || isOurs(err) || isFinal(err) {
 			return nil, err
 		}
@@ -366,7 +370,9 @@ func (m *meshDial) secure(conn *net.TCPConn, begin time.Time) (leg, error) {
 		return nil, err
 	}
 	if m.protocol != "" && peer.Protocol == m.protocol {
-		return newLink(w, peer, false), nil
+		l := newLink(w, peer, false)
+		l.ending = func() { m.ends.hear(m.inst) }
+		return l, nil
 	}
 	return w.leg(peer), nil
 }

@@ -66,6 +66,7 @@ type Proxy struct {
 	handshakes handshakes // inbound
 	answers    rounds     // of inbound handshakes
 	turns      turns      // of outbound handshakes
+	ends       endings
 	balancer   *balancer
 	buffers    *buffers
 	live       table
@@ -95,20 +96,21 @@ func New(cfg Config) (*Proxy, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	return &Proxy{
+	p := &Proxy{
 		cfg:        cfg,
 		started:    time.Now(),
 		slots:      slots{taken: make(map[slotKey]int)},
 		handshakes: handshakes{scopes: make(map[slotKey]*scope)},
 		answers:    rounds{free: answering()},
 		turns:      turns{lines: make(map[slotKey]*line)},
-		balancer:   newBalancer(cfg.PreferLocal),
 		buffers:    newBuffers(),
 		live:       table{live: make(map[uint64]*connection)},
 		tunnels:    newTunnels(&cfg.Limits),
 		direct:     directs{open: make(map[uint64]*directConnection)},
 		offers:     make(chan *catalog.Snapshot, 1),
-	}, nil
+	}
+	p.balancer = newBalancer(cfg.PreferLocal, &p.ends)
+	return p, nil
 }
 
 // Run runs the source and the kernel, applies snapshots and serves, until ctx ends or one of the two fails. It then lets

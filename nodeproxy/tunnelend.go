@@ -12,6 +12,9 @@ import (
 	"nodeproxy.io/nodeproxy/tunnel"
 )
 
+// noticeTime is how long a peer has to take the last word of a tunnel.
+const noticeTime = 100 * time.Millisecond
+
 // lateClose is for how long a destination keeps an idle tunnel after its source should have closed it.
 const lateClose = 15 * time.Second
 
@@ -43,6 +46,7 @@ func (in *inbound) serveTunnel(l *link, trust uint64) {
 	for {
 		o, err := l.awaitOpening(e.until, e.cfg.Limits.Handshake)
 		if err != nil || !e.wake() || !e.stream(o) || !e.rest() {
+			e.lastWord()
 			return // whoever is opening notices, and does it again
 		}
 	}
@@ -67,8 +71,27 @@ func (e *tunnelEnd) endHandshake() {
 	e.connectionDone()
 }
 
+// tell has e say that its instance ends, now or after its stream.
+func (e *tunnelEnd) tell() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.places != nil {
+		_ = e.conn.SetReadDeadline(time.Unix(1, 0)) // of serveTunnel, which writes alone
+	}
+}
+
+// lastWord tells the peer why e closes, if its instance ends.
+func (e *tunnelEnd) lastWord() {
+	if e.ends.local(e.served.Instance) && e.link.session.Idle() && e.conn.SetWriteDeadline(time.Now().Add(noticeTime)) == nil {
+		_ = e.link.control(tunnel.Ending, nil)
+	}
+}
+
 // rest makes e idle. It returns false when e must be closed instead.
 func (e *tunnelEnd) rest() bool {
+	if e.ends.local(e.served.Instance) {
+		return false
+	}
 	if time.Since(e.link.born) > tunnel.MaxLife {
 		return false
 	}

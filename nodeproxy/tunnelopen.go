@@ -39,6 +39,9 @@ func isFarRefusal(err error) bool {
 	return ok
 }
 
+// errEnding is an instance of which it has just been heard that it ends.
+var errEnding = errors.New("the instance is about to end")
+
 // errNoTunnels is an instance that speaks plain Connect.
 var errNoTunnels = errors.New("the instance makes no tunnels")
 
@@ -148,7 +151,11 @@ func (d *dialer) tunnelTo(inst *catalog.Instance, ready bool) (leg, error) {
 	}
 	ahead := d.meshDial(inst, tunnel.ALPN)
 	if ready {
+		known := d.ends.has(inst)
 		l, ok := d.tunnels.pool.Take(d.c.ctx, key, ahead.ahead)
+		if !ok && !known && d.ends.has(inst) {
+			return nil, errEnding
+		}
 		if ok {
 			if err := d.c.hold(l.conn); err != nil {
 				return nil, err

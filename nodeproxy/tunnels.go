@@ -118,6 +118,17 @@ func (t *tunnels) retireEnds(which func(*tunnelEnd) bool) {
 	}
 }
 
+// tell has the tunnels of instances that end say so.
+func (t *tunnels) tell(ends *endings) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for e := range t.ends {
+		if ends.local(e.served.Instance) {
+			e.tell()
+		}
+	}
+}
+
 func (t *tunnels) add(e *tunnelEnd) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -164,6 +164,9 @@ func (c closed) Need(services []string) {
 // Settle implements workload.Handler.
 func (closed) Settle(context.Context) {}
 
+// Ending implements workload.Handler.
+func (closed) Ending([]string) {}
+
 // ServeOutbound implements workload.Handler.
 func (closed) ServeOutbound(_ *workload.Namespace, ln *net.TCPListener) { refuse(ln) }
 

@@ -60,7 +60,7 @@ func (s *Session) Receive(h Header) error {
 	case End:
 		s.peerEnded = true
 		s.settle()
-	case Ping, Data:
+	case Ping, Data, Ending:
 	default:
 		s.answer(h.Type)
 	}
@@ -70,6 +70,9 @@ func (s *Session) Receive(h Header) error {
 func (s *Session) mayCome(h Header) bool {
 	if h.Type == Open {
 		return s.server && s.phase == idle && s.stream != math.MaxUint32 && h.Stream == s.stream+1
+	}
+	if h.Type == Ending { // it may cross an OPEN, which is not served then
+		return !s.server && (s.phase == idle || s.phase == opening)
 	}
 	if h.Stream != s.stream {
 		return false
@@ -102,7 +105,7 @@ func (s *Session) Send(t Type) (stream uint32) {
 	case End:
 		s.ended = true
 		s.settle()
-	case Pong, Data:
+	case Pong, Data, Ending:
 	default:
 		s.answer(t)
 	}

@@ -38,10 +38,11 @@ const (
 	Reset                     // either: the stream is given up; the tunnel closes
 	Ping                      // client, between streams
 	Pong                      // server: the body of the Ping
+	Ending                    // server, between streams: the instance is about to end; the tunnel closes
 )
 
 func (t Type) String() string {
-	names := [...]string{"OPEN", "ACCEPTED", "REFUSED", "DUPLICATE", "DATA", "END", "RESET", "PING", "PONG"}
+	names := [...]string{"OPEN", "ACCEPTED", "REFUSED", "DUPLICATE", "DATA", "END", "RESET", "PING", "PONG", "ENDING"}
 	if t < Open || int(t) > len(names) {
 		return fmt.Sprintf("type %d", uint8(t))
 	}
@@ -85,7 +86,7 @@ func ParseHeader(b []byte) (Header, error) {
 		least, most = 1, MaxBody
 	case Ping, Pong:
 		least, most = PingSize, PingSize
-	case Accepted, Duplicate, End, Reset:
+	case Accepted, Duplicate, End, Reset, Ending:
 	default:
 		return h, malformed("a frame is of %s", h.Type)
 	}

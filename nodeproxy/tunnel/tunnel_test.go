@@ -31,7 +31,7 @@ func TestFramesAreAsDocumented(t *testing.T) {
 func TestMalformedHeadersAreErrors(t *testing.T) {
 	for name, text := range map[string]string{
 		"type 0":                 "0000000000000001",
-		"type 10":                "0a00000000000001",
+		"type 11":                "0b00000000000001",
 		"a second byte":          "0601000000000001",
 		"OPEN too short":         "0100002100000001",
 		"OPEN too long":          "0100fe0100000001",
@@ -45,6 +45,7 @@ func TestMalformedHeadersAreErrors(t *testing.T) {
 		"REFUSED with too much":  "0300004100000001",
 		"PING of the wrong size": "0800000700000001",
 		"PONG of the wrong size": "0900000900000001",
+		"ENDING with a body":     "0a00000100000001",
 	} {
 		b, err := hex.DecodeString(text)
 		if err != nil {

@@ -161,7 +161,7 @@ func (v *view) isUpstream(workload uint32, at netip.AddrPort) bool {
 }
 
 // dialled maps the addresses of a service that caller may dial directly to where they lead. A virtual address leads to the
-// local instances where they go before others, or are all that there are.
+// local instances where they go before others, or are all that there are; to those that are about to end only if nothing else is.
 func (m *Manager) dialled(snap *catalog.Snapshot, caller, service string, to map[*catalog.Instance]redirect.Target) map[netip.AddrPort][]redirect.Target {
 	all := make(map[netip.AddrPort][]redirect.Target)
 	add := func(dialled netip.AddrPort, t redirect.Target) {
@@ -186,8 +186,10 @@ func (m *Manager) dialled(snap *catalog.Snapshot, caller, service string, to map
 	if !m.cfg.PreferLocal && !every || proxied(snap, caller, catalog.Destination{Service: svc}) != "" {
 		return all
 	}
+	ends := func(inst *catalog.Instance) bool { return inst.Local && slices.Contains(m.ends, inst.ID) }
+	others := slices.ContainsFunc(svc.Instances, func(inst *catalog.Instance) bool { return inst.Usable() && !ends(inst) })
 	for _, inst := range svc.Instances {
-		if t, ok := to[inst]; ok && inst.Healthy {
+		if t, ok := to[inst]; ok && inst.Healthy && !(others && ends(inst)) {
 			for _, ip := range svc.Virtual {
 				add(netip.AddrPortFrom(ip, 0), t)
 			}

@@ -126,6 +126,7 @@ type Manager struct {
 	sockets    sockets
 	older      map[uint64]*older // by cgroup id
 	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
+	ends       []string          // IDs of instances of which every workload is being stopped
 	unkept     string            // why not all is kept for the next daemon
 }
 
@@ -296,46 +297,6 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	return err
 }
 
-// stop refuses what comes from now on.
-func (m *Manager) stop() error {
-	for _, s := range m.sockets.open {
-		s.close(m)
-	}
-	err := m.redirect.Rest()
-	if m.cfg.Keep != nil {
-		err = errors.Join(err, m.cfg.Keep(nil, nil)) // or what waits there would wait until the last connection has ended
-	}
-	return errors.Join(err, m.closeDNS(), m.redirect.Stop(), m.closeListeners(outbound, inbound))
-}
-
-func wait(all ...*sync.WaitGroup) {
-	for _, wg := range all {
-		wg.Wait()
-	}
-}
-
-// outbound and inbound are the listeners of a namespace.
-func outbound(s *space) []*net.TCPListener { return s.Outbound }
-func inbound(s *space) []*net.TCPListener  { return s.Inbound }
-
-func (m *Manager) closeListeners(which ...func(*space) []*net.TCPListener) (err error) {
-	for _, s := range m.namespaces {
-		for _, of := range which {
-			for _, ln := range of(s) {
-				err = errors.Join(err, ignoreClosed(ln.Close()))
-			}
-		}
-	}
-	return err
-}
-
-func ignoreClosed(err error) error {
-	if errors.Is(err, net.ErrClosed) {
-		return nil
-	}
-	return err
-}
-
 // provide runs a provider and keeps its last claims in force whatever happens to it.
 func (m *Manager) provide(ctx context.Context, p Provider) {
 	err := p.Run(ctx, func(claims []Claim) {
@@ -408,9 +369,12 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 		m.reconcile(h)
 		m.keep()
 		m.pen.Release(1)
-		if ending := m.stopping(); m.cfg.Ending != nil && !slices.Equal(ending, told) {
-			told = ending
-			m.cfg.Ending(ending)
+		if !slices.Equal(m.ends, told) {
+			told = m.ends
+			h.Ending(told)
+			if m.cfg.Ending != nil {
+				m.cfg.Ending(told)
+			}
 		}
 		now := time.Now()
 		m.looked.Store(&now)

@@ -35,6 +35,7 @@ func (m *Manager) reconcile(h Handler) {
 	m.watchNamespaces()
 	m.openDNS()
 	next, last := m.assign(), m.view.Load()
+	m.ends = m.stopping()
 	next.states, next.refused, next.problems = last.states, last.refused, last.problems // shown until there are newer ones
 	if known {
 		m.protect(next, h)

@@ -173,6 +173,9 @@ type Handler interface {
 	// Settle waits until what applications have begun is open or has failed, or ctx ends. No more of it is accepted by then.
 	Settle(ctx context.Context)
 
+	// Ending lists the instances here whose workloads are all being stopped, by ID in order, each time that changes. It does not block.
+	Ending(instances []string)
+
 	// Need says which services have workloads here, each time the set changes. It does not block.
 	Need(services []string)
 
