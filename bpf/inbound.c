@@ -1,20 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * What an inbound SYN meets in one network namespace. Attached to the namespace for as long as a workload lives in it,
- * and loaded once for each, because the hook cannot ask in which namespace it runs.
+ * What an inbound SYN meets in a network namespace. The hook cannot ask in which one it runs: what is attached to a namespace,
+ * for as long as a workload lives in it, is a program of a few instructions that notes which it is, and calls this one.
  */
 #include "grant.h"
 
 #define IPPROTO_TCP 6
 
-volatile const __u64 netns_cookie;
-volatile const __u8 netns_private; /* not the node's own: loopback is inside the workload's trust boundary */
+volatile const __u64 home; /* the node's own namespace; in others loopback is inside the workload's trust boundary */
 
 struct flow {
 	struct tuple t; /* src: the client, dst: the address it dialled */
 	__u32 family;
 	__u16 port; /* dialled, host order */
 };
+
+/* Which namespace this run is in, 0 if another run came in between on the same processor. Then the context in one of the halves is
+ * that run's, which is on another stack, or elsewhere on the same. */
+static __always_inline __u64 find_namespace(struct bpf_sk_lookup *ctx)
+{
+	__u32 zero = 0;
+	struct place *p = bpf_map_lookup_elem(&places, &zero);
+	__u64 low, high, context;
+
+	if (!p)
+		return 0;
+	context = ((__u64)ctx - (__u64)p) >> PLACE_ALIGNED << PLACE_BITS;
+	low = READ(p->low) ^ context;
+	high = READ(p->high) ^ context;
+	return (low | high) >> PLACE_BITS ? 0 : high << PLACE_BITS | low;
+}
 
 static __always_inline void read_flow(struct bpf_sk_lookup *ctx, struct flow *f)
 {
@@ -23,7 +38,7 @@ static __always_inline void read_flow(struct bpf_sk_lookup *ctx, struct flow *f)
 	__builtin_memset(f, 0, sizeof(*f));
 	f->family = READ(ctx->family);
 	f->port = READ(ctx->local_port);
-	f->t.netns = netns_cookie;
+	f->t.netns = find_namespace(ctx);
 	f->t.dport = bpf_htons(f->port);
 	f->t.sport = READ(ctx->remote_port);
 	addr_v6(&f->t.src, READ(ctx->remote_ip6[0]), READ(ctx->remote_ip6[1]), READ(ctx->remote_ip6[2]),
@@ -58,7 +73,7 @@ static __always_inline void report(const struct flow *f, const struct rule *r, _
 /* Hands the SYN to our listener, or drops it: a stranger bound to that port must never get it. */
 static __always_inline int steer(struct bpf_sk_lookup *ctx, const struct flow *f, const struct rule *r, __u32 kind)
 {
-	struct listener_key key = { .netns = netns_cookie, .kind = kind, .family = f->family };
+	struct listener_key key = { .netns = f->t.netns, .kind = kind, .family = f->family };
 	struct bpf_sock *sk;
 	int open, err;
 
@@ -83,7 +98,7 @@ static __always_inline int steer(struct bpf_sk_lookup *ctx, const struct flow *f
 
 static __always_inline int our_outbound_port(const struct flow *f)
 {
-	__u64 cookie = netns_cookie;
+	__u64 cookie = f->t.netns;
 	struct ns_ready *ns = bpf_map_lookup_elem(&ns_ready, &cookie);
 
 	if (!ns || f->port != (f->family == AF_INET ? ns->port4 : ns->port6))
@@ -95,8 +110,8 @@ static __always_inline int our_outbound_port(const struct flow *f)
  * again before another one is believed: it is written before those, and removed after them, by whoever takes a port over. */
 static __always_inline struct rule *find_rule(const struct flow *f)
 {
-	struct rule_key exact = { .netns = netns_cookie, .ip = f->t.dst, .port = f->port };
-	struct rule_key key = { .netns = netns_cookie, .port = f->port };
+	struct rule_key exact = { .netns = f->t.netns, .ip = f->t.dst, .port = f->port };
+	struct rule_key key = { .netns = f->t.netns, .port = f->port };
 	struct rule *r = bpf_map_lookup_elem(&rules, &exact), *wide;
 
 	if (r)
@@ -128,7 +143,7 @@ static __always_inline int granted_here(const struct flow *f, const struct direc
 	for (i = 0; i < GRANT_TARGETS; i++) {
 		struct grant_target *t = &g->target[i];
 
-		if (i < g->n && t->netns == netns_cookie && t->port == f->t.dport && addr_equal(&t->ip, &f->t.dst))
+		if (i < g->n && t->netns == f->t.netns && t->port == f->t.dport && addr_equal(&t->ip, &f->t.dst))
 			return still_listening(t);
 	}
 	return 0;
@@ -161,7 +176,7 @@ static __always_inline enum admission announced(const struct flow *f, const stru
 		d->seen = granted_here(f, d) ? SEEN_ADMITTED : SEEN_REFUSED;
 		return d->seen == SEEN_ADMITTED ? ADMIT_PASS : ADMIT_REFUSE;
 	case DIRECT_OWN:
-		if (netns_private)
+		if (f->t.netns != home)
 			return ADMIT_PASS;
 		w = bpf_map_lookup_elem(&workloads, &d->workload);
 		/* in the node's namespace a workload passes to its own service's port only */
@@ -185,9 +200,11 @@ int lookup(struct bpf_sk_lookup *ctx)
 	enum admission admission;
 	int open = 0;
 
-	if (!READ(ctx->ingress_ifindex))
-		return SK_PASS; /* no packet: sock_diag(7) looking for a socket */
 	read_flow(ctx, &f);
+	if (!f.t.netns) {
+		report(&f, 0, REASON_NO_LISTENER, 0);
+		return SK_DROP; /* its packet comes again */
+	}
 	if (READ(ctx->protocol) != IPPROTO_TCP) {
 		r = find_rule(&f);
 		if (r && r->action != RULE_OPEN && !addr_is_loopback(&f.t.dst))
@@ -201,7 +218,7 @@ int lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS; /* no workload's port */
 	if (r->action == RULE_STEER)
 		return steer(ctx, &f, r, LISTENER_INBOUND);
-	if (netns_private && addr_is_loopback(&f.t.dst))
+	if (f.t.netns != home && addr_is_loopback(&f.t.dst))
 		return SK_PASS; /* the workload talks to itself */
 	admission = announced(&f, r);
 	if (admission == ADMIT_PASS || admission == ADMIT_PROBE) {

@@ -16,6 +16,8 @@ enum constant {
 	STALE_SECONDS = 5,  /* heartbeat older than this: the daemon is gone or hung */
 	HANDSHAKE_SECONDS = 130, /* the SYN-retry horizon: older entries of pending and direct are nobody's */
 	GRANT_TARGETS = 4,  /* of one grant: a power of two */
+	PLACE_BITS = 16,    /* of a half of a namespace's cookie, in struct place */
+	PLACE_ALIGNED = 3,  /* bits in which contexts do not differ */
 };
 
 #define MAX_WORKLOADS 16384
@@ -206,6 +208,28 @@ struct {
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+/* The program lookup, which the program of each namespace calls. Written by the daemon. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+} guard SEC(".maps");
+
+/* In which namespace a run of lookup is. Written by the program of the namespace just before it calls lookup: two halves of its
+ * cookie, each in one word with how far the run's context is from here, by which lookup knows its own. */
+struct place {
+	__u64 low;
+	__u64 high;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct place);
+} places SEC(".maps");
 
 /* What an inbound SYN meets. Written by the daemon; read by lookup. */
 struct rule_key {

@@ -29,6 +29,7 @@ func (r *Redirect) Audit(maps bool) []Drift {
 	defer r.mu.Unlock()
 	a := audit{r: r}
 	a.link(&r.own, hook{daemonPin, ebpf.AttachCGroupSockOps, r.obj.ProxySockops}, r.cgroup, r.dir)
+	a.guard()
 	for id, l := range r.former {
 		if linkedCgroup(l) != 0 {
 			a.pin(&l, "the link of an earlier daemon", filepath.Join(r.dir, formerDir, strconv.FormatUint(id, 10)))
@@ -169,6 +170,16 @@ func replaceLink(l *link.Link, pin string, open func() (link.Link, error)) error
 		err = errors.Join(err, rmErr)
 	}
 	return errors.Join(err, n.Pin(pin), old.Close())
+}
+
+// guard makes sure that the programs of namespaces call ours.
+func (a *audit) guard() {
+	var is ebpf.ProgramID
+	want, err := a.r.programID(a.r.guard)
+	if err != nil || a.r.obj.Guard.Lookup(uint32(0), &is) == nil && is == want {
+		return
+	}
+	a.repair("the guard of all namespaces was replaced", a.r.putGuard)
 }
 
 func (a *audit) namespace(ns *Namespace) {

@@ -118,6 +118,13 @@ func TestAnAuditRepairsWhatSomebodyElseChanged(t *testing.T) {
 
 	for name, spoil := range map[string]func(m *ebpf.Map) error{
 		"rules": empty, "destinations": empty, "virtual_ranges": empty, "ns_ready": empty, "listeners": empty, "workloads": empty,
+		"guard": func(m *ebpf.Map) error {
+			err := m.Delete(uint32(0))
+			if out := p.dialFrom(nil, "tcp4", at(p.v4, 7001)); !strings.Contains(out, "error") {
+				t.Errorf("without what the guard of the namespace calls: %s", out)
+			}
+			return err
+		},
 	} {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(n.r.Dir(), "maps", name), nil)
 		if err != nil {
@@ -129,7 +136,7 @@ func TestAnAuditRepairsWhatSomebodyElseChanged(t *testing.T) {
 		m.Close()
 	}
 	n.expectAudit("1 entries of map rules were changed", "1 entries of map destinations were changed", "1 entries of map virtual_ranges were changed",
-		"the namespace was not open for redirects", "the workload was unknown to the kernel",
+		"the guard of all namespaces was replaced", "the namespace was not open for redirects", "the workload was unknown to the kernel",
 		"the guard did not know a listener", "the guard did not know a listener", "the guard did not know a listener", "the guard did not know a listener")
 	works()
 

@@ -179,6 +179,12 @@ type dnsPeer struct {
 	Netns    uint64
 }
 
+type dnsPlace struct {
+	_    structs.HostLayout
+	Low  uint64
+	High uint64
+}
+
 type dnsRangeKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -233,11 +239,13 @@ const (
 	dnsMapEvents           = "events"
 	dnsMapGranted          = "granted"
 	dnsMapGrants           = "grants"
+	dnsMapGuard            = "guard"
 	dnsMapHeartbeat        = "heartbeat"
 	dnsMapListeners        = "listeners"
 	dnsMapMemberships      = "memberships"
 	dnsMapNsReady          = "ns_ready"
 	dnsMapPending          = "pending"
+	dnsMapPlaces           = "places"
 	dnsMapPlaintextFrom    = "plaintext_from"
 	dnsMapRules            = "rules"
 	dnsMapSkAccepted       = "sk_accepted"
@@ -340,11 +348,13 @@ type dnsMapSpecs struct {
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Granted       *ebpf.MapSpec `ebpf:"granted"`
 	Grants        *ebpf.MapSpec `ebpf:"grants"`
+	Guard         *ebpf.MapSpec `ebpf:"guard"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
+	Places        *ebpf.MapSpec `ebpf:"places"`
 	PlaintextFrom *ebpf.MapSpec `ebpf:"plaintext_from"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	SkAccepted    *ebpf.MapSpec `ebpf:"sk_accepted"`
@@ -409,11 +419,13 @@ type dnsMaps struct {
 	Events        *ebpf.Map `ebpf:"events"`
 	Granted       *ebpf.Map `ebpf:"granted"`
 	Grants        *ebpf.Map `ebpf:"grants"`
+	Guard         *ebpf.Map `ebpf:"guard"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
+	Places        *ebpf.Map `ebpf:"places"`
 	PlaintextFrom *ebpf.Map `ebpf:"plaintext_from"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	SkAccepted    *ebpf.Map `ebpf:"sk_accepted"`
@@ -437,11 +449,13 @@ func (m *dnsMaps) Close() error {
 		m.Events,
 		m.Granted,
 		m.Grants,
+		m.Guard,
 		m.Heartbeat,
 		m.Listeners,
 		m.Memberships,
 		m.NsReady,
 		m.Pending,
+		m.Places,
 		m.PlaintextFrom,
 		m.Rules,
 		m.SkAccepted,

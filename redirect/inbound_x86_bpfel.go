@@ -142,6 +142,12 @@ type inboundPeer struct {
 	Netns    uint64
 }
 
+type inboundPlace struct {
+	_    structs.HostLayout
+	Low  uint64
+	High uint64
+}
+
 type inboundRangeKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -191,11 +197,13 @@ const (
 	inboundMapEvents          = "events"
 	inboundMapGranted         = "granted"
 	inboundMapGrants          = "grants"
+	inboundMapGuard           = "guard"
 	inboundMapHeartbeat       = "heartbeat"
 	inboundMapListeners       = "listeners"
 	inboundMapMemberships     = "memberships"
 	inboundMapNsReady         = "ns_ready"
 	inboundMapPending         = "pending"
+	inboundMapPlaces          = "places"
 	inboundMapPlaintextFrom   = "plaintext_from"
 	inboundMapRules           = "rules"
 	inboundMapSkAccepted      = "sk_accepted"
@@ -220,8 +228,7 @@ const (
 	inboundVarBtfReason       = "btf_reason"
 	inboundVarBtfRuleAction   = "btf_rule_action"
 	inboundVarBtfStat         = "btf_stat"
-	inboundVarNetnsCookie     = "netns_cookie"
-	inboundVarNetnsPrivate    = "netns_private"
+	inboundVarHome            = "home"
 )
 
 // loadInbound returns the embedded CollectionSpec for inbound.
@@ -279,11 +286,13 @@ type inboundMapSpecs struct {
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Granted       *ebpf.MapSpec `ebpf:"granted"`
 	Grants        *ebpf.MapSpec `ebpf:"grants"`
+	Guard         *ebpf.MapSpec `ebpf:"guard"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
+	Places        *ebpf.MapSpec `ebpf:"places"`
 	PlaintextFrom *ebpf.MapSpec `ebpf:"plaintext_from"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
 	SkAccepted    *ebpf.MapSpec `ebpf:"sk_accepted"`
@@ -313,8 +322,7 @@ type inboundVariableSpecs struct {
 	BtfReason       *ebpf.VariableSpec `ebpf:"btf_reason"`
 	BtfRuleAction   *ebpf.VariableSpec `ebpf:"btf_rule_action"`
 	BtfStat         *ebpf.VariableSpec `ebpf:"btf_stat"`
-	NetnsCookie     *ebpf.VariableSpec `ebpf:"netns_cookie"`
-	NetnsPrivate    *ebpf.VariableSpec `ebpf:"netns_private"`
+	Home            *ebpf.VariableSpec `ebpf:"home"`
 }
 
 // inboundObjects contains all objects after they have been loaded into the kernel.
@@ -343,11 +351,13 @@ type inboundMaps struct {
 	Events        *ebpf.Map `ebpf:"events"`
 	Granted       *ebpf.Map `ebpf:"granted"`
 	Grants        *ebpf.Map `ebpf:"grants"`
+	Guard         *ebpf.Map `ebpf:"guard"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
+	Places        *ebpf.Map `ebpf:"places"`
 	PlaintextFrom *ebpf.Map `ebpf:"plaintext_from"`
 	Rules         *ebpf.Map `ebpf:"rules"`
 	SkAccepted    *ebpf.Map `ebpf:"sk_accepted"`
@@ -366,11 +376,13 @@ func (m *inboundMaps) Close() error {
 		m.Events,
 		m.Granted,
 		m.Grants,
+		m.Guard,
 		m.Heartbeat,
 		m.Listeners,
 		m.Memberships,
 		m.NsReady,
 		m.Pending,
+		m.Places,
 		m.PlaintextFrom,
 		m.Rules,
 		m.SkAccepted,
@@ -401,8 +413,7 @@ type inboundVariables struct {
 	BtfReason       *ebpf.Variable `ebpf:"btf_reason"`
 	BtfRuleAction   *ebpf.Variable `ebpf:"btf_rule_action"`
 	BtfStat         *ebpf.Variable `ebpf:"btf_stat"`
-	NetnsCookie     *ebpf.Variable `ebpf:"netns_cookie"`
-	NetnsPrivate    *ebpf.Variable `ebpf:"netns_private"`
+	Home            *ebpf.Variable `ebpf:"home"`
 }
 
 // inboundPrograms contains all programs after they have been loaded into the kernel.

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"sync"
 	"syscall"
 	"unsafe"
 
@@ -188,13 +187,8 @@ func (ns *Namespace) identify() error {
 		return fmt.Errorf("look at own network namespace: %w", err)
 	}
 	ns.Inode, ns.Host = st.Ino, st.Ino == own.Ino
-	return ns.Do(func() error {
-		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open socket in network namespace %d: %w", ns.Inode, err)
-		}
-		defer unix.Close(fd)
-		ns.Cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	return ns.Do(func() (err error) {
+		ns.Cookie, err = netnsCookie()
 		if err != nil {
 			return fmt.Errorf("read cookie of network namespace %d: %w", ns.Inode, err)
 		}
@@ -300,11 +294,11 @@ func (ns *Namespace) showListener(ln *net.TCPListener, key outboundListenerKey) 
 	return nil
 }
 
-// attachLookup loads sk_lookup for this namespace and attaches it, or puts it into the link that an earlier daemon pinned.
+// attachLookup attaches the guard to this namespace, or puts it into the link that an earlier daemon pinned.
 func (ns *Namespace) attachLookup() error {
-	prog, err := ns.loadLookup()
+	prog, err := newEntry(ns.Cookie, ns.r.obj.Places, ns.r.obj.Guard)
 	if err != nil {
-		return err
+		return fmt.Errorf("load guard of network namespace %d: %w", ns.Inode, err)
 	}
 	ns.prog = prog
 	ns.dir = filepath.Join(ns.r.dir, "namespaces", strconv.FormatUint(ns.Cookie, 10))
@@ -330,34 +324,6 @@ func (ns *Namespace) attachLookup() error {
 		return fmt.Errorf("pin guard of network namespace %d: %w", ns.Inode, err)
 	}
 	return nil
-}
-
-// inboundSpec reads the built-in object once: each namespace gets a program of its own.
-var inboundSpec = sync.OnceValues(loadInbound)
-
-func (ns *Namespace) loadLookup() (*ebpf.Program, error) {
-	built, err := inboundSpec()
-	if err != nil {
-		return nil, fmt.Errorf("read built-in BPF object: %w", err)
-	}
-	spec := built.Copy()
-	var private uint8
-	if !ns.Host {
-		private = 1
-	}
-	if err := errors.Join(spec.Variables["netns_cookie"].Set(ns.Cookie), spec.Variables["netns_private"].Set(private)); err != nil {
-		return nil, fmt.Errorf("prepare guard: %w", err)
-	}
-	shared := &ns.r.obj
-	var obj inboundPrograms
-	err = spec.LoadAndAssign(&obj, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct, "workloads": shared.Workloads,
-		"grants": shared.Grants, "closes": shared.Closes, "heartbeat": shared.Heartbeat, "plaintext_from": shared.PlaintextFrom, "events": shared.Events, "stats": shared.Stats,
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("load guard of network namespace %d: %w", ns.Inode, err)
-	}
-	return obj.Lookup, nil
 }
 
 // Kind says what a connection dialled by the daemon is, for the guard of the namespace it is dialled in.

@@ -25,6 +25,8 @@ const (
 	outboundConstantSTALE_SECONDS     outboundConstant = 5
 	outboundConstantHANDSHAKE_SECONDS outboundConstant = 130
 	outboundConstantGRANT_TARGETS     outboundConstant = 4
+	outboundConstantPLACE_BITS        outboundConstant = 16
+	outboundConstantPLACE_ALIGNED     outboundConstant = 3
 )
 
 type outboundDestFlag uint32
@@ -274,6 +276,12 @@ type outboundPeer struct {
 	Netns    uint64
 }
 
+type outboundPlace struct {
+	_    structs.HostLayout
+	Low  uint64
+	High uint64
+}
+
 type outboundProbe struct {
 	_        structs.HostLayout
 	Netns    uint64
@@ -391,12 +399,14 @@ const (
 	outboundMapExclusions       = "exclusions"
 	outboundMapGranted          = "granted"
 	outboundMapGrants           = "grants"
+	outboundMapGuard            = "guard"
 	outboundMapHeartbeat        = "heartbeat"
 	outboundMapListeners        = "listeners"
 	outboundMapMappedProbes     = "mapped_probes"
 	outboundMapMemberships      = "memberships"
 	outboundMapNsReady          = "ns_ready"
 	outboundMapPending          = "pending"
+	outboundMapPlaces           = "places"
 	outboundMapPlaintextFrom    = "plaintext_from"
 	outboundMapProbes           = "probes"
 	outboundMapRules            = "rules"
@@ -493,12 +503,14 @@ type outboundMapSpecs struct {
 	Exclusions    *ebpf.MapSpec `ebpf:"exclusions"`
 	Granted       *ebpf.MapSpec `ebpf:"granted"`
 	Grants        *ebpf.MapSpec `ebpf:"grants"`
+	Guard         *ebpf.MapSpec `ebpf:"guard"`
 	Heartbeat     *ebpf.MapSpec `ebpf:"heartbeat"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	MappedProbes  *ebpf.MapSpec `ebpf:"mapped_probes"`
 	Memberships   *ebpf.MapSpec `ebpf:"memberships"`
 	NsReady       *ebpf.MapSpec `ebpf:"ns_ready"`
 	Pending       *ebpf.MapSpec `ebpf:"pending"`
+	Places        *ebpf.MapSpec `ebpf:"places"`
 	PlaintextFrom *ebpf.MapSpec `ebpf:"plaintext_from"`
 	Probes        *ebpf.MapSpec `ebpf:"probes"`
 	Rules         *ebpf.MapSpec `ebpf:"rules"`
@@ -559,12 +571,14 @@ type outboundMaps struct {
 	Exclusions    *ebpf.Map `ebpf:"exclusions"`
 	Granted       *ebpf.Map `ebpf:"granted"`
 	Grants        *ebpf.Map `ebpf:"grants"`
+	Guard         *ebpf.Map `ebpf:"guard"`
 	Heartbeat     *ebpf.Map `ebpf:"heartbeat"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	MappedProbes  *ebpf.Map `ebpf:"mapped_probes"`
 	Memberships   *ebpf.Map `ebpf:"memberships"`
 	NsReady       *ebpf.Map `ebpf:"ns_ready"`
 	Pending       *ebpf.Map `ebpf:"pending"`
+	Places        *ebpf.Map `ebpf:"places"`
 	PlaintextFrom *ebpf.Map `ebpf:"plaintext_from"`
 	Probes        *ebpf.Map `ebpf:"probes"`
 	Rules         *ebpf.Map `ebpf:"rules"`
@@ -585,12 +599,14 @@ func (m *outboundMaps) Close() error {
 		m.Exclusions,
 		m.Granted,
 		m.Grants,
+		m.Guard,
 		m.Heartbeat,
 		m.Listeners,
 		m.MappedProbes,
 		m.Memberships,
 		m.NsReady,
 		m.Pending,
+		m.Places,
 		m.PlaintextFrom,
 		m.Probes,
 		m.Rules,

@@ -55,7 +55,8 @@ type Redirect struct {
 	lock   *os.File
 	home   *os.File // the daemon's own network namespace
 	obj    outboundObjects
-	dns    *dnsSide // nil: noDNS says why
+	guard  *ebpf.Program // what the programs of namespaces call
+	dns    *dnsSide      // nil: noDNS says why
 	noDNS  error
 	cgroup string    // the daemon's own
 	own    link.Link // proxy_sockops on it
@@ -154,6 +155,9 @@ func Open(cfg Config) (_ *Redirect, err error) {
 	if r.own, err = r.attachPinned(cfg.Cgroup, filepath.Join(r.dir, daemonPin), ebpf.AttachCGroupSockOps, r.obj.ProxySockops); err != nil {
 		return nil, fmt.Errorf("attach to the daemon's cgroup %s: %w", cfg.Cgroup, err)
 	}
+	if err := r.loadGuard(); err != nil {
+		return nil, err
+	}
 	if err := r.adopt(); err != nil {
 		return nil, err
 	}
@@ -193,6 +197,9 @@ func (r *Redirect) Close() error {
 	}
 	if r.events != nil {
 		errs = append(errs, r.events.Close())
+	}
+	if r.guard != nil {
+		errs = append(errs, r.guard.Close())
 	}
 	errs = append(errs, r.dns.close(), r.obj.Close())
 	for _, f := range []*os.File{r.home, r.lock} {
