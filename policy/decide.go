@@ -15,21 +15,13 @@ type Policy struct {
 	generation uint64
 	def        Action
 	local      Identity
-	intentions []Intention     // in order of precedence, those of one place by source
-	places     map[place]span  // where in intentions
-	peers      map[string]bool // trust domains that intentions name
+	to         map[string]rules // by destination
+	peers      map[string]bool  // trust domains that intentions name
 	httpLike   map[string]bool
 }
 
-// place is the intentions for one destination that have the same precedence: those of all sources, or of one each.
-type place struct {
-	destination string
-	all         bool
-}
-
-type span struct{ first, end int32 }
-
-func (in *Intention) place() place { return place{in.Destination, in.Source == Wildcard} }
+// rules are the intentions for one destination, in order of precedence: those of one source each, by source, and those of all.
+type rules struct{ named, all []Intention }
 
 // Why says what decided. Its String is a sentence.
 type Why uint8
@@ -79,54 +71,114 @@ type Verdict struct {
 // An intention for a peer or another partition is kept and shown, and never matches an identity of ours; nor does one of ours
 // match a peer's.
 func Compile(generation uint64, def Action, local Identity, httpLike map[string]bool, intentions []Intention) (*Policy, error) {
-	p := &Policy{
-		generation: generation, def: def, local: local,
-		intentions: inOrder(intentions),
-		places:     make(map[place]span, len(intentions)),
-		peers:      make(map[string]bool),
-		httpLike:   maps.Clone(httpLike),
+	p := &Policy{generation: generation, def: def, local: local, httpLike: maps.Clone(httpLike)}
+	var err error
+	if p.to, err = compiled(intentions); err != nil {
+		return nil, err
 	}
-	type whole struct{ source, namespace, partition, peer, destination string }
-	seen := make(map[whole]*Intention, len(intentions))
+	p.peers = p.namedDomains()
+	return p, nil
+}
+
+// With is what Compile makes with other intentions for some destinations, the keys of changed, and those of p for all others. It takes
+// time for those that have changed, and little for each of the others.
+func (p *Policy) With(generation uint64, changed map[string][]Intention) (*Policy, error) {
+	next := *p
+	next.generation, next.to = generation, maps.Clone(p.to)
+	for destination, intentions := range changed {
+		of, err := compiled(intentions)
+		if err != nil {
+			return nil, err
+		}
+		next.to[destination] = of[destination]
+		if len(intentions) == 0 {
+			delete(next.to, destination)
+		}
+	}
+	next.peers = next.namedDomains()
+	return &next, nil
+}
+
+// compiled checks intentions, and sorts them by destination and precedence.
+func compiled(intentions []Intention) (map[string]rules, error) {
+	sizes := make(map[string]int)
+	for i := range intentions {
+		sizes[intentions[i].Destination]++
+	}
+	room := make([]Intention, len(intentions))
+	to, parts := make(map[string]rules, len(sizes)), make(map[string][]Intention, len(sizes))
+	for destination, n := range sizes {
+		parts[destination], room = room[:0:n], room[n:]
+	}
+	for i := range intentions {
+		destination := intentions[i].Destination
+		parts[destination] = append(parts[destination], intentions[i])
+	}
 	var errs []error
-	for i := range p.intentions {
-		in := &p.intentions[i]
+	for _, destination := range slices.Sorted(maps.Keys(parts)) {
+		part := parts[destination]
+		slices.SortStableFunc(part, byPrecedence)
+		errs = append(errs, check(part)...)
+		n := len(part)
+		for n > 0 && part[n-1].Source == Wildcard {
+			n--
+		}
+		to[destination] = rules{part[:n:n], part[n:]}
+	}
+	return to, errors.Join(errs...)
+}
+
+// check finds what is wrong with the intentions for one destination.
+func check(sorted []Intention) (errs []error) {
+	first := 0 // of the same source
+	for i := range sorted {
+		in := &sorted[i]
 		if err := in.check(); err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		key := whole{in.Source, orDefault(in.SourceNamespace), orDefault(in.SourcePartition), in.SourcePeer, in.Destination}
-		if first := seen[key]; first != nil {
-			errs = append(errs, fmt.Errorf("%s: intention %s => %s is already defined at %s: remove one of them", in.Origin, in.Source, in.Destination, first.Origin))
-			continue
+		if sorted[first].Source != in.Source {
+			first = i
 		}
-		seen[key] = in
-		at, known := p.places[in.place()]
-		if !known {
-			at.first = int32(i)
-		}
-		at.end = int32(i) + 1
-		p.places[in.place()] = at
-		if in.SourcePeer != "" && in.SourceDomain != "" && in.SourceDomain != local.TrustDomain {
-			p.peers[in.SourceDomain] = true
+		for j := range sorted[first:i] {
+			if before := &sorted[first+j]; before.isOfSame(in) {
+				errs = append(errs, fmt.Errorf("%s: intention %s => %s is already defined at %s: remove one of them", in.Origin, in.Source, in.Destination, before.Origin))
+				break
+			}
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
+	return errs
+}
+
+// isOfSame says whether in and o are for the same sources, which have the same name.
+func (in *Intention) isOfSame(o *Intention) bool {
+	return in.SourcePeer == o.SourcePeer && orDefault(in.SourceNamespace) == orDefault(o.SourceNamespace) && samePartition(in.SourcePartition, o.SourcePartition)
+}
+
+// namedDomains are the trust domains of the peers that intentions name.
+func (p *Policy) namedDomains() map[string]bool {
+	domains := make(map[string]bool)
+	for _, of := range p.to {
+		for _, list := range [][]Intention{of.named, of.all} {
+			for i := range list {
+				if in := &list[i]; in.SourcePeer != "" && in.SourceDomain != "" && in.SourceDomain != p.local.TrustDomain {
+					domains[in.SourceDomain] = true
+				}
+			}
+		}
 	}
-	return p, nil
+	return domains
 }
 
 // IsOf says whether p is what Compile makes of these, but for the generation.
 func (p *Policy) IsOf(def Action, local Identity, httpLike map[string]bool, intentions []Intention) bool {
-	return p.def == def && p.local == local && len(p.intentions) == len(intentions) && maps.Equal(p.httpLike, httpLike) &&
-		slices.Equal(p.intentions, inOrder(intentions))
-}
-
-func inOrder(intentions []Intention) []Intention {
-	sorted := slices.Clone(intentions)
-	slices.SortStableFunc(sorted, byPrecedence)
-	return sorted
+	if p.def != def || p.local != local || p.Len() != len(intentions) || !maps.Equal(p.httpLike, httpLike) {
+		return false
+	}
+	to, err := compiled(intentions)
+	return err == nil && maps.EqualFunc(p.to, to, func(a, b rules) bool {
+		return slices.Equal(a.named, b.named) && slices.Equal(a.all, b.all)
+	})
 }
 
 func (in *Intention) check() error {
@@ -214,8 +266,10 @@ func (p *Policy) candidates(src Identity, dst string) [4]pair {
 
 // find is the intention for a pair that concerns src, or nil.
 func (p *Policy) find(src Identity, of pair) *Intention {
-	at := p.places[place{of.destination, of.source == Wildcard}]
-	here := p.intentions[at.first:at.end]
+	here := p.to[of.destination].named
+	if of.source == Wildcard {
+		here = p.to[of.destination].all
+	}
 	first := sort.Search(len(here), func(i int) bool { return here[i].Source >= of.source })
 	for i := first; i < len(here) && here[i].Source == of.source; i++ {
 		if p.concerns(&here[i], src) {
@@ -275,10 +329,23 @@ func (p *Policy) Generation() uint64 { return p.generation }
 func (p *Policy) Default() Action { return p.def }
 
 // Len is the number of intentions.
-func (p *Policy) Len() int { return len(p.intentions) }
+func (p *Policy) Len() int {
+	n := 0
+	for _, of := range p.to {
+		n += len(of.named) + len(of.all)
+	}
+	return n
+}
 
 // Intentions lists all intentions in order of precedence. The slice is the caller's.
-func (p *Policy) Intentions() []Intention { return slices.Clone(p.intentions) }
+func (p *Policy) Intentions() []Intention {
+	list := make([]Intention, 0, p.Len())
+	for _, of := range p.to {
+		list = append(append(list, of.named...), of.all...)
+	}
+	slices.SortStableFunc(list, byPrecedence)
+	return list
+}
 
 // String is "web => api (allow), intentions.hcl:3".
 func (in *Intention) String() string {

@@ -18,7 +18,7 @@ type encoded struct {
 // MarshalBinary implements encoding.BinaryMarshaler, for a store that only the same version reads.
 func (p *Policy) MarshalBinary() ([]byte, error) {
 	var b bytes.Buffer
-	err := gob.NewEncoder(&b).Encode(encoded{p.generation, p.def, p.local, p.httpLike, p.intentions})
+	err := gob.NewEncoder(&b).Encode(encoded{p.generation, p.def, p.local, p.httpLike, p.Intentions()})
 	return b.Bytes(), err
 }
 

@@ -52,7 +52,7 @@ func TestConnectionsDoNotGrowWithChains(t *testing.T) {
 	w.front.Lock()
 	defer w.front.Unlock()
 	t.Logf("at most %d connections, statuses %v", w.front.Most, w.front.Statuses)
-	if w.front.Most > 16 {
+	if w.front.Most > 24 {
 		t.Errorf("%d connections at once", w.front.Most)
 	}
 	if n := w.front.Statuses[http.StatusTooManyRequests]; n > 0 {

@@ -42,8 +42,8 @@ func (r *run) matchAll(ctx context.Context) {
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
 	type query struct {
-		names []string
-		stop  context.CancelFunc
+		list
+		stop context.CancelFunc
 	}
 	var running []query
 	defer func() {
@@ -57,9 +57,10 @@ func (r *run) matchAll(ctx context.Context) {
 		d := r.world.current()
 		all = all || !r.isReading(&d) // each name that is read would have others asked about again
 		if d.agent != nil && d.local != nil {
-			wanted := sorter.lists(&d, r.leaves.needed(), all, func(names []string) bool { return r.world.hopeless(matchFault(names), 0) })
-			goes := func(q query) bool {
-				return slices.ContainsFunc(wanted, func(names []string) bool { return slices.Equal(names, q.names) })
+			wanted := sorter.lists(&d, r.leaves.needed(), all)
+			goes := func(q query) bool { // a list that was not believed about one of its names so far begins anew
+				return slices.ContainsFunc(wanted, func(l list) bool { return slices.Equal(l.names, q.names) && l.own == q.own }) &&
+					(q.own || !slices.ContainsFunc(q.names, func(name string) bool { return d.apart[name] && !sorter.apart[name] }))
 			}
 			for _, q := range running {
 				if !goes(q) {
@@ -67,15 +68,15 @@ func (r *run) matchAll(ctx context.Context) {
 				}
 			}
 			running = slices.DeleteFunc(running, func(q query) bool { return !goes(q) })
-			for _, names := range wanted {
-				if slices.ContainsFunc(running, func(q query) bool { return slices.Equal(names, q.names) }) {
+			r.forgetIntentions(wanted, sorter.apart)
+			for _, l := range wanted {
+				if slices.ContainsFunc(running, func(q query) bool { return slices.Equal(l.names, q.names) && l.own == q.own }) {
 					continue
 				}
 				asking, stop := context.WithCancel(ctx)
-				running = append(running, query{names, stop})
-				tasks.Go(func() { r.ask.watch(asking, r.matchTopic(asking, names)) })
+				running = append(running, query{l, stop})
+				tasks.Go(func() { r.ask.watch(asking, r.matchTopic(asking, l)) })
 			}
-			r.forgetIntentions(wanted)
 		}
 		var look <-chan time.Time
 		if !all {
@@ -124,64 +125,69 @@ func destinations(d *data, needed []string) (own, others map[string]bool) {
 	return own, others
 }
 
-// sorter divides names into the lists that are asked about together. When the intentions of one name change, Consul looks all
-// names of its list up again, twice, and sends all that it finds: hence lists are short, and a name stays in its list
-// whichever others come and go. Names of this node's services are asked about apart if they are not answered otherwise, so that they do
-// not depend on what else the token may read.
+// list is names that are asked about together.
+type list struct {
+	names []string
+	own   bool // they are of this node's services: what another list says of them does not count
+}
+
+// sorter divides names into lists. When the intentions of one name change, Consul looks all names of its list up again, twice, and sends all
+// that it finds: hence lists are short, above all those of this node's services, and a name stays in its list whichever others come
+// and go. A name that becomes one of this node's services stays in the list of the others too.
 type sorter struct {
-	parts uint32 // of all names, a power of two, which only rises
-	apart map[string]bool
+	parts    uint32          // of the others' names, a power of two, which only rises
+	ownParts uint32          // of this node's, the same
+	apart    map[string]bool // this node's
+	others   map[string]bool
 }
 
 const (
 	fewNames = 128 // that a list has at most, on average, unless there would be more than maxLists
 	maxLists = 32  // without those that a query's length asks for
+
+	fewOwn = 32 // the same of lists of this node's services, of which there are one or maxOwn
+	maxOwn = 8
 )
 
-func newSorter() *sorter { return &sorter{parts: 1, apart: make(map[string]bool)} }
+func newSorter() *sorter {
+	return &sorter{parts: 1, ownParts: 1, apart: make(map[string]bool), others: make(map[string]bool)}
+}
 
-// lists are those to ask about now: with all, others than this node's too. isRefused says of a list that is asked about that it is not answered.
-func (s *sorter) lists(d *data, needed []string, all bool, isRefused func(names []string) bool) [][]string {
+// lists are those to ask about now: with all, others than this node's too.
+func (s *sorter) lists(d *data, needed []string, all bool) []list {
 	own, others := destinations(d, needed)
-	maps.DeleteFunc(s.apart, func(name string, _ bool) bool { return !own[name] })
-	for name := range own {
-		if _, known := d.intentions[name]; !all || !known {
-			s.apart[name] = true
-		}
+	s.apart = own
+	if len(own) > fewOwn {
+		s.ownParts = maxOwn
 	}
-	for _, names := range d.asked {
-		if !s.apart[names[0]] && slices.ContainsFunc(names, func(name string) bool { return own[name] }) && isRefused(names) {
-			for _, name := range names {
-				if own[name] {
-					s.apart[name] = true
-				}
-			}
-		}
-	}
+	lists := divide(own, s.ownParts, true)
 	if !all {
-		return split(s.apart)
+		return lists
 	}
-	for name := range own {
-		if !s.apart[name] {
-			others[name] = true
-		}
-	}
-	for s.parts < maxLists && int(s.parts)*fewNames < len(others) {
+	maps.DeleteFunc(s.others, func(name string, _ bool) bool { return !own[name] && !others[name] })
+	maps.Copy(s.others, others)
+	for s.parts < maxLists && int(s.parts)*fewNames < len(s.others) {
 		s.parts *= 2
 	}
-	parts := make([]map[string]bool, s.parts)
-	for name := range others {
+	return append(lists, divide(s.others, s.parts, false)...)
+}
+
+// divide sorts names into lists by their hash.
+func divide(names map[string]bool, parts uint32, own bool) (lists []list) {
+	by := make([]map[string]bool, parts)
+	for name := range names {
 		h := fnv.New32a()
 		h.Write([]byte(name))
-		i := h.Sum32() % s.parts
-		if parts[i] == nil {
-			parts[i] = make(map[string]bool)
+		i := h.Sum32() % parts
+		if by[i] == nil {
+			by[i] = make(map[string]bool)
 		}
-		parts[i][name] = true
+		by[i][name] = true
 	}
-	lists := split(s.apart)
-	for _, names := range parts {
-		lists = append(lists, split(names)...)
+	for _, part := range by {
+		for _, names := range split(part) {
+			lists = append(lists, list{names, own})
+		}
 	}
 	return lists
 }
@@ -208,7 +214,8 @@ func matchFault(names []string) string {
 }
 
 // matchTopic is the intentions of names, as long as asking lasts: later another list has some of them, which knows better.
-func (r *run) matchTopic(asking context.Context, names []string) topic {
+func (r *run) matchTopic(asking context.Context, l list) topic {
+	names := l.names
 	params := url.Values{"by": {"destination"}, "name": names}
 	return topic{what: matchFault(names), every: 20 * time.Millisecond,
 		ask: func() question { return question{path: "/v1/connect/intentions/match", params: params} },
@@ -229,9 +236,12 @@ func (r *run) matchTopic(asking context.Context, names []string) topic {
 				more = d.defaultACL != a.defaultPolicy
 				d.defaultACL = a.defaultPolicy
 				for name, rules := range read {
-					old, known := d.intentions[name]
-					policy = policy || !known || !slices.Equal(old, rules)
-					d.intentions[name] = rules
+					if d.apart[name] != l.own {
+						continue
+					}
+					if old, known := d.intentions[name]; !known || !slices.Equal(old, rules) { // else they stay the very ones
+						policy, d.intentions[name] = true, rules
+					}
 					stranger = stranger || slices.ContainsFunc(rules, func(in rule) bool { return in.SourcePeer != "" && !d.knowsPeer(in.SourcePeer) })
 				}
 				return policy, more
@@ -244,18 +254,18 @@ func (r *run) matchTopic(asking context.Context, names []string) topic {
 		failed: func() { wake(r.known) }}
 }
 
-// forgetIntentions drops what is not asked for any more, and notes what is.
-func (r *run) forgetIntentions(wanted [][]string) {
+// forgetIntentions drops what is not asked for any more, and notes what is, and what of it apart.
+func (r *run) forgetIntentions(wanted []list, apart map[string]bool) {
 	names := make(map[string]bool)
-	for _, list := range wanted {
-		for _, name := range list {
+	for _, l := range wanted {
+		for _, name := range l.names {
 			names[name] = true
 		}
 	}
 	r.world.intend(func(d *data) (policy, more bool) {
 		before := len(d.intentions)
 		maps.DeleteFunc(d.intentions, func(name string, _ []rule) bool { return !names[name] })
-		d.asked = wanted
+		d.asked, d.apart = wanted, apart
 		return len(d.intentions) < before, false
 	})
 }

@@ -6,25 +6,43 @@ import (
 	"testing"
 )
 
-// answered lists what a sorter has asked about, as if all of it had been answered.
-func (d *data) answered(lists [][]string) {
-	d.asked = lists
-	for _, name := range slices.Concat(lists...) {
-		d.intentions[name] = nil
+// wantAll asserts that each name of d is asked about, those of this node's services once in lists of their own, and once at most elsewhere.
+func wantAll(t *testing.T, d *data, needed []string, lists []list) {
+	t.Helper()
+	own, others := destinations(d, needed)
+	apart, rest := make(map[string]int), make(map[string]int)
+	for _, l := range lists {
+		for _, name := range l.names {
+			if l.own {
+				apart[name]++
+			} else {
+				rest[name]++
+			}
+		}
+	}
+	for name := range own {
+		if apart[name] != 1 || rest[name] > 1 {
+			t.Errorf("%s is asked about %d times apart and %d times with others", name, apart[name], rest[name])
+		}
+		delete(apart, name)
+		delete(rest, name)
+	}
+	for name := range others {
+		if rest[name] != 1 {
+			t.Errorf("%s is asked about %d times", name, rest[name])
+		}
+		delete(rest, name)
+	}
+	if len(apart) > 0 || len(rest) > 0 {
+		t.Errorf("asked about are %v and %v, too", apart, rest)
 	}
 }
 
-func neverRefused([]string) bool { return false }
-
-// wantAll asserts that each name of d is asked about exactly once.
-func wantAll(t *testing.T, d *data, needed []string, lists [][]string) {
-	t.Helper()
-	own, others := destinations(d, needed)
-	got := slices.Concat(lists...)
-	slices.Sort(got)
-	if len(got) != len(own)+len(others) || len(slices.Compact(got)) != len(own)+len(others) {
-		t.Errorf("%d names are asked about for %d and %d", len(got), len(own), len(others))
-	}
+// changed are the lists that were not there before.
+func changed(before, now []list) []list {
+	return slices.DeleteFunc(slices.Clone(now), func(l list) bool {
+		return slices.ContainsFunc(before, func(old list) bool { return old.own == l.own && slices.Equal(old.names, l.names) })
+	})
 }
 
 func TestAChangeOfOneIntentionHasFewNamesLookedUp(t *testing.T) {
@@ -32,58 +50,58 @@ func TestAChangeOfOneIntentionHasFewNamesLookedUp(t *testing.T) {
 	for i := range 5000 {
 		d.register(fmt.Sprintf("service-%d", i), endpoint{})
 	}
+	var needed []string
+	for i := range 250 {
+		needed = append(needed, fmt.Sprintf("service-%d", i))
+	}
 	s := newSorter()
-	first := s.lists(d, nil, true, neverRefused)
-	wantAll(t, d, nil, first)
-	if len(first) > maxLists {
+	first := s.lists(d, needed, true)
+	wantAll(t, d, needed, first)
+	if len(first) > maxLists+maxOwn {
 		t.Errorf("%d questions, which are as many connections", len(first))
 	}
-	for _, names := range first {
-		if len(names) > 3*fewNames {
-			t.Errorf("%d names in one question", len(names))
+	for _, l := range first {
+		if few := map[bool]int{false: fewNames, true: fewOwn}[l.own]; len(l.names) > 3*few {
+			t.Errorf("%d names in one question, own: %v", len(l.names), l.own)
 		}
-	}
-	d.answered(first)
-
-	d.register("another", endpoint{})
-	needed := []string{"service-1", "service-2"}
-	next := s.lists(d, needed, true, neverRefused)
-	wantAll(t, d, needed, next)
-	changed := slices.DeleteFunc(next, func(names []string) bool {
-		return slices.ContainsFunc(first, func(old []string) bool { return slices.Equal(old, names) })
-	})
-	if len(changed) != 1 || !slices.Contains(changed[0], "another") {
-		t.Errorf("after another service, and workloads of two, %d questions change: want that of the new service", len(changed))
 	}
 }
 
-func TestWhatMayNotBeReadOfOthersDoesNotConcernThisNodesServices(t *testing.T) {
+func TestAnEnrolmentHasNoIntentionsOfOthersLookedUp(t *testing.T) {
 	d := sample()
-	for i := range 300 {
+	for i := range 5000 {
 		d.register(fmt.Sprintf("service-%d", i), endpoint{})
 	}
 	s := newSorter()
-	d.answered(s.lists(d, nil, true, neverRefused))
-	needed := []string{"service-7", "unheard-of"}
-	isRefused := func(names []string) bool { return len(names) > 2 && slices.Contains(names, "service-7") }
-	lists := s.lists(d, needed, true, isRefused)
-	wantAll(t, d, needed, lists)
-	if !slices.Equal(lists[0], needed) {
-		t.Errorf("asked apart are %v, want %v", lists[0], needed)
+	first := s.lists(d, nil, true)
+	wantAll(t, d, nil, first)
+
+	needed := []string{"service-1", "service-2", "unheard-of"}
+	second := s.lists(d, needed, true)
+	wantAll(t, d, needed, second)
+	if now := changed(first, second); len(now) != 1 || !now[0].own {
+		t.Errorf("with workloads of three services there are %v anew", now)
 	}
-	d.answered(lists)
-	if again := s.lists(d, needed, true, neverRefused); !slices.Equal(again[0], needed) {
-		t.Errorf("later asked apart are %v, want %v still", again[0], needed)
+	d.register("unheard-of", endpoint{}) // its sidecar is registered
+	third := s.lists(d, needed, true)
+	wantAll(t, d, needed, third)
+	if now := changed(second, third); len(now) != 0 {
+		t.Errorf("with a sidecar of this node there are %v anew", now)
 	}
-	lists = s.lists(d, nil, true, neverRefused)
-	wantAll(t, d, nil, lists)
+	d.register("another", endpoint{})
+	fourth := s.lists(d, needed, true)
+	wantAll(t, d, needed, fourth)
+	if now := changed(third, fourth); len(now) != 1 || now[0].own || !slices.Contains(now[0].names, "another") {
+		t.Errorf("after another service there are %v anew", now)
+	}
+	wantAll(t, d, nil, s.lists(d, nil, true))
 }
 
 func TestAtTheStartOnlyThisNodesServicesAreAskedAbout(t *testing.T) {
 	d := sample()
 	d.register("far", endpoint{})
 	s := newSorter()
-	if lists := s.lists(d, []string{"api"}, false, neverRefused); len(lists) != 1 || !slices.Equal(lists[0], []string{"api", "web"}) {
+	if lists := s.lists(d, []string{"api"}, false); len(lists) != 1 || !slices.Equal(lists[0].names, []string{"api", "web"}) || !lists[0].own {
 		t.Errorf("asked about are %v", lists)
 	}
 }

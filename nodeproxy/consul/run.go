@@ -141,9 +141,9 @@ func (r *run) complete(d *data) bool {
 			}
 		}
 	}
-	for _, names := range d.asked {
-		if r.world.hopeless(matchFault(names), r.patience()) {
-			for _, name := range names {
+	for _, l := range d.asked {
+		if r.world.hopeless(matchFault(l.names), r.patience()) {
+			for _, name := range l.names {
 				delete(waited, name)
 			}
 		}

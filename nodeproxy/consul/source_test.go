@@ -194,7 +194,7 @@ func TestConnectionsDoNotGrowWithServices(t *testing.T) {
 	w.front.Lock()
 	defer w.front.Unlock()
 	t.Logf("at most %d connections, statuses %v, snapshot %d", w.front.Most, w.front.Statuses, snap.Generation)
-	if w.front.Most > 16 {
+	if w.front.Most > 24 {
 		t.Errorf("%d connections at once", w.front.Most)
 	}
 	if n := w.front.Statuses[http.StatusTooManyRequests]; n > 0 {

@@ -42,7 +42,8 @@ type data struct {
 	entries    *entries
 	proxies    map[string][]Ports // that nodeproxies serve, by node; nil before the first answer
 	intentions map[string][]rule  // by destination; a name that is not there was not asked for yet
-	asked      [][]string         // the destinations that are asked for, those of one question together
+	asked      []list             // the destinations that are asked for
+	apart      map[string]bool    // those of them in lists of this node's own
 }
 
 // agent is what the agent says of itself.
@@ -84,6 +85,7 @@ type world struct {
 
 	mu     sync.Mutex
 	data   data
+	lent   bool              // maps of data are in copies of it
 	faults map[string]*fault // by what is asked
 	shook  time.Time         // when a question was last not answered, or the start
 	lost   uint64            // how many questions got no answer at all
@@ -110,6 +112,9 @@ func (w *world) update(change func(*data) bool) {
 func (w *world) intend(change func(*data) (policy, more bool)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.lent {
+		w.data.services, w.data.intentions, w.lent = maps.Clone(w.data.services), maps.Clone(w.data.intentions), false
+	}
 	policy, more := change(&w.data)
 	if policy {
 		w.data.intended++
@@ -123,7 +128,12 @@ func (w *world) intend(change func(*data) (policy, more bool)) {
 }
 
 // touch says that something else that snapshots are made of has changed.
-func (w *world) touch() { w.update(func(*data) bool { return true }) }
+func (w *world) touch() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.data.changes++
+	wake(w.changed)
+}
 
 func wake(c chan struct{}) {
 	select {
@@ -132,13 +142,12 @@ func wake(c chan struct{}) {
 	}
 }
 
-// current is a copy of the data, for one goroutine to read at leisure.
+// current is a copy of the data, to read at leisure.
 func (w *world) current() data {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	d := w.data
-	d.services, d.intentions = maps.Clone(d.services), maps.Clone(d.intentions)
-	return d
+	w.lent = true
+	return w.data
 }
 
 // failed notes that what was asked at that time was not answered.

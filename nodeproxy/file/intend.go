@@ -20,7 +20,7 @@ func (r *run) intend(paths map[string]bool) bool {
 	own.known = r.parts
 	m := *r.world.mesh
 	m.entries.intentions = slices.Clone(m.entries.intentions)
-	read, changed := make(parts), false
+	read, changed := make(parts), make(map[string][]policy.Intention) // by destination
 	for path := range paths {
 		if filepath.Dir(path) == filepath.Join(r.cfg.Dir, configDir) && !isDefinition(path) {
 			continue // what somebody moves into place, say
@@ -39,16 +39,23 @@ func (r *run) intend(paths map[string]bool) bool {
 		if slices.Equal(read[path].mesh.entries.intentions, old.mesh.entries.intentions) {
 			continue
 		}
-		changed = true
+		for _, in := range read[path].mesh.entries.intentions {
+			changed[in.Destination] = nil
+		}
 		at := slices.Index(m.entries.intentions, old.mesh.entries.intentions[0])
 		copy(m.entries.intentions[at:], read[path].mesh.entries.intentions)
 	}
-	if !changed {
+	if len(changed) == 0 {
 		return len(read) > 0
+	}
+	for _, in := range m.entries.intentions { // a destination may have some in other files, too
+		if list, is := changed[in.Destination]; is {
+			changed[in.Destination] = append(list, in)
+		}
 	}
 	next := &world{mesh: &m, state: r.world.state, authority: r.world.authority}
 	var err error
-	if next.policy, err = compile(&r.cfg, &m, next.authority.trustDomain, r.generation+1); err != nil {
+	if next.policy, err = r.world.policy.With(r.generation+1, changed); err != nil {
 		return false
 	}
 	for path, p := range read {
