@@ -133,7 +133,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	})
 	workers.Go(func() { p.applyAll(sourceCtx, ctx) })
 	workers.Go(func() { p.tunnels.run(ctx) })
-	workers.Go(func() { reclaim(ctx) })
+	workers.Go(func() { reclaim(ctx, p.cfg.Log) })
 	kernelErr := p.cfg.Kernel.Run(ctx, p)
 	if kernelErr != nil {
 		kernelErr = fmt.Errorf("run the kernel side: %w", kernelErr)

@@ -2,7 +2,7 @@ package nodeproxy
 
 import (
 	"context"
-	"runtime/debug"
+	"log/slog"
 	"runtime/metrics"
 	"time"
 )
@@ -10,8 +10,8 @@ import (
 // The bounds of giving memory back.
 const (
 	reclaimLook  = 3 * time.Second
-	reclaimQuiet = 2 << 20  // with no more than so many bytes allocated between two looks it is quiet
-	reclaimWorth = 16 << 20 // so many bytes allocated since the last time are worth a collection
+	reclaimQuiet = 16 << 20 // with no more than so many bytes allocated between two looks it is quiet
+	reclaimWorth = 8 << 20  // so many bytes allocated since the last time are worth a collection
 )
 
 // reclaimer decides when the memory that a burst left behind is given back to the system: when it is over. The runtime would
@@ -30,14 +30,16 @@ func (r *reclaimer) due(allocated uint64) bool {
 }
 
 // reclaim gives memory back until ctx ends.
-func reclaim(ctx context.Context) {
+func reclaim(ctx context.Context, log *slog.Logger) {
 	allocated := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	var r reclaimer
 	for tick := time.NewTicker(reclaimLook); ; {
 		select {
 		case <-tick.C:
 			if metrics.Read(allocated); r.due(allocated[0].Value.Uint64()) {
-				debug.FreeOSMemory()
+				if err := GiveBack(); err != nil {
+					log.Warn("memory that is not used is not given back", "error", err)
+				}
 			}
 		case <-ctx.Done():
 			tick.Stop()

@@ -10,15 +10,18 @@ func TestMemoryIsGivenBackOnceAfterABurst(t *testing.T) {
 		more uint64
 		want bool
 	}{
-		{10 * mib, false}, // the start
+		{20 * mib, false}, // the start
+		{mib, true},       // over
 		{mib, false},      // quiet, and not worth it
 		{40 * mib, false}, // a burst
 		{30 * mib, false},
 		{mib, true}, // over
 		{mib, false},
 		{0, false},
-		{2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false}, {2 * mib, false},
+		{2 * mib, false}, {2 * mib, false}, {2 * mib, false},
 		{2 * mib, true}, // little by little
+		{8 * mib, true}, // much, and always the same
+		{8 * mib, true},
 	} {
 		allocated += look.more
 		if got := r.due(allocated); got != look.want {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"nodeproxy.io/nodeproxy"
 	"nodeproxy.io/nodeproxy/workload"
 	"nodeproxy.io/redirect"
 )
@@ -44,7 +45,7 @@ func (d *node) supervise(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-settled:
-			if err := giveBack(); err != nil {
+			if err := nodeproxy.GiveBack(); err != nil {
 				d.log.Warn("memory that the start took is not given back", "error", err)
 			}
 		case <-tick.C:

@@ -1,4 +1,4 @@
-package main
+package nodeproxy
 
 import (
 	"errors"
@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// giveBack returns the memory that only the start took: what is free of the heap, and the pages of the executable, of which the
-// start touches twice as many as all that comes later. Those that are needed come back from the page cache by themselves.
-func giveBack() error {
+// GiveBack returns what is free of the heap, and the pages of the executable, of which the start and each burst touch many more than
+// what comes after. Those that are needed come back from the page cache by themselves.
+func GiveBack() error {
 	debug.FreeOSMemory()
 	executable, err := os.Readlink("/proc/self/exe")
 	if err != nil {
