@@ -6,7 +6,7 @@ import (
 	"os"
 )
 
-// olderLeg is a connection to a peer over TLS 1.2.
+// olderLeg is a connection to a peer over TLS 1.2, or of any version whose records crypto/tls protects; see mtls.Secured.
 type olderLeg struct {
 	tls     *tls.Conn
 	wire    *wire

@@ -7,6 +7,7 @@ package nodeproxy
 
 import (
 	"context"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -38,7 +39,7 @@ type Config struct {
 	Limits   Limits
 
 	PreferLocal bool   // instances of this node go first
-	Tunnels     bool   // are made to and accepted from other nodeproxies
+	Tunnels     bool   // are made to and accepted from other nodeproxies, but where FIPS 140 is asked for
 	Version     string // shown in status
 	MapABI      int    // shown in status
 
@@ -96,6 +97,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
+	cfg.Tunnels = cfg.Tunnels && !fips140.Enabled() // they need records that are not crypto/tls'
 	p := &Proxy{
 		cfg:        cfg,
 		started:    time.Now(),

@@ -1,7 +1,10 @@
 package nodeproxy
 
 import (
+	"crypto/fips140"
 	"net/netip"
+	"os"
+	"os/exec"
 	"testing"
 
 	"nodeproxy.io/nodeproxy/admin"
@@ -46,5 +49,30 @@ func TestCarriesAConnectionAndTellsOfIt(t *testing.T) {
 	}
 	if got := m.kernel.clients; len(got) != 1 || got[0].String() != in.Source.Address || got[0].Addr() != netip.MustParseAddr("127.0.0.1") {
 		t.Errorf("the application sees %v, want the address of the TCP peer %s", got, in.Source.Address)
+	}
+}
+
+// The validated module makes the nonces of records itself.
+func TestWithFIPS140RecordsStayWithCryptoTLS(t *testing.T) {
+	if !fips140.Enabled() {
+		self := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+		self.Env = append(os.Environ(), "GODEBUG=fips140=only")
+		if out, err := self.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		return
+	}
+	m := newMesh(t, tunnelled)
+	client, server := m.pair()
+	say(t, client, "ping")
+	hear(t, server, "ping")
+	say(t, server, "answer")
+	hear(t, client, "answer")
+	client.CloseWrite()
+	wantEOF(t, server)
+	server.Close()
+	wantEOF(t, client)
+	if e := m.events.wait(t, "close", is(admin.EventClose, admin.Outbound)); e.Path != admin.PathMTLS || e.Detail != "" {
+		t.Errorf("%+v", e)
 	}
 }

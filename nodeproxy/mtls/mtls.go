@@ -7,6 +7,7 @@
 package mtls
 
 import (
+	"crypto/fips140"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -155,12 +156,12 @@ func (c *Credentials) Connect(conn net.Conn, source string, target *catalog.Targ
 // Secured is a connection after its handshake.
 type Secured struct {
 	Peer     Peer
-	Protocol string // that was negotiated, or ""
+	Protocol string // that was negotiated, or ""; its caller names none where FIPS 140 is asked for
 
 	// One of the two is what goes on from here. With TLS 1.3 nothing is left of the handshake, and all that was received after it is still to be
 	// read from the connection below.
 	Records *record.Layer // TLS 1.3
-	Older   *tls.Conn     // TLS 1.2
+	Older   *tls.Conn     // TLS 1.2, and any where FIPS 140 is asked for, whose validated module makes its nonces itself
 }
 
 // secure does the handshake of conn, and fills in what peer does not say yet.
@@ -170,7 +171,7 @@ func secure(conn *tls.Conn, secrets *record.Secrets, client bool, peer *Peer, ou
 	}
 	peer.leaf = ours
 	state := conn.ConnectionState()
-	if state.Version < tls.VersionTLS13 {
+	if state.Version < tls.VersionTLS13 || fips140.Enabled() {
 		return &Secured{Peer: *peer, Older: conn}, nil
 	}
 	records, err := secrets.Layer(state, client)
