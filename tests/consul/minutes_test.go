@@ -15,7 +15,7 @@ import (
 
 const (
 	minutes = 2 * time.Minute
-	// askedAgain is how long it takes at most until an API server that answers again is asked, as docs/labels.md says, and what
+	// askedAgain is within how long an API server that answers again is asked, as docs/labels.md says, and what
 	// other programs of the machine may add.
 	askedAgain = 20*time.Second + 10*time.Second
 )
