@@ -95,7 +95,7 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 BESIDE := nodeproxy.io/nodeproxy/consul nodeproxy.io/tests/vm nodeproxy.io/tests/kubernetes
 
 # How many tests of a package run at a time, of those that may: each waits more than it computes.
-AT_ONCE := 4
+AT_ONCE := 3
 
 .PHONY: test-most test-beside
 test-most:

@@ -91,7 +91,7 @@ func (m *mesh) to(service string, port uint16) string {
 
 func TestNginxAndCurl(t *testing.T) {
 	tool := tools(t, "nginx", "curl")
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	w := client(m, "nginx")
 	dir := filepath.Join(m.Dir(), "nginx")
 	m.must(os.MkdirAll(filepath.Join(dir, "html"), 0o755))
@@ -224,7 +224,7 @@ func TestPostgreSQL(t *testing.T) {
 
 func TestRedis(t *testing.T) {
 	tool := tools(t, "redis-server", "redis-benchmark", "redis-cli")
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	w := client(m, "redis")
 	m.server("redis", 6379, netlab.Command{
 		Path: tool["redis-server"], Args: []string{"--port", "6379", "--save", "", "--protected-mode", "no", "--dir", m.Dir()},
@@ -245,7 +245,7 @@ func TestRedis(t *testing.T) {
 
 func TestIperf3InBothDirections(t *testing.T) {
 	tool := tools(t, "iperf3")
-	m := newMesh(t)
+	m := newMeshAlone(t)
 	w := client(m, "iperf")
 	m.server("iperf", 5201, netlab.Command{Path: tool["iperf3"], Args: []string{"-s", "--forceflush"}})
 	m.start()
