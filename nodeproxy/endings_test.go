@@ -32,6 +32,9 @@ func TestCallersOfAnInstanceThatEndsGoToAnotherAtOnceIfThereIsOne(t *testing.T) 
 	say(t, live, "ping")
 	hear(t, live, "ping")
 	busy := near.events.wait(t, "open", is(admin.EventOpen, admin.Outbound)).Destination.Instance
+	other := near.dial(to) // goes to the less busy one: both are as busy from now on
+	say(t, other, "ping")
+	hear(t, other, "ping")
 	for closed("api-1") < 5 || closed("api-2") < 5 {
 		exchange(t, near, to)
 	}
