@@ -91,7 +91,7 @@ func (l *plainLeg) first(limit int) batch {
 	if l.early.buf != nil || l.ended != nil {
 		return l.early
 	}
-	buf, n, err := l.socket.poll(headroom, headroom+limit)
+	buf, n, err := l.socket.poll(nil, headroom, headroom+limit)
 	if err != nil || buf == nil {
 		l.ended = err
 		return batch{}

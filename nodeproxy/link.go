@@ -215,7 +215,7 @@ func (l *link) close() {
 func (l *link) ready() bool {
 	l.finished.Store(false)
 	l.release()
-	return l.session.Idle() && !l.session.Exhausted() && l.conn.SetDeadline(time.Time{}) == nil
+	return l.session.Idle() && !l.session.Exhausted() && l.writable() && l.conn.SetDeadline(time.Time{}) == nil
 }
 
 // Born implements tunnel.Conn.
@@ -223,7 +223,7 @@ func (l *link) Born() time.Time { return l.born }
 
 // Alive implements tunnel.Conn.
 func (l *link) Alive() bool {
-	if l.unseal() == nil && l.in == nil && l.socket.quiet() {
+	if l.unseal() == nil && l.in == nil && l.kept == nil && l.socket.quiet() {
 		return time.Now().Before(l.peer.Until())
 	}
 	l.hearEnding()

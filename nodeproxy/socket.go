@@ -111,9 +111,9 @@ func (s *socket) read(into *buffer, from, to int) (buf *buffer, n int, err error
 }
 
 // poll is read that does not wait: it returns no buffer and no error when there is nothing to read.
-func (s *socket) poll(from, to int) (buf *buffer, n int, err error) {
+func (s *socket) poll(into *buffer, from, to int) (buf *buffer, n int, err error) {
 	r := &s.reading
-	r.into, r.from, r.to, r.poll = nil, from, to, true
+	r.into, r.from, r.to, r.poll = into, from, to, true
 	return s.doRead()
 }
 
@@ -209,7 +209,7 @@ func gather(fd uintptr, b batch) (n int, errno syscall.Errno) {
 	if len(b.spans) == 1 {
 		return transferBytes(syscall.SYS_WRITE, fd, b.buf.bytes[first.from:first.to])
 	}
-	var parts [16]syscall.Iovec
+	var parts [maxSpans]syscall.Iovec
 	count := 0
 	for _, s := range b.spans[:min(len(b.spans), len(parts))] {
 		parts[count].Base = &b.buf.bytes[s.from]
