@@ -86,6 +86,21 @@ func TestLookingAtATunnelDoesNotWaitForItsPeer(t *testing.T) {
 	})
 }
 
+// A tunnel that was just made has nothing in hand, and looking at it leaves it fit for a stream.
+func TestLookingAtATunnelLeavesItFitForUse(t *testing.T) {
+	client, server := securePair(t, newBuffers())
+	l := linkOver(client, false)
+	if err := l.unseal(); err != nil || l.in != nil || !l.socket.quiet() {
+		t.Fatalf("it is not alive: %v", err)
+	}
+	if err := l.write(roomFor("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.next(); err != nil {
+		t.Error(err)
+	}
+}
+
 // A KeyUpdate that asks for an answer gets none between streams, when a peer that reads nothing would be waited for: it comes
 // before the next frame.
 func TestAnAnswerThatIsOwedComesWithTheNextFrame(t *testing.T) {
