@@ -43,15 +43,17 @@ func profileCPU(w http.ResponseWriter, r *http.Request, seconds string) error {
 	wait := time.Duration(n) * time.Second
 	answer := http.NewResponseController(w)
 	_ = answer.SetWriteDeadline(time.Now().Add(wait + writeTimeout))
-	if err := pprof.StartCPUProfile(w); err != nil {
+	var body bytes.Buffer // which a goroutine of the profiler writes meanwhile
+	if err := pprof.StartCPUProfile(&body); err != nil {
 		return Classify(fmt.Errorf("take a profile: %w: try again when the other one is done", err), ErrRefused)
 	}
-	defer pprof.StopCPUProfile() // writes the profile
 	w.Header().Set("Content-Type", "application/octet-stream")
 	_ = answer.Flush() // the client knows that it has begun
 	select {
 	case <-time.After(wait):
 	case <-r.Context().Done(): // the client is gone, or the daemon ends
 	}
+	pprof.StopCPUProfile()
+	_, _ = w.Write(body.Bytes())
 	return nil
 }
