@@ -21,8 +21,8 @@ import (
 
 const (
 	apiPort = 8080
-	// stepTimeout bounds every wait, so that a claim that does not hold ends the demonstration and does not hang it.
-	stepTimeout = 20 * time.Second
+	// stepTimeout bounds every wait, so that a claim that does not hold ends the demonstration and does not hang it. Emulated machines are slow.
+	stepTimeout = time.Minute
 )
 
 // Config says how to show it.
