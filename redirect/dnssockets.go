@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -206,6 +207,9 @@ func (p *DNSPackets) Read(b []byte) (n int, from, at netip.AddrPort, err error) 
 	}
 	return n, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), at, nil
 }
+
+// SetReadDeadline makes Read fail with os.ErrDeadlineExceeded from then on, in this process.
+func (p *DNSPackets) SetReadDeadline(at time.Time) error { return p.conn.SetReadDeadline(at) }
 
 // Write sends an answer to the client at to, from the address that its query was sent to.
 func (p *DNSPackets) Write(b []byte, to, at netip.AddrPort) error {

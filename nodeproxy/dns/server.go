@@ -28,6 +28,7 @@ const (
 	maxStreamsSpace = 32
 	forwardTimeout  = 5 * time.Second  // until an answer of another name server: as long as resolvers wait
 	streamIdle      = 10 * time.Second // of a connection without a message either way
+	lastIdle        = 2 * time.Second  // of one without a query on its way, once nothing else is read
 	errorPause      = 10 * time.Millisecond
 )
 
@@ -43,8 +44,10 @@ type Sockets interface {
 
 // Packets is a socket that queries come to.
 type Packets interface {
-	// Read waits for a query from a client, sent to the address at, and fails with net.ErrClosed at the end.
+	// Read waits for a query from a client, sent to the address at. It fails with net.ErrClosed once the socket is closed, and with
+	// os.ErrDeadlineExceeded after the deadline.
 	Read(b []byte) (n int, from, at netip.AddrPort, err error)
+	SetReadDeadline(at time.Time) error
 	// Write answers the client from that address.
 	Write(b []byte, to, at netip.AddrPort) error
 }
@@ -61,12 +64,19 @@ type Server struct {
 	buffers sync.Pool     // of *[dns.MaxMsgSize]byte, lent while an answer is copied
 
 	answered, forwarded, failed atomic.Uint64
+
+	mu             sync.Mutex
+	reading        sync.WaitGroup // one for each namespace that queries are read in
+	leaving        context.Context
+	leave          func()
+	reads, answers time.Time // of Leave; valid once leaving has ended
 }
 
 // NewServer returns a server that knows no names until Apply.
 func NewServer(log *slog.Logger) *Server {
+	leaving, leave := context.WithCancel(context.Background())
 	return &Server{
-		log: log, pending: make(chan struct{}, maxPending), streams: make(chan struct{}, maxStreams),
+		log: log, leaving: leaving, leave: leave, pending: make(chan struct{}, maxPending), streams: make(chan struct{}, maxStreams),
 		buffers: sync.Pool{New: func() any { return new([dns.MaxMsgSize]byte) }},
 	}
 }
@@ -79,22 +89,38 @@ func (s *Server) Counts() Counts {
 	return Counts{s.answered.Load(), s.forwarded.Load(), s.failed.Load()}
 }
 
-// Drain waits for the answers to the queries on their way, until ctx ends. Names of the mesh are still answered, and no other
-// query is sent on any more: call it once, when nothing new is steered here.
-func (s *Server) Drain(ctx context.Context) {
-	for range cap(s.pending) {
-		select {
-		case s.pending <- struct{}{}:
-		case <-ctx.Done():
-			return
-		}
-	}
+// Leave ends the serving in all namespaces: nothing is taken from the sockets after reads, and what was taken has until answers to be
+// answered. It returns once nothing is taken any more, and each Serve returns with its last answer: only then its sockets may be
+// closed. A connection that was accepted is served until it is quiet. Call it once.
+func (s *Server) Leave(reads, answers time.Time) {
+	s.mu.Lock()
+	s.reads, s.answers = reads, answers
+	s.leave()
+	s.mu.Unlock()
+	s.reading.Wait()
 }
 
-// Serve answers what comes to the sockets of one namespace until all of them are closed, and lets go of every query then.
+// Serve answers what comes to the sockets of one namespace until Leave, or until all of them are closed: then it lets go of every query.
 func (s *Server) Serve(sockets Sockets, packets []Packets, streams []*net.TCPListener) {
+	s.mu.Lock()
+	if s.leaving.Err() != nil {
+		s.mu.Unlock()
+		return
+	}
+	s.reading.Add(1)
+	s.mu.Unlock()
 	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
 	sp := &space{Server: s, Sockets: sockets, ctx: ctx, ownPending: make(chan struct{}, maxPendingSpace), ownStreams: make(chan struct{}, maxStreamsSpace)}
+	defer context.AfterFunc(s.leaving, func() {
+		time.AfterFunc(time.Until(s.answers), stop)
+		for _, p := range packets {
+			_ = p.SetReadDeadline(s.reads) // it fails for a socket that is closed, and not read
+		}
+		for _, ln := range streams {
+			_ = ln.SetDeadline(s.reads)
+		}
+	})()
 	var listening sync.WaitGroup
 	for _, p := range packets {
 		listening.Go(func() { sp.servePackets(p) })
@@ -103,7 +129,10 @@ func (s *Server) Serve(sockets Sockets, packets []Packets, streams []*net.TCPLis
 		listening.Go(func() { sp.serveStreams(ln) })
 	}
 	listening.Wait()
-	stop()
+	s.reading.Done()
+	if s.leaving.Err() == nil {
+		stop()
+	}
 	sp.work.Wait()
 }
 
@@ -111,7 +140,7 @@ func (s *Server) Serve(sockets Sockets, packets []Packets, streams []*net.TCPLis
 type space struct {
 	*Server
 	Sockets
-	ctx                    context.Context // ends when the namespace's sockets are closed
+	ctx                    context.Context // ends when nothing is answered any more
 	ownPending, ownStreams chan struct{}
 	work                   sync.WaitGroup // one for each query on its way and each connection
 }
@@ -150,7 +179,7 @@ func (sp *space) servePackets(p Packets) {
 	for {
 		n, from, at, err := p.Read(b[:])
 		switch {
-		case errors.Is(err, net.ErrClosed):
+		case isEnd(err):
 			return
 		case err != nil: // the kernel is short of memory, say: the next may be read
 			time.Sleep(errorPause)
@@ -158,6 +187,11 @@ func (sp *space) servePackets(p Packets) {
 			sp.take(p, b[:n], from, at)
 		}
 	}
+}
+
+// isEnd says whether nothing is read any more.
+func isEnd(err error) bool {
+	return errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // take deals with one datagram. query is the caller's again when it returns.
@@ -188,7 +222,8 @@ func (s *Server) count(v Verdict) {
 	}
 }
 
-// forward asks the name server and passes its answer on. No answer is passed on as none.
+// forward asks the name server and passes its answer on. No answer is passed on as none, and so is one that came too late for this
+// daemon: who asks again asks the next.
 func (sp *space) forward(p Packets, query []byte, from, at, resolver netip.AddrPort) {
 	err := sp.exchange(query, from, resolver, func(reply []byte) error { return p.Write(reply, from, at) })
 	if err == nil {
@@ -196,7 +231,7 @@ func (sp *space) forward(p Packets, query []byte, from, at, resolver netip.AddrP
 		return
 	}
 	sp.failed.Add(1)
-	if !errors.Is(err, os.ErrDeadlineExceeded) && len(query) >= headerSize {
+	if !errors.Is(err, os.ErrDeadlineExceeded) && sp.ctx.Err() == nil && len(query) >= headerSize {
 		_ = p.Write(refusal(query, dns.RcodeServerFailure), from, at) // the client need not wait: nobody is there
 	}
 }
@@ -282,7 +317,7 @@ func (sp *space) serveStreams(ln *net.TCPListener) {
 	for {
 		conn, err := ln.AcceptTCP()
 		switch {
-		case errors.Is(err, net.ErrClosed):
+		case isEnd(err):
 			return
 		case err != nil: // out of file descriptors, say
 			time.Sleep(errorPause)
@@ -308,6 +343,7 @@ func (sp *space) serveStream(conn *net.TCPConn) {
 	}
 	st := &stream{space: sp, client: conn, from: source(from), resolver: resolver}
 	defer context.AfterFunc(sp.ctx, func() { st.end() })()
+	defer context.AfterFunc(sp.leaving, st.extend)()
 	if err := st.serve(); err != nil {
 		sp.failed.Add(1)
 		sp.log.Debug("a name query by TCP failed", "name server", resolver, "error", fmt.Errorf("serve it: %w", err))

@@ -26,6 +26,7 @@ type stream struct {
 
 	mu       sync.Mutex
 	upstream *net.TCPConn // nil: not needed yet
+	asked    int          // queries on their way
 	ended    bool
 }
 
@@ -81,6 +82,7 @@ func (st *stream) pass(query []byte) error {
 			st.end()
 		}
 	}
+	st.await(1)
 	return write(st.upstream, query)
 }
 
@@ -97,7 +99,15 @@ func (st *stream) passBack(conn *net.TCPConn) {
 			return
 		}
 		st.forwarded.Add(1)
+		st.await(-1)
 	}
+}
+
+// await counts the queries on their way. A zone comes in more answers than were asked for.
+func (st *stream) await(more int) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.asked = max(0, st.asked+more)
 }
 
 // end cuts both connections off.
@@ -126,7 +136,15 @@ func (st *stream) read(conn *net.TCPConn) ([]byte, error) {
 func (st *stream) extend() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	deadline := time.Now().Add(streamIdle)
+	idle := streamIdle
+	switch {
+	case st.leaving.Err() == nil:
+	case st.asked > 0:
+		idle = forwardTimeout
+	default:
+		idle = lastIdle
+	}
+	deadline := time.Now().Add(idle)
 	_ = st.client.SetReadDeadline(deadline) // a connection that is closed says so when it is read
 	if st.upstream != nil {
 		_ = st.upstream.SetReadDeadline(deadline)

@@ -1,8 +1,6 @@
 package workload
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -41,7 +39,14 @@ func (m *Manager) openDNS() {
 		for _, p := range sockets.Packets {
 			packets = append(packets, p)
 		}
-		m.begin(func() { m.serving.Go(func() { m.cfg.DNS.Serve(sockets, packets, sockets.Streams) }) })
+		m.begin(func() {
+			m.serving.Go(func() {
+				m.cfg.DNS.Serve(sockets, packets, sockets.Streams)
+				if err := sockets.Close(); err != nil {
+					m.log.Error("close the sockets of name queries", "netns", inode, "error", err)
+				}
+			})
+		})
 	}
 }
 
@@ -70,24 +75,21 @@ func (m *Manager) steerDNS() {
 
 func (e *entry) declinesDNS() bool { return e.claim.DNS != nil && !*e.claim.DNS }
 
-// drainDNS is how long name servers have to answer the last queries: longer than most take, and no stop is noticed.
-const drainDNS = time.Second
+// How long the last queries are read, where nobody follows, and how long there is to answer what was read.
+const (
+	lastQueries    = 100 * time.Millisecond
+	answersStop    = time.Second      // longer than most take, and no stop is noticed
+	answersRestart = 2 * time.Second  // as live connections
+	answersBeside  = 10 * time.Second // the next daemon: twice what a name server has, for connections with one query after the other
+)
 
-// closeDNS ends the serving of name queries, which pass already.
-func (m *Manager) closeDNS() error {
-	if m.cfg.DNS == nil {
-		return nil
+// leaveDNS reads no name queries after reading has passed, and answers those that it has read until answering has. Close waits for
+// the last answer.
+func (m *Manager) leaveDNS(reading, answering time.Duration) {
+	if m.cfg.DNS != nil {
+		now := time.Now()
+		m.cfg.DNS.Leave(now.Add(reading), now.Add(answering))
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), drainDNS)
-	defer cancel()
-	m.cfg.DNS.Drain(ctx)
-	var errs []error
-	for _, s := range m.namespaces {
-		if s.dns.sockets != nil {
-			errs = append(errs, s.dns.sockets.Close())
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // dnsState says whether e's name queries are answered: "on", "off" with the reason, or "" where DNS is not enabled.

@@ -196,7 +196,8 @@ func (m *Manager) leaves() bool {
 
 // leaveToNext closes what this process alone holds of what it has handed over.
 func (m *Manager) leaveToNext() error {
-	return errors.Join(m.redirect.Yield(), m.closeUpstreams(), m.closeListeners(outbound, inbound), m.closeDNS())
+	m.leaveDNS(0, answersBeside)
+	return errors.Join(m.redirect.Yield(), m.closeUpstreams(), m.closeListeners(outbound, inbound))
 }
 
 // setUp is how long connections have, at most, that were accepted before a restart and are not open yet.
@@ -211,7 +212,9 @@ func (m *Manager) leaveToRestart(h Handler, calling *sync.WaitGroup) error {
 	defer cancel()
 	h.Settle(ctx)
 	// Until this beat lapses connections are let through to where they wait.
-	return errors.Join(err, m.closeListeners(inbound), m.redirect.Beat(), m.closeDNS(), m.redirect.Stop())
+	err = errors.Join(err, m.closeListeners(inbound), m.redirect.Beat())
+	m.leaveDNS(0, answersRestart)
+	return errors.Join(err, m.redirect.Stop())
 }
 
 // closeUpstreams leaves the sockets' files to the next daemon.

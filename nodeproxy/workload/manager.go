@@ -224,8 +224,11 @@ func NewManager(cfg Config) (*Manager, error) {
 	return m, nil
 }
 
-// Close lets go of the kernel state, which stays in force. Run must have returned.
-func (m *Manager) Close() error { return m.redirect.Close() }
+// Close waits for the last answers to name queries and lets go of the kernel state, which stays in force. Run must have returned.
+func (m *Manager) Close() error {
+	m.serving.Wait()
+	return m.redirect.Close()
+}
 
 // Ready is closed once the workloads are known, and served.
 func (m *Manager) Ready() <-chan struct{} { return m.ready }
@@ -278,7 +281,7 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 	beating.Wait() // a last beat must not come after Rest
 	if m.leaves() {
 		err := errors.Join(m.leaveToNext(), m.watcher.close())
-		wait(&calling, &wg, &m.serving)
+		wait(&calling, &wg)
 		close(m.yielded)
 		return err
 	}
@@ -293,7 +296,7 @@ func (m *Manager) Run(ctx context.Context, h Handler) error {
 		err = m.stop()
 	}
 	err = errors.Join(err, m.watcher.close())
-	wait(&calling, &wg, &m.serving)
+	wait(&calling, &wg)
 	return err
 }
 

@@ -15,7 +15,8 @@ func (m *Manager) stop() error {
 	if m.cfg.Keep != nil {
 		err = errors.Join(err, m.cfg.Keep(nil, nil)) // or what waits there would wait until the last connection has ended
 	}
-	return errors.Join(err, m.closeDNS(), m.redirect.Stop(), m.closeListeners(outbound, inbound))
+	m.leaveDNS(lastQueries, answersStop)
+	return errors.Join(err, m.redirect.Stop(), m.closeListeners(outbound, inbound))
 }
 
 func wait(all ...*sync.WaitGroup) {

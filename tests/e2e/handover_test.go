@@ -419,3 +419,35 @@ func TestNamesOfTheMeshAreAnsweredWhileADaemonHandsOver(t *testing.T) {
 	m.settle(0)
 	m.awaitDNS(0, web, "on")
 }
+
+func TestQueriesOnTheirWayAreAnsweredByTheDaemonThatHandsOver(t *testing.T) {
+	m, web, _, _, _ := dnsPair(t)
+	told, tell := io.Pipe()
+	defer tell.Close()
+	server, err := m.Lab.Start(netlab.Command{Path: programs.app, Args: []string{"late", "127.0.0.99:53"}, Namespace: web.Namespace, Stdin: told})
+	m.must(err)
+	m.must(server.WaitOutput(m.ctx(), "ready udp"))
+	m.must(server.WaitOutput(m.ctx(), "ready tcp"))
+	next, give := m.startBlind()
+	before := m.Daemons[0].Process
+	m.must(before.WaitOutput(m.ctx(), "another daemon is taking over"))
+	m.baselines[0] = nil
+	var asking []*netlab.Process
+	for _, network := range []string{"+notcp", "+tcp"} {
+		p, err := web.Start(netlab.Command{Path: tools(t, "dig")["dig"], Args: []string{"@127.0.0.99", network, "+short", "+tries=1", "+time=30", "TXT", network[1:] + ".test"}})
+		m.must(err)
+		asking = append(asking, p)
+		m.must(server.WaitOutput(m.ctx(), "heard "+network[1:]))
+	}
+	give()
+	m.must(before.WaitOutput(m.ctx(), "another daemon has taken over"))
+	m.Daemons[0].Process = next
+	m.must(tell.Close())
+	for _, p := range asking {
+		if err := p.Wait(m.ctx()); err != nil || p.Output() != "\"late\"\n" {
+			t.Errorf("the answer is %q, %v", p.Output(), err)
+		}
+	}
+	m.must(before.Wait(m.ctx()))
+	m.settle(0)
+}

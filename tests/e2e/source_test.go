@@ -129,6 +129,7 @@ var fileOnly = map[string][]string{
 		"TestMessagesAreThoseOfANameServer",
 		"TestQueriesOutliveTheDaemon",
 		"TestNamesOfTheMeshAreAnsweredWhileADaemonHandsOver",
+		"TestQueriesOnTheirWayAreAnsweredByTheDaemonThatHandsOver",
 		"TestASquatterOnTheDNSPortGetsNothing",
 		"TestWithoutDNSNothingIsAttachedForIt",
 		"TestWorkloadsInTheNodesNamespaceFindTheNames",

@@ -10,6 +10,7 @@
 //	app udp ADDRESS [TEXT]                  without TEXT: answers every datagram; with TEXT: sends it and prints the answer
 //	app resolve NAME                        prints the addresses of a name
 //	app silent ADDRESS                      prints the datagrams that come, and answers none
+//	app late ADDRESS                        prints the name queries that come, and answers them when its stdin ends
 //	app quick [-reset] [-port N]            accepts and ends each connection at once
 //	app flicker ADDRESS                     listens and stops listening in turn
 //	app flip                                moves between network namespaces for ever
@@ -31,7 +32,7 @@ func main() {
 
 func run(args []string) error {
 	roles := map[string]func([]string) error{
-		"serve": serve, "dial": dial, "echo": echo, "hold": hold, "load": load, "repeat": repeat, "udp": udp, "resolve": resolve, "silent": silent, "quick": quick, "flicker": flicker, "flip": flip,
+		"serve": serve, "dial": dial, "echo": echo, "hold": hold, "load": load, "repeat": repeat, "udp": udp, "resolve": resolve, "silent": silent, "late": late, "quick": quick, "flicker": flicker, "flip": flip,
 	}
 	if len(args) > 0 && roles[args[0]] != nil {
 		return roles[args[0]](args[1:])
