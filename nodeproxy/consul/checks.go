@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"maps"
 	"net"
 	"net/url"
 	"reflect"
@@ -31,9 +32,9 @@ func (r *run) checksTopic() topic {
 			return err
 		}
 		r.world.update(func(d *data) bool {
-			next := probesOf(all, d.checks)
-			changed := d.checks == nil || !reflect.DeepEqual(next, d.checks)
-			d.checks = next
+			next, marked := probesOf(all, d.checks), endingChecksOf(all)
+			changed := d.checks == nil || !reflect.DeepEqual(next, d.checks) || !maps.Equal(marked, d.marked)
+			d.checks, d.marked = next, marked
 			return changed
 		})
 		return nil

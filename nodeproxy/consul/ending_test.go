@@ -1,11 +1,15 @@
 package consul_test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 
+	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/consul"
 	lab "nodeproxy.io/tests/consul"
 )
@@ -15,30 +19,68 @@ func TestTheSidecarOfAWorkloadThatIsBeingStoppedIsCritical(t *testing.T) {
 	plain := lab.Service("api", "api-1", "10.1.2.3", 8080)
 	delete(plain, "Connect")
 	w.must(w.agent.Register(w.ctx(), plain))
-	w.config.StateFile, w.config.Ports = filepath.Join(t.TempDir(), "ports.json"), consul.Ports{First: 21500, Last: 21999}
-	w.run("api")
-	passing := func(want int) {
-		t.Helper()
-		w.must(w.agent.Await(w.ctx(), fmt.Sprintf("%d passing sidecars", want), func() error {
-			var all []map[string]any
-			err := w.agent.Do(w.ctx(), http.MethodGet, "/v1/health/connect/api?passing", nil, &all)
-			if err == nil && len(all) != want {
-				err = fmt.Errorf("there are %v", all)
-			}
-			return err
-		}))
-	}
-	passing(1)
-	w.source.Ending([]string{"api-1", "elsewhere"})
-	passing(0)
-	w.source.Ending(nil)
-	passing(1)
+	w.testEndings()
+}
+
+func TestSoIsASidecarOfTheOperators(t *testing.T) {
+	w := newWorld(t, lab.Config{})
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.must(w.agent.Register(w.ctx(), lab.Service("web", "web-1", "10.1.2.4", 8080)))
+	w.testEndings()
 	w.source.Ending([]string{"api-1"})
-	passing(0)
+	w.passing(0)
+	w.stop()
+	removed, err := consul.Withdraw(w.ctx(), w.config)
+	if want := "check nodeproxy-ending:api-1-sidecar-proxy"; err != nil || !slices.Contains(removed, want) {
+		t.Errorf("withdrawn is %q, want %q: %v", removed, want, err)
+	}
+	w.passing(1)
+}
+
+// passing waits until api has that many passing sidecars.
+func (w *world) passing(want int) {
+	w.t.Helper()
+	w.must(w.agent.Await(w.ctx(), fmt.Sprintf("%d passing sidecars", want), func() error {
+		var all []map[string]any
+		err := w.agent.Do(w.ctx(), http.MethodGet, "/v1/health/connect/api?passing", nil, &all)
+		if err == nil && len(all) != want {
+			err = fmt.Errorf("there are %v", all)
+		}
+		return err
+	}))
+}
+
+// testEndings has api-1 end and end no more, while the daemon runs and while it does not.
+func (w *world) testEndings() {
+	w.t.Helper()
+	w.config.StateFile, w.config.Ports = filepath.Join(w.t.TempDir(), "ports.json"), consul.Ports{First: 21500, Last: 21999}
+	w.run("api", "web")
+	w.passing(1)
+	healthy := func(want bool) {
+		w.t.Helper()
+		w.await(fmt.Sprintf("the instance's health is %v", want), func(s *catalog.Snapshot) error {
+			if all := s.Services["api"].Instances; len(all) != 1 || all[0].Healthy != want {
+				return errors.New("it is not")
+			}
+			return nil
+		})
+	}
+	healthy(true)
+	began := time.Now()
+	w.source.Ending([]string{"api-1", "elsewhere"})
+	w.passing(0)
+	healthy(false)
+	if took := time.Since(began); took > 20*time.Second {
+		w.t.Errorf("that was believed after %s: as a check that has not run", took)
+	}
+	w.source.Ending(nil)
+	w.passing(1)
+	w.source.Ending([]string{"api-1"})
+	w.passing(0)
 	w.stop()
 	w.mu.Lock()
 	w.last = nil
 	w.mu.Unlock()
-	w.run("api") // the next daemon, in which it ends no more
-	passing(1)
+	w.run("api", "web") // the next daemon, in which it ends no more
+	w.passing(1)
 }

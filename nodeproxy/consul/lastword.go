@@ -38,7 +38,7 @@ func blame(checks api.HealthChecks) (unheard, agentless bool) {
 // isSilent says whether a critical check has not run: it has nothing to say, or still says what it persisted when it passed
 // (loadChecks in agent/agent.go of Consul), or misses a service that the agent has not loaded yet (agent/checks/alias.go).
 func isSilent(c *api.HealthCheck) bool {
-	if c.CheckID == "_node_maintenance" || strings.HasPrefix(c.CheckID, "_service_maintenance:") {
+	if c.CheckID == "_node_maintenance" || strings.HasPrefix(c.CheckID, "_service_maintenance:") || c.Name == endingText {
 		return false // their reason is elsewhere
 	}
 	output := c.Output

@@ -36,6 +36,7 @@ func TestOnlyAFailedCheckIsBlamedOnTheApplication(t *testing.T) {
 		"one not run and one failed":          {api.HealthChecks{alive, critical("a", ""), critical("b", "connection refused")}, false, false},
 		"the node is in maintenance":          {api.HealthChecks{alive, critical("_node_maintenance", "")}, false, false},
 		"the service is in maintenance":       {api.HealthChecks{alive, critical("_service_maintenance:api-1", "")}, false, false},
+		"its workload is being stopped":       {api.HealthChecks{alive, passing, {CheckID: "api-1-end", Name: endingText, Status: api.HealthCritical}}, false, false},
 		"the agent is lost":                   {api.HealthChecks{lost, passing}, false, true},
 		"the agent is lost, and one failed":   {api.HealthChecks{lost, critical("tcp", "connection refused")}, false, false},
 		"one failed, and the agent is lost":   {api.HealthChecks{critical("tcp", "connection refused"), lost}, false, false},

@@ -31,9 +31,6 @@ const (
 
 	sidecarSuffix = "-sidecar-proxy"
 
-	endingMeta = "nodeproxy-ending" // of a sidecar whose workload is being stopped: agents do not show what is checked
-	endingText = "the workload is being stopped"
-
 	// heartbeat is how often the agent is told that this daemon lives, lifetime how long it believes it.
 	heartbeat = 10 * time.Second
 	lifetime  = 45 * time.Second
@@ -177,7 +174,8 @@ func same(s *api.AgentService, reg *api.AgentServiceRegistration) bool {
 // wanted is what this daemon wants to be registered, as of one snapshot.
 type wanted struct {
 	self     *api.AgentServiceRegistration
-	sidecars map[string]wantedSidecar // by ID
+	sidecars map[string]wantedSidecar     // by ID
+	ending   map[string]*api.AgentService // by ID of a check: of which sidecars of the operator's it is
 	needed   []string
 
 	entries []*api.CatalogRegistration // all of it as the catalog has it, where there is no agent
@@ -198,7 +196,7 @@ func (s wantedSidecar) registration() *api.AgentServiceRegistration {
 // wantedOf is what to register for snap. A sidecar is wanted once its service has a certificate: before, nobody answers at
 // its port.
 func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, given map[string]uint16) *wanted {
-	w := &wanted{sidecars: make(map[string]wantedSidecar), needed: needed}
+	w := &wanted{sidecars: make(map[string]wantedSidecar), ending: d.endingChecks(), needed: needed}
 	for _, app := range unserved(d, needed) {
 		id := app.ID + sidecarSuffix
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil && d.namesake(app) == nil {
@@ -391,6 +389,7 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 		}
 	}
 	changes.Wait()
+	note(r.mark(ctx, w))
 	if changed {
 		wake(r.lookNow)
 	}
@@ -399,11 +398,7 @@ func (r *run) register(ctx context.Context, w *wanted, alive bool, settled func(
 
 // withdraw removes a registration from the agent, with the token of service. One that is gone already is no error.
 func (c *client) withdraw(ctx context.Context, service, id string) error {
-	err := c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil)
-	if hasStatus(err, http.StatusNotFound) {
-		return nil
-	}
-	return err
+	return ignoreGone(c.put(ctx, "/v1/agent/service/deregister/"+escape(id), service, nil))
 }
 
 // registered asks the agent what is registered by that ID, nil if nothing is. What an operator registers between the answer

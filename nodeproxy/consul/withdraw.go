@@ -20,15 +20,25 @@ func Withdraw(ctx context.Context, cfg Config) (removed []string, err error) {
 	if cfg.agentless() {
 		return withdrawNode(ctx, c, cfg.catalogNode())
 	}
-	got, err := c.request(ctx, question{path: "/v1/agent/services"})
-	local := make(map[string]*api.AgentService)
-	if err == nil {
-		err = decode(got, &local)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("withdraw registrations: %w", err)
+	local, checks := make(map[string]*api.AgentService), make(map[string]*api.AgentCheck)
+	for path, into := range map[string]any{"/v1/agent/services": &local, "/v1/agent/checks": &checks} {
+		got, err := c.request(ctx, question{path: path})
+		if err == nil {
+			err = decode(got, into)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("withdraw registrations: %w", err)
+		}
 	}
 	var errs []error
+	marked := endingChecksOf(checks)
+	for _, id := range slices.Sorted(maps.Keys(marked)) {
+		if err := c.unmark(ctx, local[marked[id]], id); err != nil {
+			errs = append(errs, fmt.Errorf("withdraw check %q: %w", id, err))
+			continue
+		}
+		removed = append(removed, "check "+id)
+	}
 	for _, id := range slices.Sorted(maps.Keys(local)) {
 		s := local[id]
 		isProxy := s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil

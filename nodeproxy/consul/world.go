@@ -38,6 +38,7 @@ type data struct {
 	peers      []peering
 	gateways   map[string][]string // the services that are mesh gateways, by datacenter; "" is this one
 	checks     map[string]probes   // of local, by ID; nil before the first answer
+	marked     map[string]string   // the checks of ours of the operator's sidecars: by ID, that of the sidecar
 	nodes      []netip.Addr        // the addresses of all agents, nil before the first answer
 	entries    *entries
 	proxies    map[string][]Ports // that nodeproxies serve, by node; nil before the first answer
