@@ -29,7 +29,10 @@ func (o BPFObject) Exists() bool {
 	case "program":
 		object, err = ebpf.NewProgramFromID(ebpf.ProgramID(o.ID))
 	case "map":
-		object, err = ebpf.NewMapFromID(ebpf.MapID(o.ID))
+		// It is not opened: of an array of programs whose last user has just gone the kernel would lose a reference (prog_array_map_clear
+		// takes one for work that may be queued already).
+		id, err := ebpf.MapGetNextID(ebpf.MapID(o.ID - 1))
+		return err == nil && uint32(id) == o.ID
 	default:
 		object, err = link.NewFromID(link.ID(o.ID))
 	}
