@@ -22,7 +22,7 @@ import (
 const (
 	beatEvery      = time.Second
 	hesitation     = 5 * time.Second  // how long a hand-over waits for a provider that has a problem
-	waiting        = 10 * time.Second // how long, after a restart, connections wait for the mesh to be known, before they are refused
+	waiting        = 10 * time.Second // how long, after a restart, connections wait for the mesh and the certificates to be known, before they are refused
 	reapEvery      = 30 * time.Second
 	reconcileEvery = time.Second           // how long a process in a namespace of its own may stay unseen
 	reconcilePause = 20 * time.Millisecond // between two reconciliations, however often one is asked for

@@ -49,13 +49,31 @@ func (m *Manager) reconcile(h Handler) {
 	shown := *next
 	shown.states, shown.refused, shown.problems = m.states(), slices.Clone(m.refused), m.probers.problems
 	m.view.Store(&shown)
-	if known {
-		m.settle()
-		m.once.Do(func() { close(m.ready) })
-		m.settleDirect(h)
-	} else if m.inherited != nil && !m.cfg.Before.Runs && time.Since(m.began) > waiting {
+	if known && m.certified(next) || m.waited() {
 		m.settle()
 	}
+	if known {
+		m.once.Do(func() { close(m.ready) })
+		m.settleDirect(h)
+	}
+}
+
+// waited says whether what waits since the daemon before died has waited long enough.
+func (m *Manager) waited() bool {
+	return m.inherited != nil && !m.cfg.Before.Runs && time.Since(m.began) > waiting
+}
+
+// certified says whether the certificates of all workloads are there that were enrolled before: a daemon that is dead leaves none.
+func (m *Manager) certified(v *view) bool {
+	if m.inherited == nil || m.cfg.Before.Runs {
+		return true
+	}
+	for _, e := range m.workloads {
+		if e.enrolled && e.Mesh == Enabled && slices.ContainsFunc(e.Services(), func(service string) bool { return !v.hasLeaf(service) }) {
+			return false
+		}
+	}
+	return true
 }
 
 // complete reports whether a snapshot is there and every provider has spoken, or says why it cannot. While a daemon before serves
