@@ -64,6 +64,32 @@ func restarts(h *host, api string) {
 	}
 }
 
+// queriesOnTheirWay has a name server that answers once the daemon is being restarted.
+func queriesOnTheirWay(h *host) {
+	h.sh("echo 'dns { enabled = true }' >>/etc/nodeproxy/nodeproxy.hcl; systemctl reload nodeproxy")
+	h.awaitStatus("3 workloads, all protected")
+	server, err := h.Start("", "sh", "-c", `while [ "$(systemctl show -P SubState nodeproxy)" = running ]; do sleep 0.05; done | "$0" late 127.0.0.99:53`, built.app)
+	h.must(err)
+	defer server.Kill()
+	h.must(server.WaitOutput(h.ctx(), "ready udp"))
+	h.must(server.WaitOutput(h.ctx(), "ready tcp"))
+	var asking []*netlab.Process
+	for _, network := range []string{"+notcp", "+tcp"} {
+		p, err := h.Start("web.service", "dig", "@127.0.0.99", network, "+short", "+tries=1", "+time=30", "TXT", network[1:])
+		h.must(err)
+		defer p.Kill()
+		asking = append(asking, p)
+		h.must(server.WaitOutput(h.ctx(), "heard "+network[1:]))
+	}
+	h.sh("systemctl restart nodeproxy")
+	for _, p := range asking {
+		if err := p.Wait(h.ctx()); err != nil || p.Output() != "\"late\"\n" {
+			h.t.Errorf("a query that the daemon had read is answered by %q, %v", p.Output(), err)
+		}
+	}
+	h.awaitStatus("3 workloads, all protected")
+}
+
 func crashesUnderLoad(h *host, api string) {
 	failed := h.underLoad(api, func() {
 		before := h.sh("systemctl show -P NRestarts nodeproxy")

@@ -321,6 +321,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 		h.reaches("web.service", api)
 	})
 	run("a restart fails no new connection", func(h *host) { restarts(h, api) })
+	run("a restart answers the name queries that are on their way", queriesOnTheirWay)
 	run("a crash fails what the daemon carried, and no new connection", func(h *host) { crashesUnderLoad(h, api) })
 	run("what is kept of a namespace that goes during a restart is closed", namespaceGoesMeanwhile)
 	run("a stop ends what waits for a daemon", func(h *host) { stopEndsWhatWaits(h, api) })
