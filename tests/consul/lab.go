@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"nodeproxy.io/tests/netlab"
+	"nodeproxy.io/tests/systemdlab"
 )
 
 // pollInterval is how often a state is asked for that nothing announces.
@@ -126,6 +127,8 @@ type Config struct {
 
 	Definitions string // a directory with more, which it reads again when it is told to; "" for none
 	Token       string // with which Do asks; "" for none
+
+	Systemd *systemdlab.Systemd // in whose namespaces it runs, instead of Namespace and Cgroup; nil for none
 }
 
 // TLS names PEM files: a root, a certificate that it signed, and the certificate's key.
@@ -146,7 +149,11 @@ func Start(ctx context.Context, lab *netlab.Lab, cfg Config) (*Agent, error) {
 	if cfg.Address == "" {
 		cfg.Address = "127.0.0.1"
 	}
-	dir, err := os.MkdirTemp(lab.Dir(), "consul-")
+	parent := lab.Dir()
+	if cfg.Systemd != nil {
+		parent = filepath.Dir(cfg.Systemd.Units) // which it sees, too
+	}
+	dir, err := os.MkdirTemp(parent, "consul-")
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +213,12 @@ func (a *Agent) Restart(ctx context.Context) error {
 	if a.cfg.Join == "" && !a.cfg.Persist {
 		args = append(args, "-dev")
 	}
-	if a.Process, err = a.lab.Start(netlab.Command{Path: binary, Args: args, Namespace: a.cfg.Namespace, Cgroup: a.cfg.Cgroup}); err != nil {
+	if a.cfg.Systemd != nil {
+		a.Process, err = a.cfg.Systemd.Start("", append([]string{binary}, args...)...)
+	} else {
+		a.Process, err = a.lab.Start(netlab.Command{Path: binary, Args: args, Namespace: a.cfg.Namespace, Cgroup: a.cfg.Cgroup})
+	}
+	if err != nil {
 		return err
 	}
 	return a.Await(ctx, "answers", func() error {
