@@ -69,6 +69,7 @@ type directInput struct {
 	changed uint64
 	sources []directSource
 	targets []directTarget
+	ends    []string // instances of which every workload is being stopped
 }
 
 type directSource struct {
@@ -85,7 +86,7 @@ type directTarget struct {
 }
 
 func (in directInput) equal(other directInput) bool {
-	return in.snap == other.snap && in.changed == other.changed && slices.Equal(in.sources, other.sources) && slices.Equal(in.targets, other.targets)
+	return in.snap == other.snap && in.changed == other.changed && slices.Equal(in.sources, other.sources) && slices.Equal(in.targets, other.targets) && slices.Equal(in.ends, other.ends)
 }
 
 func newDirect(cfg Config, kernel granter) *direct {
@@ -111,7 +112,7 @@ func (m *Manager) grantDirect(v *view) {
 	}
 	targets := m.directTargets(v)
 	entries := m.protected(nil)
-	in := directInput{snap: v.snap}
+	in := directInput{snap: v.snap, ends: m.ends}
 	for _, e := range entries {
 		if e.Proxied {
 			continue
