@@ -36,6 +36,8 @@ const definitions = `
 service { name = "api"  port = 8080  address = "10.99.0.1" }
 service { name = "queue"  port = 8090  address = "10.99.0.1" }
 service { name = "cart"  port = 8080  address = "10.98.0.2" }
+service { id = "near"  name = "pair"  port = 8070  address = "10.99.0.1" }
+service { id = "far"  name = "pair"  port = 8070  address = "10.98.1.2" }
 `
 
 const intentions = `
@@ -266,6 +268,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 	})
 	run("a service that its socket starts is reached, and started, through the mesh alone", activatedBySocket)
 	run("services in network namespaces of their own are protected there", func(h *host) { inOwnNamespaces(h, api) })
+	run("a unit that is being stopped is called only if there is no other", unitIsStopped)
 	run("an upgrade keeps live connections, and fails no new one", func(h *host) {
 		live, err := h.Start("web.service", built.app, "dial", "-timeout", "10m", api, "stream")
 		h.must(err)

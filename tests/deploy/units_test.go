@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"nodeproxy.io/tests/netlab"
 )
 
 func activatedBySocket(h *host) {
@@ -57,6 +60,82 @@ ip -n cart addr add 10.98.0.2/24 dev eth0; ip -n cart link set eth0 up; ip -n ca
 	}
 	h.sh("systemctl stop cart lonely; rm -r " + h.Units + "/cart.* " + h.Units + "/lonely.*; systemctl daemon-reload; ip netns del cart")
 	h.intend("api", "web")
+}
+
+// unitIsStopped has a unit of the node and one in a network namespace of its own, called by the kernel's path and by the daemon's.
+func unitIsStopped(h *host) {
+	h.sh(`ip netns add far; ip link add far0 type veth peer name eth0 netns far; ip addr add 10.98.1.1/24 dev far0; ip link set far0 up
+ip -n far addr add 10.98.1.2/24 dev eth0; ip -n far link set eth0 up; ip -n far link set lo up; ip -n far route add default via 10.98.1.1; rm -f /run/enough`)
+	const served = "ExecStart=%s serve :8070\nStandardOutput=append:/run/%s.log\nExecStop=sh -c 'until [ -e /run/enough ]; do sleep 0.1; done'\n[X-NodeProxy]\nService=pair\n"
+	h.unit("near.service", "[Service]", fmt.Sprintf(served, built.app, "near"))
+	h.unit("far.service", "[Service]", "NetworkNamespacePath=/run/netns/far", fmt.Sprintf(served, built.app, "far"))
+	h.intend("pair", "web")
+	h.sh("systemctl daemon-reload; systemctl start near far")
+	h.awaitState("near.service", "protected")
+	h.awaitState("far.service", "protected")
+	pair, callers := h.virtual("pair")+":8070", []string{"web.service", "proxied.service"}
+	answered := func(unit string) (n int) {
+		_, err := fmt.Sscan(h.sh("grep -c ' by peer: ' /run/"+unit+".log || true"), &n)
+		h.must(err)
+		return n
+	}
+	noneFails := func() {
+		for _, caller := range callers {
+			out, err := h.Run(h.ctx(), caller, built.app, "load", "-n", "50", pair)
+			h.must(err)
+			if out != "done 50 failed 0\n" {
+				h.t.Errorf("calls of %s: %s", caller, out)
+			}
+		}
+	}
+	h.eventually("both are called", func() error {
+		noneFails()
+		if near, far := answered("near"), answered("far"); near == 0 || far == 0 {
+			return fmt.Errorf("%d and %d calls", near, far)
+		}
+		return nil
+	})
+	lines := make(map[*netlab.Process]int)
+	for _, caller := range slices.Repeat(callers, 2) { // each instance gets some
+		live, err := h.Start(caller, built.app, "dial", "-timeout", "5m", pair, "stream")
+		h.must(err)
+		defer live.Kill()
+		h.must(live.WaitOutput(h.ctx(), "a line"))
+		lines[live] = 0
+	}
+	h.sh("systemctl stop --no-block far")
+	h.eventually("it is known that far ends", func() error {
+		before := answered("far")
+		if noneFails(); answered("far") > before {
+			return errors.New("it is called")
+		}
+		return nil
+	})
+	before := answered("far")
+	noneFails()
+	if n := answered("far") - before; n > 0 {
+		h.t.Errorf("%d of 100 calls went to the unit that is being stopped", n)
+	}
+	h.sh("systemctl stop --no-block near")
+	h.eventually("all end, and far is called again", func() error {
+		if noneFails(); answered("far") == before {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	for live := range lines {
+		lines[live] = strings.Count(live.Output(), "a line")
+	}
+	h.eventually("live connections go on", func() error {
+		for live, n := range lines {
+			if strings.Count(live.Output(), "a line") < n+100 {
+				return fmt.Errorf("one ended: %.300s", live.Output())
+			}
+		}
+		return nil
+	})
+	h.sh("touch /run/enough; systemctl stop near far; rm -r " + h.Units + "/near.* " + h.Units + "/far.*; systemctl daemon-reload; ip netns del far")
+	h.awaitStatus("3 workloads, all protected")
 }
 
 // intend lets sources, and nobody else, call a service.

@@ -154,14 +154,28 @@ func (m *mesh) strangers(node *kubelab.Node) (all []string) {
 	return all
 }
 
-// testEnd deletes a pod that has a live connection, and takes its time to end.
+// testEnd deletes a pod that has a live connection, and takes its time to end, while another goes on.
 func testEnd(m *mesh) {
 	first, second := m.Members[0], m.Members[1]
 	m.intentions("edge", map[string]string{"web": "allow"})
+	m.create(pod{name: "stays", account: "edge", labels: meshed, node: second.Name})
+	m.protectedAt(second, "shop/stays")
+	m.vip("edge", 1) // those before are gone
 	before := m.namespaces(second)
-	m.create(pod{name: "ends", account: "edge", labels: meshed, node: second.Name, more: `"terminationGracePeriodSeconds": 60,`, preStop: 15})
-	live := m.stream(m.vip("edge", 1))
+	m.create(pod{name: "ends", account: "edge", labels: meshed, node: second.Name, more: `"terminationGracePeriodSeconds": 60,`, preStop: 20})
+	vip, callers := m.vip("edge", 2), []string{"web", "web-2"}
+	live := m.stream(m.at("shop", "ends"))
 	defer live.Kill()
+	m.await("both pods are called from both nodes", func() error {
+		for _, caller := range callers {
+			m.noneFails(caller, vip, 20)
+		}
+		if ends, stays := m.answered("ends"), m.answered("stays"); ends == 0 || stays == 0 {
+			return fmt.Errorf("%d and %d calls", ends, stays)
+		}
+		return nil
+	})
+	noneFailed := m.load(vip)
 	m.kubectl("-n", "shop", "delete", "--wait=false", "pod", "ends")
 	m.await("the other node knows that it ends", func() error {
 		status, err := m.status(first)
@@ -177,6 +191,14 @@ func testEnd(m *mesh) {
 		}
 		return errors.New("it has no unhealthy instance")
 	})
+	m.t.Log(noneFailed())
+	called := m.answered("ends")
+	for _, caller := range callers {
+		m.noneFails(caller, vip, 50)
+	}
+	if n := m.answered("ends") - called; n > 0 {
+		m.t.Errorf("%d of 100 calls went to the pod that ends", n)
+	}
 	m.goesOn(live)
 	if out := m.kubectl("-n", "shop", "get", "pod", "ends", "-o", "jsonpath={.metadata.deletionTimestamp} {.status.phase}"); !strings.HasSuffix(out, " Running") || strings.HasPrefix(out, " ") {
 		m.t.Errorf("meanwhile the pod is %q", out)
@@ -188,6 +210,21 @@ func testEnd(m *mesh) {
 		}
 		return nil
 	})
+}
+
+// noneFails has a pod call an address a number of times.
+func (m *mesh) noneFails(from, to string, n int) {
+	m.t.Helper()
+	out := m.kubectl("-n", "shop", "exec", from, "--", "/app", "load", "-n", fmt.Sprint(n), to)
+	if want := fmt.Sprintf("done %d failed 0", n); out != want {
+		m.t.Errorf("%s says %q, want %q", from, out, want)
+	}
+}
+
+// answered is how many calls a pod has answered, probes not counted.
+func (m *mesh) answered(name string) int {
+	m.t.Helper()
+	return strings.Count(m.kubectl("-n", "shop", "logs", name), " by peer: ")
 }
 
 // namespaces is how many network namespaces the daemon of a node keeps.
