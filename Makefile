@@ -86,10 +86,12 @@ test: ## run every test, the linter and the demonstration (root; installs Debian
 	@go -C deploy/dist vet ./...
 	@echo '── every benchmark, once'
 	@go test -run '^$$' -bench . -benchtime 1x -p 1 $$(grep -rl --include='*_test.go' '^func Benchmark' nodeproxy policy redirect | xargs dirname | sort -u | sed 's,^,./,') | $(FAILURES)
-	@echo '── tests, and beside them those that disturb none of them and wait much; at last end to end once more, with Consul as the source'
+	@echo '── tests, and beside them those that disturb none of them and wait much'
 	@$(MAKE) -j 2 test-most test-beside
 	@echo '── the benchmark, tiny'
 	@cd tests/bench && $(GOTESTSUM) --format pkgname -- -count 1 -timeout 15m .
+	@echo '── end to end once more, with Consul as the source'
+	@$(GOTESTSUM) --format pkgname -- -race -parallel $(AT_ONCE) -count 1 -timeout 15m ./tests/e2e -source consul
 
 # What of these attaches does so to cgroups and namespaces of its own, and sets no extended attributes, which others watch for everywhere.
 BESIDE := nodeproxy.io/nodeproxy/consul nodeproxy.io/tests/vm nodeproxy.io/tests/kubernetes
@@ -102,7 +104,6 @@ test-most:
 	@$(GOTESTSUM) --format pkgname -- -race -p 1 -parallel $(AT_ONCE) -count 1 -timeout 30m $(filter-out $(BESIDE),$(shell go list ./...))
 test-beside:
 	@$(GOTESTSUM) --format pkgname -- -race -p 1 -count 1 -timeout 30m $(BESIDE)
-	@$(GOTESTSUM) --format pkgname -- -race -parallel $(AT_ONCE) -count 1 -timeout 15m ./tests/e2e -source consul
 
 .PHONY: test-quick
 test-quick: ## run the tests that take no foreign tools, in under five minutes (as root: more of them)
