@@ -2,7 +2,7 @@
 /*
  * The path within a node that does not pass the proxy. connect sends a workload to an instance that it is granted;
  * workload_sockops announces the connection by its exact 4-tuple before the SYN leaves; lookup in the instance's namespace
- * admits that 4-tuple if the grant still stands. Without a grant, or with any doubt, the proxy is the way.
+ * admits that 4-tuple if the grant still stands, and else hands it to the proxy. Without a grant, or with any doubt, that is the way.
  */
 #pragma once
 

@@ -110,7 +110,20 @@ static __always_inline void muzzle(struct bpf_sock_ops *ctx, struct granted *g, 
 	tell(ctx, g, cookie, GRANT_IMPOSTOR, SEEN_IMPOSTOR);
 }
 
-static __always_inline void grant_opens(struct bpf_sock_ops *ctx, const struct origin *o)
+/* Takes a connection out of granted, unless somebody else did. */
+static __always_inline int forget_granted(__u64 cookie, __u32 workload)
+{
+	struct workload *w;
+
+	if (bpf_map_delete_elem(&granted, &cookie))
+		return 0;
+	w = bpf_map_lookup_elem(&workloads, &workload);
+	if (w)
+		__sync_fetch_and_add(&w->granted, -1);
+	return 1;
+}
+
+static __always_inline void grant_opens(struct bpf_sock_ops *ctx, struct origin *o)
 {
 	__u64 cookie = o->cookie;
 	struct granted *g = bpf_map_lookup_elem(&granted, &cookie);
@@ -122,6 +135,11 @@ static __always_inline void grant_opens(struct bpf_sock_ops *ctx, const struct o
 		return;
 	t = g->t;
 	d = bpf_map_lookup_elem(&direct, &t);
+	if (d && d->cookie == cookie && d->seen == SEEN_REFUSED) {
+		o->flags = ORIGIN_REDIRECTED; /* lookup handed it to the proxy */
+		forget_granted(cookie, g->workload);
+		return;
+	}
 	if (d && d->cookie == cookie && d->listener != o->group) {
 		d->seen = SEEN_IMPOSTOR;
 		if (d->listener) {
@@ -141,24 +159,20 @@ static __always_inline void grant_closes(struct bpf_sock_ops *ctx, const struct 
 	struct granted *found = bpf_map_lookup_elem(&granted, &cookie);
 	__u16 seen = SEEN_NEVER;
 	struct granted g;
-	struct workload *w;
 	struct direct *d;
-	__u32 id;
 
 	if (!found)
 		return;
 	__builtin_memcpy(&g, found, sizeof(g));
-	if (bpf_map_delete_elem(&granted, &cookie))
+	if (!forget_granted(cookie, g.workload))
 		return; /* somebody else told of it */
 	d = bpf_map_lookup_elem(&direct, &g.t);
 	if (d && d->cookie == cookie) {
 		seen = d->seen;
+		if (seen == SEEN_REFUSED)
+			forget_pending(&g.t, g.workload);
 		forget_direct(&g.t);
 	}
-	id = g.workload;
-	w = bpf_map_lookup_elem(&workloads, &id);
-	if (w)
-		__sync_fetch_and_add(&w->granted, -1);
 	if (!g.opened)
 		count(STAT_GRANT_FAILED);
 	tell(ctx, &g, cookie, g.opened ? GRANT_CLOSED : GRANT_FAILED, seen);

@@ -153,7 +153,8 @@ enum admission {
 	ADMIT_UNKNOWN,	/* nobody announced it */
 	ADMIT_PASS,
 	ADMIT_PROBE,	/* a prober */
-	ADMIT_REFUSE,	/* and whoever announced it knows why */
+	ADMIT_PATH,	/* a path test, which is refused */
+	ADMIT_ENDED,	/* by a grant that has just ended */
 };
 
 /* Whether exactly this connection was announced by the socket that opens it. The entry stays until it is established: the
@@ -168,13 +169,14 @@ static __always_inline enum admission announced(const struct flow *f, const stru
 	switch (d->kind) {
 	case DIRECT_PATH:
 		d->seen = SEEN_ADMITTED;
-		return ADMIT_REFUSE;
+		return ADMIT_PATH;
 	case DIRECT_PROBE:
 		return ADMIT_PROBE;
 	case DIRECT_GRANTED:
 		d->listener = 0; /* to be proved again */
-		d->seen = granted_here(f, d) ? SEEN_ADMITTED : SEEN_REFUSED;
-		return d->seen == SEEN_ADMITTED ? ADMIT_PASS : ADMIT_REFUSE;
+		if (d->seen != SEEN_REFUSED) /* which may be the proxy's by now */
+			d->seen = granted_here(f, d) ? SEEN_ADMITTED : SEEN_REFUSED;
+		return d->seen == SEEN_ADMITTED ? ADMIT_PASS : ADMIT_ENDED;
 	case DIRECT_OWN:
 		if (f->t.netns != home)
 			return ADMIT_PASS;
@@ -183,6 +185,38 @@ static __always_inline enum admission announced(const struct flow *f, const stru
 		return w && w->group == r->group ? ADMIT_PASS : ADMIT_UNKNOWN;
 	}
 	return ADMIT_PASS;
+}
+
+/* Makes a connection whose grant ended while its SYN was under way one that connect had redirected: the proxy decides. */
+static __always_inline int redirect(const struct flow *f)
+{
+	struct direct *d = bpf_map_lookup_elem(&direct, &f->t);
+	struct origin o = { .flags = ORIGIN_REDIRECTED, .to = f->t.netns };
+	struct origin *before = bpf_map_lookup_elem(&pending, &f->t);
+	struct workload *w;
+	struct granted *g;
+	__u64 cookie;
+
+	if (!d)
+		return 0;
+	if (before) /* the SYN was sent again, or this answers a SYN cookie */
+		return before->cookie == d->cookie;
+	o.dst = d->peer;
+	o.dport = d->peer_port;
+	o.workload = d->workload;
+	o.netns = d->from;
+	o.cookie = cookie = d->cookie;
+	o.seconds = bpf_ktime_get_ns() / SECOND;
+	g = bpf_map_lookup_elem(&granted, &cookie);
+	w = bpf_map_lookup_elem(&workloads, &o.workload);
+	if (!g || !w || w->pending >= MAX_PENDING_PER_WORKLOAD)
+		return 0;
+	o.pid = g->pid;
+	__builtin_memcpy(o.comm, g->comm, sizeof(o.comm));
+	if (bpf_map_update_elem(&pending, &f->t, &o, BPF_NOEXIST))
+		return 0;
+	__sync_fetch_and_add(&w->pending, 1);
+	return 1;
 }
 
 static __always_inline int may_be_plaintext(const struct flow *f, const struct rule *r)
@@ -225,8 +259,10 @@ int lookup(struct bpf_sk_lookup *ctx)
 		count(admission == ADMIT_PROBE ? STAT_PROBED : STAT_DELIVERED);
 		return SK_PASS;
 	}
-	if (admission == ADMIT_REFUSE)
-		return SK_DROP; /* a path test, or a grant that has just ended */
+	if (admission == ADMIT_PATH)
+		return SK_DROP;
+	if (admission == ADMIT_ENDED)
+		return redirect(&f) ? steer(ctx, &f, r, LISTENER_OUTBOUND) : SK_DROP;
 	if (r->action == RULE_OBSERVE) {
 		if (!may_be_plaintext(&f, r))
 			report(&f, r, REASON_PLAINTEXT, EVENT_OBSERVED);

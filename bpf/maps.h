@@ -134,7 +134,7 @@ struct origin {
 	__u32 pid;
 	__u32 seconds; /* of the monotonic clock, when it was written */
 	char comm[16];
-	__u64 to;	 /* granted: the destination's namespace */
+	__u64 to;	 /* the destination's namespace: granted, or redirected there since the grant has ended; else 0 */
 	__u32 device;	 /* granted: what the socket is bound to */
 	__be16 key_port; /* granted: the port in the grant's key */
 	__u16 pad;
@@ -158,7 +158,7 @@ struct tuple {
 	__be16 sport;
 	__be16 dport;
 	__u32 pad;
-	__u64 netns; /* in pending: the client's; in direct: the destination's */
+	__u64 netns; /* in pending: where the proxy accepts; in direct: the destination's */
 };
 
 struct {
@@ -274,7 +274,7 @@ enum direct_kind {
 enum direct_seen {
 	SEEN_NEVER,
 	SEEN_ADMITTED,
-	SEEN_REFUSED, /* the grant had ended */
+	SEEN_REFUSED, /* the grant had ended: it is the proxy's, or nobody's */
 	SEEN_IMPOSTOR, /* what answered was not proved to be a workload that may */
 };
 struct direct {

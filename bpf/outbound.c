@@ -180,6 +180,7 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, struct bpf_sock *sk
 	o->seconds = bpf_ktime_get_ns() / SECOND;
 	o->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(o->comm, sizeof(o->comm));
+	o->to = 0;
 	if (direct_target(ctx, sk, d, netns, w, o)) {
 		o->flags = ORIGIN_GRANTED;
 		return 1;
@@ -393,10 +394,14 @@ static __always_inline void workload_closes(struct bpf_sock_ops *ctx, struct bpf
 		return;
 	}
 	read_tuple(ctx, &t, 0);
-	if (o && (o->flags & ORIGIN_REDIRECTED))
+	if (o && (o->flags & ORIGIN_REDIRECTED)) {
+		if (o->to)
+			t.netns = o->to;
 		forget_pending(&t, o->workload);
-	else
-		forget_direct(&t);
+		if (!o->to)
+			return;
+	}
+	forget_direct(&t);
 }
 
 SEC("sockops")
@@ -473,6 +478,8 @@ int proxy_sockops(struct bpf_sock_ops *ctx)
 		to = bpf_sk_storage_get(&sk_accepted, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (to)
 			__builtin_memcpy(to, from, sizeof(*to));
+		if (from->to)
+			forget_direct(&t);
 		forget_pending(&t, from->workload);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:

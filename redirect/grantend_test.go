@@ -2,6 +2,8 @@ package redirect_test
 
 import (
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -78,21 +80,33 @@ func TestARevokedGrantIsCutInEveryState(t *testing.T) {
 	}
 }
 
-func TestASYNThatArrivesAfterItsGrantHasEndedIsRefused(t *testing.T) {
+func TestASYNThatArrivesAfterItsGrantHasEndedIsTheProxys(t *testing.T) { grantEndsMeanwhile(t, "1") }
+
+func TestSoItIsIfItIsAnsweredBySYNCookies(t *testing.T) { grantEndsMeanwhile(t, "2") }
+
+// grantEndsMeanwhile has grants end while SYNs are under way, with a value of tcp_syncookies from then on.
+func grantEndsMeanwhile(t *testing.T, cookies string) {
+	t.Helper()
 	g := newGranting(t)
+	g.server.serve()
 	var held []*netlab.Process
 	for range 6 { // some of their SYNs find the queue full, and are sent again a second later
 		held = append(held, g.client.hold(g.client.cgroup, virtualKept+":80", "dialling"))
 	}
 	g.awaitGranted(len(held))
-	if err := g.r.SetGrants(nil); err != nil {
+	if err := errors.Join(g.r.SetGrants(nil), g.server.netns.Sysctl("net/ipv4/tcp_syncookies", cookies)); err != nil {
 		t.Fatal(err)
 	}
-	if err := g.keeper.Signal(unix.SIGUSR1); err != nil {
-		t.Fatal(err)
+	for _, p := range held {
+		waitFor(t, p, "connected")
 	}
-	if e := g.event(redirect.GrantFailed, virtualKept+":80"); !e.Refused || e.Admitted {
-		t.Errorf("it failed as %+v", e)
+	proxied := func(p *netlab.Process) bool {
+		return strings.Contains(p.Output(), fmt.Sprintf("%s:80 for workload %d by ", virtualKept, g.client.id))
+	}
+	for end := time.Now().Add(deadline); !slices.ContainsFunc(held, proxied); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the proxy gets none of them")
+		}
 	}
 	for _, p := range held {
 		p.Kill()

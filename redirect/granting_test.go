@@ -21,7 +21,7 @@ import (
 	"nodeproxy.io/tests/netlab"
 )
 
-// appHold connects to NP_ADDR, says so, and reads until the end, which it prints.
+// appHold connects to NP_ADDR, says so, and prints what it reads, and the end.
 func appHold() {
 	var d net.Dialer
 	d.SetMultipathTCP(false)
@@ -47,7 +47,7 @@ func appHold() {
 		}
 		c.Close()
 	}()
-	_, err = io.Copy(io.Discard, c)
+	_, err = io.Copy(os.Stdout, c)
 	fmt.Println("end", err)
 }
 

@@ -26,7 +26,7 @@ func (r *Redirect) loadGuard() error {
 	shared := &r.obj
 	var obj inboundPrograms
 	err = spec.LoadAndAssign(&obj, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct, "workloads": shared.Workloads,
+		"ns_ready": shared.NsReady, "listeners": shared.Listeners, "rules": shared.Rules, "direct": shared.Direct, "granted": shared.Granted, "pending": shared.Pending, "workloads": shared.Workloads,
 		"grants": shared.Grants, "closes": shared.Closes, "heartbeat": shared.Heartbeat, "plaintext_from": shared.PlaintextFrom, "events": shared.Events, "stats": shared.Stats,
 		"guard": shared.Guard, "places": shared.Places,
 	}})

@@ -216,6 +216,9 @@ func (m *Manager) Origin(ns *Namespace, conn *net.TCPConn) (*Origin, error) {
 	if err != nil {
 		return nil, &catalog.Refusal{Reason: catalog.ReasonUnknownOrigin, Err: err}
 	}
+	if s := v.spaces[o.Namespace]; s != nil {
+		ns = s.public // ns is the destination's if a grant ended while the SYN was under way
+	}
 	return &Origin{
 		Workload: w, Instances: v.callers[w.ID], Namespace: ns, Client: client, Destination: o.Destination, PID: o.PID, Comm: o.Comm, Cookie: o.Cookie,
 	}, nil

@@ -73,6 +73,7 @@ ip -n far addr add 10.98.1.2/24 dev eth0; ip -n far link set eth0 up; ip -n far 
 	h.sh("systemctl daemon-reload; systemctl start near far")
 	h.awaitState("near.service", "protected")
 	h.awaitState("far.service", "protected")
+	h.sh("timeout 60 sh -c 'until grep -q ready /run/near.log && grep -q ready /run/far.log; do sleep 0.1; done'")
 	pair, callers := h.virtual("pair")+":8070", []string{"web.service", "proxied.service"}
 	answered := func(unit string) (n int) {
 		_, err := fmt.Sscan(h.sh("grep -c ' by peer: ' /run/"+unit+".log || true"), &n)
