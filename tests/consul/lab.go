@@ -326,12 +326,13 @@ func (a *Agent) NewToken(ctx context.Context, name, rules string) (string, error
 	return made.SecretID, err
 }
 
-// Service is a registration with a sidecar that has no check of its own, at an address.
+// Service is a registration with a sidecar that has no check of its own, at an address. Its alias begins as what it will be: by
+// Consul's default it is critical, and agents lose its change from the catalog for minutes when it comes while they sync.
 func Service(name, id, address string, port int) map[string]any {
 	return map[string]any{
 		"Name": name, "ID": id, "Address": address, "Port": port,
 		"Connect": map[string]any{"SidecarService": map[string]any{
-			"Checks": []map[string]any{{"Name": "application", "AliasService": id}},
+			"Checks": []map[string]any{{"Name": "application", "AliasService": id, "Status": "passing"}},
 		}},
 	}
 }

@@ -92,7 +92,7 @@ func (p *Plane) Define(i int, name, hcl string) error {
 		if fields["id"] == "" {
 			fields["id"] = fields["name"]
 		}
-		check := fmt.Sprintf("sidecar_service {\n      port = %d\n      check {\n        name = \"application\"\n        alias_service = %q\n      }\n", p.port(i, fields["id"]), fields["id"])
+		check := fmt.Sprintf("sidecar_service {\n      port = %d\n      check {\n        name = \"application\"\n        alias_service = %q\n        status = \"passing\"\n      }\n", p.port(i, fields["id"]), fields["id"])
 		block = strings.Replace(block, "sidecar_service {", check, 1)
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s.%d.hcl", name, n)), []byte(block), 0o600); err != nil {
 			return err
