@@ -196,7 +196,7 @@ func (d *node) listenMetrics(address string) (err error) {
 	return err
 }
 
-func newManager(cfg *config.Config, log *slog.Logger, d *node, ending func([]string)) (*workload.Manager, error) {
+func newManager(cfg *config.Config, log *slog.Logger, d *node, ending func(map[string]bool)) (*workload.Manager, error) {
 	configured := configuredClaims(cfg)
 	probers := workload.Probers{Cgroups: cfg.Inbound.Probers}
 	if cfg.Consul != nil {
@@ -221,7 +221,7 @@ func newManager(cfg *config.Config, log *slog.Logger, d *node, ending func([]str
 }
 
 // ending is how a source is told what is being stopped, nil where it tells nobody.
-func ending(source catalog.Source) func([]string) {
+func ending(source catalog.Source) func(map[string]bool) {
 	if s, ok := source.(catalog.Ender); ok {
 		return s.Ending
 	}

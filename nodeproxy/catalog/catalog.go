@@ -57,9 +57,9 @@ type Yielder interface {
 
 // Ender is a Source that tells other nodes of this one's instances.
 type Ender interface {
-	// Ending lists the instances whose workloads are being stopped, each time they change: they are to get no new connections. It does
-	// not block.
-	Ending(instances []string)
+	// Ending says of each instance that workloads serve whether all of them are being stopped, each time that changes: such are to
+	// get no new connections. It does not block.
+	Ending(served map[string]bool)
 }
 
 // Health is a source's state as status shows it.

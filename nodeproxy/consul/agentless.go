@@ -182,7 +182,7 @@ func entriesOf(cfg *Config, d *data, w *wanted, snap *catalog.Snapshot) []*api.C
 			}
 		}
 		if side != nil && snap.Leaves[def.Service] != nil && slices.Contains(w.needed, def.Service) {
-			all = append(all, entry(of(side), healthCheck(side.ID+"-app", applicationCheck(def, d.ending[def.ID]))))
+			all = append(all, entry(of(side), healthCheck(side.ID+"-app", applicationCheck(def, d.ends(def.ID, side.ID)))))
 		}
 	}
 	return all
@@ -246,6 +246,17 @@ func (c *client) readNode(ctx context.Context, name string) (*catalogNode, error
 	return n, nil
 }
 
+// ending lists the checks by which sidecars are critical because their workloads are being stopped, as endingChecksOf does.
+func (n *catalogNode) ending() map[string]string {
+	found := make(map[string]string)
+	for id, c := range n.checks {
+		if c.Output == endingText {
+			found[id] = c.ServiceID
+		}
+	}
+	return found
+}
+
 // has says whether the catalog has e as it should be.
 func (n *catalogNode) has(e *api.CatalogRegistration) bool {
 	if n.meta == nil {
@@ -289,6 +300,13 @@ func (l *enlister) register(ctx context.Context, w *wanted, alive bool, settled 
 	node, err := l.client.readNode(ctx, l.cfg.catalogNode())
 	if err != nil {
 		return err
+	}
+	if l.world.current().marked == nil {
+		l.world.update(func(d *data) bool {
+			d.marked = node.ending()
+			return true
+		})
+		return nil // by that there is more that is wanted
 	}
 	var errs []error
 	wanted := make(map[string]bool)

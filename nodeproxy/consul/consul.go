@@ -178,13 +178,9 @@ func (s *Source) Need(services []string) {
 func (s *Source) Yield() { s.yielded.Store(true) }
 
 // Ending implements catalog.Ender: the sidecars that are registered here are critical until they end no more.
-func (s *Source) Ending(instances []string) {
-	ending := make(map[string]bool)
-	for _, id := range instances {
-		ending[id] = true
-	}
+func (s *Source) Ending(served map[string]bool) {
 	s.world.update(func(d *data) bool {
-		d.ending = ending
+		d.served = served
 		return true
 	})
 }
@@ -217,6 +213,13 @@ func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error
 	if r.earlier != nil {
 		r.generation = r.earlier.snap.Generation
 	}
+	settled := time.AfterFunc(unclaimed, func() {
+		s.world.update(func(d *data) bool {
+			d.settled = true
+			return true
+		})
+	})
+	defer settled.Stop()
 	tasks.Go(func() { s.leaves.run(ctx) })
 	tasks.Go(func() { r.askAll(ctx) })
 	r.loop(ctx)

@@ -23,14 +23,32 @@ const (
 func (d *data) endingChecks() map[string]*api.AgentService {
 	all := make(map[string]*api.AgentService)
 	for _, s := range d.local {
-		if len(d.ending) == 0 || s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || isOurs(s) {
+		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil || isOurs(s) {
 			continue
 		}
-		if app := d.application(s); app != nil && d.ending[app.ID] {
+		if app := d.application(s); app != nil && d.ends(app.ID, s.ID) {
 			all[endingCheck+s.ID] = s
 		}
 	}
 	return all
+}
+
+// ends says whether the workloads of an instance are being stopped. At the start, when that is not known, it is as an earlier daemon
+// has left the sidecar.
+func (d *data) ends(app, sidecar string) bool {
+	ends, known := d.served[app]
+	if known || d.settled {
+		return ends
+	}
+	if s := d.local[sidecar]; s != nil && isOurs(s) && s.Meta[endingMeta] != "" {
+		return true
+	}
+	for _, marked := range d.marked {
+		if marked == sidecar {
+			return true
+		}
+	}
+	return false
 }
 
 // endingChecksOf lists those among an agent's checks: by ID, that of the sidecar.

@@ -27,7 +27,7 @@ func TestSoIsASidecarOfTheOperators(t *testing.T) {
 	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
 	w.must(w.agent.Register(w.ctx(), lab.Service("web", "web-1", "10.1.2.4", 8080)))
 	w.testEndings()
-	w.source.Ending([]string{"api-1"})
+	w.source.Ending(map[string]bool{"api-1": true})
 	w.passing(0)
 	w.stop()
 	removed, err := consul.Withdraw(w.ctx(), w.config)
@@ -68,20 +68,22 @@ func (w *world) testEndings() {
 	}
 	healthy(true)
 	began := time.Now()
-	w.source.Ending([]string{"api-1", "elsewhere"})
+	w.source.Ending(map[string]bool{"api-1": true, "elsewhere": true})
 	w.passing(0)
 	healthy(false)
 	if took := time.Since(began); took > 20*time.Second {
 		w.t.Errorf("that was believed after %s: as a check that has not run", took)
 	}
-	w.source.Ending(nil)
+	w.source.Ending(map[string]bool{"api-1": false})
 	w.passing(1)
-	w.source.Ending([]string{"api-1"})
+	w.source.Ending(map[string]bool{"api-1": true})
 	w.passing(0)
 	w.stop()
 	w.mu.Lock()
 	w.last = nil
 	w.mu.Unlock()
-	w.run("api", "web") // the next daemon, in which it ends no more
+	w.run("api", "web") // the next daemon, which does not know at once that it ends no more
+	healthy(false)
+	w.source.Ending(map[string]bool{"api-1": false})
 	w.passing(1)
 }

@@ -200,7 +200,7 @@ func wantedOf(cfg *Config, d *data, snap *catalog.Snapshot, needed []string, giv
 	for _, app := range unserved(d, needed) {
 		id := app.ID + sidecarSuffix
 		if given[app.ID] != 0 && snap.Leaves[app.Service] != nil && d.namesake(app) == nil {
-			w.sidecars[id] = wantedSidecar{app, given[app.ID], d.ending[app.ID]}
+			w.sidecars[id] = wantedSidecar{app, given[app.ID], d.ends(app.ID, id)}
 		}
 	}
 	var served []uint16

@@ -28,7 +28,8 @@ type data struct {
 	filtered   bool   // ACLs hide services
 	local      map[string]*api.AgentService
 	defined    *catalog.Definitions   // what local was made of, where there is no agent
-	ending     map[string]bool        // of local, by ID, whose workloads are being stopped
+	served     map[string]bool        // of local, by ID, that have workloads: whether all of those are being stopped
+	settled    bool                   // what is not in served has none
 	names      []string               // of all services of the datacenter, sorted
 	looks      map[string]string      // their tags, and whether they have sidecars; nil before the first answer
 	services   map[string]*service    // those that were looked at

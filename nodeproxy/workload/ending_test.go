@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"maps"
 	"os"
 	"slices"
 	"testing"
@@ -13,8 +14,12 @@ func TestAnInstanceEndsWithAllOfItsWorkloads(t *testing.T) {
 	m := &Manager{workloads: map[string]*entry{
 		"/one": of(true, "alone", "shared"), "/two": of(false, "shared", "stays"), "/three": of(true, "both"), "/four": of(true, "both"),
 	}}
-	if all, want := m.stopping(), []string{"alone", "both"}; !slices.Equal(all, want) {
-		t.Errorf("%v end, want %v", all, want)
+	m.noteEndings()
+	if want := []string{"alone", "both"}; !slices.Equal(m.ends, want) {
+		t.Errorf("%v end, want %v", m.ends, want)
+	}
+	if want := map[string]bool{"alone": true, "both": true, "shared": false, "stays": false}; !maps.Equal(m.served, want) {
+		t.Errorf("%v are served, want %v", m.served, want)
 	}
 }
 

@@ -44,7 +44,7 @@ type Config struct {
 	NotDirect   string // why connections within the node pass the proxy; "": they need not
 	PreferLocal bool   // a virtual IP leads to this node's instances even if there are others
 
-	Ending func(instances []string) // is told which are served by workloads alone that are being stopped; nil: nobody is
+	Ending func(served map[string]bool) // is told which instances workloads serve, and whether all of those are being stopped; nil: nobody is
 
 	Before  *Before // the daemon that hands over; nil: none does
 	Settled func()  // is called when all is taken of what Before has left; nil: nobody is
@@ -126,7 +126,8 @@ type Manager struct {
 	sockets    sockets
 	older      map[uint64]*older // by cgroup id
 	adopted    map[uint64]bool   // ids of cgroups that an earlier daemon enrolled and this one has not yet
-	ends       []string          // IDs of instances of which every workload is being stopped
+	served     map[string]bool   // the instances that workloads serve, by ID: whether all of those are being stopped
+	ends       []string          // IDs of those of which they are
 	unkept     string            // why not all is kept for the next daemon
 }
 
@@ -360,7 +361,8 @@ func (m *Manager) beat(ctx context.Context, h Handler) {
 func (m *Manager) loop(ctx context.Context, h Handler) {
 	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
-	var needed, told []string
+	var needed []string
+	var told map[string]bool
 	for {
 		if need := m.needed(); !slices.Equal(need, needed) {
 			needed = need
@@ -372,9 +374,9 @@ func (m *Manager) loop(ctx context.Context, h Handler) {
 		m.reconcile(h)
 		m.keep()
 		m.pen.Release(1)
-		if !slices.Equal(m.ends, told) {
-			told = m.ends
-			h.Ending(told)
+		if !maps.Equal(m.served, told) {
+			told = m.served
+			h.Ending(m.ends)
 			if m.cfg.Ending != nil {
 				m.cfg.Ending(told)
 			}
@@ -446,21 +448,20 @@ func (m *Manager) needed() []string {
 	return slices.Compact(names)
 }
 
-// stopping lists the instances of which every workload is being stopped.
-func (m *Manager) stopping() (all []string) {
-	ends := make(map[string]bool)
+// noteEndings finds out which instances workloads serve, and of which all of those are being stopped.
+func (m *Manager) noteEndings() {
+	m.served, m.ends = make(map[string]bool), nil
 	for _, e := range m.workloads {
 		for _, id := range e.instances {
-			others, served := ends[id]
-			ends[id] = e.claim.Ending && (others || !served)
+			others, served := m.served[id]
+			m.served[id] = e.claim.Ending && (others || !served)
 		}
 	}
-	for _, id := range slices.Sorted(maps.Keys(ends)) {
-		if ends[id] {
-			all = append(all, id)
+	for _, id := range slices.Sorted(maps.Keys(m.served)) {
+		if m.served[id] {
+			m.ends = append(m.ends, id)
 		}
 	}
-	return all
 }
 
 // event reports a verdict of the kernel, and hurries when a namespace turns out to have no listener yet.

@@ -35,7 +35,7 @@ func (m *Manager) reconcile(h Handler) {
 	m.watchNamespaces()
 	m.openDNS()
 	next, last := m.assign(), m.view.Load()
-	m.ends = m.stopping()
+	m.noteEndings()
 	next.states, next.refused, next.problems = last.states, last.refused, last.problems // shown until there are newer ones
 	if known {
 		m.protect(next, h)

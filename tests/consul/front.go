@@ -26,11 +26,11 @@ type Front struct {
 	agent http.RoundTripper
 }
 
-// NewFront stands before the agent that listens at a unix socket, until the test ends.
+// NewFront stands before the agent that listens at a unix socket, at one beside it, until the test ends.
 func NewFront(tb testing.TB, agent string) *Front {
 	tb.Helper()
 	f := &Front{
-		Socket: filepath.Join(tb.TempDir(), "front.sock"),
+		Socket: filepath.Join(filepath.Dir(agent), "front.sock"),
 		agent: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", agent)
 		}},
