@@ -250,7 +250,7 @@ func (c *client) readNode(ctx context.Context, name string) (*catalogNode, error
 func (n *catalogNode) ending() map[string]string {
 	found := make(map[string]string)
 	for id, c := range n.checks {
-		if c.Output == endingText {
+		if saysEnding(c) {
 			found[id] = c.ServiceID
 		}
 	}

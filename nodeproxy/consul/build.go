@@ -33,6 +33,7 @@ type builder struct {
 	labelled  []catalog.Registered
 	peers     []catalog.Peer
 	agentless map[*catalog.Instance]bool // unhealthy because of their agents
+	ending    map[*catalog.Instance]bool // unhealthy because their workloads are being stopped
 
 	destinations []string // of which intentions count, sorted
 	httpLike     map[string]bool
@@ -54,7 +55,7 @@ func (r *run) lastPolicy() *policy.Policy {
 }
 
 func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, error) {
-	b.agentless = make(map[*catalog.Instance]bool)
+	b.agentless, b.ending = make(map[*catalog.Instance]bool), make(map[*catalog.Instance]bool)
 	b.addPeers()
 	b.addLocal()
 	for _, name := range slices.Sorted(maps.Keys(b.data.services)) {
@@ -64,8 +65,8 @@ func (b *builder) build(generation uint64, now time.Time) (*catalog.Snapshot, er
 			}
 		}
 	}
-	b.callAgentless()
-	b.agentless = nil
+	b.callLast()
+	b.agentless, b.ending = nil, nil
 	b.refuseContested()
 	b.addChains()
 	b.markProbed()
@@ -131,7 +132,7 @@ func (b *builder) addRemote(name string, e endpoint) {
 		ID: e.id, Service: name, Node: e.node, Healthy: e.healthy, Native: e.native, Gateway: e.gateway,
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: e.tags, Meta: e.meta,
 	}
-	b.agentless[inst] = e.agentless
+	b.agentless[inst], b.ending[inst] = e.agentless, e.ending
 	inst.Mesh = b.place(inst, e.mesh, e.nodeAddress)
 	isServed := slices.ContainsFunc(b.data.proxies[e.node], func(p Ports) bool { return p.contains(inst.Mesh.Port()) })
 	inst.Tunnels = isServed && !inst.Native && !inst.Gateway
@@ -240,11 +241,11 @@ func (b *builder) localInstance(s *api.AgentService, name string) *catalog.Insta
 		Permissive: b.permissive(name, b.cfg.Permissive), Tags: s.Tags, Meta: s.Meta,
 	}
 	if def := b.data.definition(s.ID); def != nil {
-		inst.Healthy = def.Healthy()
+		inst.Healthy, b.ending[inst] = def.Healthy(), b.data.ends(def.ID, def.ID+sidecarSuffix)
 	} else if known := b.data.services[name]; known != nil {
 		for _, e := range known.instances {
 			if e.node == inst.Node && (e.proxyID == s.ID || e.proxyID == s.ID+sidecarSuffix) {
-				inst.Healthy = e.healthy
+				inst.Healthy, b.ending[inst] = e.healthy, e.ending
 			}
 		}
 	}

@@ -19,6 +19,24 @@ const (
 	endingCheck = "nodeproxy-ending:"
 )
 
+// saysEnding says whether that is why a check is critical.
+func saysEnding(c *api.HealthCheck) bool { return c.Name == endingText || c.Output == endingText }
+
+// onlyEnds says whether all that is wrong with an instance is that its workload is being stopped.
+func onlyEnds(checks api.HealthChecks) bool {
+	ends := false
+	for _, c := range checks {
+		if c.Status != api.HealthCritical {
+			continue
+		}
+		if !saysEnding(c) {
+			return false
+		}
+		ends = true
+	}
+	return ends
+}
+
 // endingChecks lists the checks that sidecars of the operator's are to have from us: by ID, the sidecar.
 func (d *data) endingChecks() map[string]*api.AgentService {
 	all := make(map[string]*api.AgentService)

@@ -1,7 +1,6 @@
 package consul_test
 
 import (
-	"errors"
 	"fmt"
 	"net/http"
 	"path/filepath"
@@ -16,25 +15,28 @@ import (
 
 func TestTheSidecarOfAWorkloadThatIsBeingStoppedIsCritical(t *testing.T) {
 	w := newWorld(t, lab.Config{})
-	plain := lab.Service("api", "api-1", "10.1.2.3", 8080)
-	delete(plain, "Connect")
-	w.must(w.agent.Register(w.ctx(), plain))
+	for id, address := range map[string]string{"api-1": "10.1.2.3", "api-2": "10.1.2.5"} {
+		plain := lab.Service("api", id, address, 8080)
+		delete(plain, "Connect")
+		w.must(w.agent.Register(w.ctx(), plain))
+	}
 	w.testEndings()
 }
 
 func TestSoIsASidecarOfTheOperators(t *testing.T) {
 	w := newWorld(t, lab.Config{})
 	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-1", "10.1.2.3", 8080)))
+	w.must(w.agent.Register(w.ctx(), lab.Service("api", "api-2", "10.1.2.5", 8080)))
 	w.must(w.agent.Register(w.ctx(), lab.Service("web", "web-1", "10.1.2.4", 8080)))
 	w.testEndings()
 	w.source.Ending(map[string]bool{"api-1": true})
-	w.passing(0)
+	w.passing(1)
 	w.stop()
 	removed, err := consul.Withdraw(w.ctx(), w.config)
 	if want := "check nodeproxy-ending:api-1-sidecar-proxy"; err != nil || !slices.Contains(removed, want) {
 		t.Errorf("withdrawn is %q, want %q: %v", removed, want, err)
 	}
-	w.passing(1)
+	w.passing(2)
 }
 
 // passing waits until api has that many passing sidecars.
@@ -50,40 +52,50 @@ func (w *world) passing(want int) {
 	}))
 }
 
-// testEndings has api-1 end and end no more, while the daemon runs and while it does not.
+// testEndings has instances end and end no more, while the daemon runs and while it does not.
 func (w *world) testEndings() {
 	w.t.Helper()
 	w.config.StateFile, w.config.Ports = filepath.Join(w.t.TempDir(), "ports.json"), consul.Ports{First: 21500, Last: 21999}
 	w.run("api", "web")
 	w.source.Called("api") // what nobody calls is read again when the catalog changes, which a check does not
-	w.passing(1)
-	healthy := func(want bool) {
+	w.passing(2)
+	called := func(want ...string) {
 		w.t.Helper()
-		w.await(fmt.Sprintf("the instance's health is %v", want), func(s *catalog.Snapshot) error {
-			if all := s.Services["api"].Instances; len(all) != 1 || all[0].Healthy != want {
-				return errors.New("it is not")
+		w.await(fmt.Sprintf("%v are called", want), func(s *catalog.Snapshot) error {
+			var ids []string
+			for _, inst := range s.Services["api"].Instances {
+				if inst.Usable() {
+					ids = append(ids, inst.ID)
+				}
+			}
+			slices.Sort(ids)
+			if !slices.Equal(ids, want) {
+				return fmt.Errorf("%v are", ids)
 			}
 			return nil
 		})
 	}
-	healthy(true)
+	called("api-1", "api-2")
 	began := time.Now()
 	w.source.Ending(map[string]bool{"api-1": true, "elsewhere": true})
-	w.passing(0)
-	healthy(false)
+	w.passing(1)
+	called("api-2")
 	if took := time.Since(began); took > 20*time.Second {
 		w.t.Errorf("that was believed after %s: as a check that has not run", took)
 	}
-	w.source.Ending(map[string]bool{"api-1": false})
-	w.passing(1)
-	w.source.Ending(map[string]bool{"api-1": true})
+	w.source.Ending(map[string]bool{"api-1": true, "api-2": true})
 	w.passing(0)
+	called("api-1", "api-2") // there is no other
+	w.source.Ending(map[string]bool{"api-1": false, "api-2": false})
+	w.passing(2)
+	w.source.Ending(map[string]bool{"api-1": true, "api-2": false})
+	w.passing(1)
 	w.stop()
 	w.mu.Lock()
 	w.last = nil
 	w.mu.Unlock()
 	w.run("api", "web") // the next daemon, which does not know at once that it ends no more
-	healthy(false)
+	called("api-2")
 	w.source.Ending(map[string]bool{"api-1": false})
-	w.passing(1)
+	w.passing(2)
 }

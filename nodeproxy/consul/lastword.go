@@ -38,7 +38,7 @@ func blame(checks api.HealthChecks) (unheard, agentless bool) {
 // isSilent says whether a critical check has not run: it has nothing to say, or still says what it persisted when it passed
 // (loadChecks in agent/agent.go of Consul), or misses a service that the agent has not loaded yet (agent/checks/alias.go).
 func isSilent(c *api.HealthCheck) bool {
-	if c.CheckID == "_node_maintenance" || strings.HasPrefix(c.CheckID, "_service_maintenance:") || c.Name == endingText {
+	if c.CheckID == "_node_maintenance" || strings.HasPrefix(c.CheckID, "_service_maintenance:") || saysEnding(c) {
 		return false // their reason is elsewhere
 	}
 	output := c.Output
@@ -97,9 +97,9 @@ func (r *run) wasHealthy(name string, old *service, e *endpoint) bool {
 	return false
 }
 
-// callAgentless makes the instances of services that have none that is healthy healthy, if all that is wrong with them is
-// that their agents are not reachable. Services that fail over do that instead.
-func (b *builder) callAgentless() {
+// callLast makes the instances of services that have none that is healthy healthy, if all that is wrong with them is that their
+// workloads are being stopped, or else that their agents are not reachable. Services that fail over do that instead.
+func (b *builder) callLast() {
 	for name, svc := range b.services {
 		if slices.ContainsFunc(svc.Instances, func(i *catalog.Instance) bool { return i.Healthy }) {
 			continue
@@ -108,8 +108,14 @@ func (b *builder) callAgentless() {
 			continue
 		}
 		var nodes []string
+		ending := false
 		for _, inst := range svc.Instances {
-			if b.agentless[inst] {
+			if b.ending[inst] {
+				inst.Healthy, ending = true, true
+			}
+		}
+		for _, inst := range svc.Instances {
+			if b.agentless[inst] && !ending {
 				inst.Healthy = true
 				nodes = append(nodes, inst.Node)
 			}

@@ -37,11 +37,15 @@ func TestOnlyAFailedCheckIsBlamedOnTheApplication(t *testing.T) {
 		"the node is in maintenance":          {api.HealthChecks{alive, critical("_node_maintenance", "")}, false, false},
 		"the service is in maintenance":       {api.HealthChecks{alive, critical("_service_maintenance:api-1", "")}, false, false},
 		"its workload is being stopped":       {api.HealthChecks{alive, passing, {CheckID: "api-1-end", Name: endingText, Status: api.HealthCritical}}, false, false},
+		"it is, and its check failed":         {api.HealthChecks{alive, critical("tcp", "connection refused"), {CheckID: "api-1-end", Name: endingText, Status: api.HealthCritical}}, false, false},
 		"the agent is lost":                   {api.HealthChecks{lost, passing}, false, true},
 		"the agent is lost, and one failed":   {api.HealthChecks{lost, critical("tcp", "connection refused")}, false, false},
 		"one failed, and the agent is lost":   {api.HealthChecks{critical("tcp", "connection refused"), lost}, false, false},
 		"the agent is lost, and one not run":  {api.HealthChecks{lost, critical("tcp", "")}, true, true},
 	} {
+		if got, want := onlyEnds(c.checks), name == "its workload is being stopped"; got != want {
+			t.Errorf("%s: it only ends: %v", name, got)
+		}
 		if unheard, agentless := blame(c.checks); unheard != c.unheard || agentless != c.agentless {
 			t.Errorf("%s: unheard is %v, agentless %v", name, unheard, agentless)
 		}
@@ -70,7 +74,11 @@ func TestAnInstanceWithoutItsAgentIsCalledWhereThereIsNoOther(t *testing.T) {
 		t.Errorf("it should fail over, and called are those on %q", got)
 	}
 	d.entries.byKind[api.ServiceResolver] = nil
-	both[1].healthy = true
+	both[1].ending = true
+	if got := healthy(); !slices.Equal(got, []string{"node-3"}) {
+		t.Errorf("called are those on %q, and one ends that can be reached", got)
+	}
+	both[1].healthy, both[1].ending = true, false
 	if got := healthy(); !slices.Equal(got, []string{"node-3"}) {
 		t.Errorf("called are those on %q", got)
 	}
@@ -124,6 +132,18 @@ func TestAnInstanceWhoseAgentIsLostWhileItRestartsStaysAgentless(t *testing.T) {
 		r.keepLastWord("api", &service{instances: lost}, back)
 		if lost[0].healthy || lost[0].agentless != c.want || back[0].healthy != c.want {
 			t.Errorf("%s: without its agent it is %+v, with it %+v", name, lost[0], back[0])
+		}
+	}
+}
+
+func TestWithoutAnAgentAnInstanceOfThisNodeThatEndsIsCalledIfThereIsNoOther(t *testing.T) {
+	d := sample()
+	deleted := catalog.Definition{ID: "web-1", Service: "web", Checks: []catalog.CheckResult{{Name: "Kubernetes readiness", Output: "pod web is being deleted"}}}
+	d.defined = &catalog.Definitions{All: []catalog.Definition{deleted}}
+	for _, ends := range []bool{false, true} {
+		d.served = map[string]bool{"web-1": ends}
+		if all := build(t, d).Services["web"].Instances; len(all) != 1 || all[0].Healthy != ends {
+			t.Errorf("it ends: %v, and there are %+v", ends, *all[0])
 		}
 	}
 }

@@ -45,7 +45,7 @@ func (b *builder) target(of endpoints, found []endpoint) *catalog.Target {
 		if of.datacenter != "" || of.peer != "" {
 			inst = b.abroad(of, e)
 		}
-		if inst != nil && inst.Healthy && !e.healthy {
+		if inst != nil && inst.Healthy && !e.healthy && !e.ending {
 			inst = new(*inst) // healthy enough for the service, not for this subset
 			inst.Healthy = false
 		}

@@ -48,6 +48,7 @@ type endpoint struct {
 	native            bool
 	gateway           bool // that stands for the service
 	healthy           bool
+	ending            bool      // critical, but only because its workload is being stopped
 	agentless         bool      // critical, but only because its agent is not reachable
 	unheard           bool      // its checks have not run since its agent started
 	silent            time.Time // since when it is unheard
@@ -123,6 +124,7 @@ func parseServiceEntries(list []*api.ServiceEntry, of endpoints) []endpoint {
 			healthy: status == api.HealthPassing || status == api.HealthWarning && !of.onlyPassing,
 			tags:    s.Tags, meta: s.Meta,
 		}
+		e.ending = onlyEnds(entry.Checks)
 		e.unheard, e.agentless = blame(entry.Checks)
 		if of.datacenter != "" || of.peer != "" {
 			e.goAbroad(entry)
