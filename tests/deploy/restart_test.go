@@ -145,6 +145,40 @@ func (h *host) restartHeld() {
 	})
 }
 
+func programIsGone(h *host, api string) {
+	h.sh("mv /usr/bin/nodeproxy /run/program; systemctl kill --signal KILL --kill-who main nodeproxy")
+	waits, err := h.Start("proxied.service", built.app, "dial", "-timeout", "10m", api, "peer")
+	h.must(err)
+	defer waits.Kill()
+	h.must(waits.WaitOutput(h.ctx(), "connected"))
+	h.eventually("new connections are refused", func() error {
+		if out := h.dial("proxied.service", api); !strings.Contains(out, "refused") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	h.eventually("the start has failed more often than systemd allows by default", func() error {
+		n, err := strconv.Atoi(h.sh("systemctl show -P NRestarts nodeproxy"))
+		h.must(err)
+		if n < 10 {
+			return fmt.Errorf("%d restarts", n)
+		}
+		return nil
+	})
+	select {
+	case <-waits.Done():
+		h.t.Errorf("what waited is told %q", waits.Output())
+	default:
+	}
+	h.sh("mv /run/program /usr/bin/nodeproxy")
+	h.awaitStatus("3 workloads, all protected")
+	h.must(waits.Wait(h.ctx()))
+	if !strings.Contains(waits.Output(), "accept=") {
+		h.t.Errorf("what waited is told %q", waits.Output())
+	}
+	h.reaches("proxied.service", api)
+}
+
 func stopEndsWhatWaits(h *host, api string) {
 	h.restartHeld()
 	waits, err := h.Start("proxied.service", built.app, "dial", "-timeout", "10m", api, "peer")

@@ -315,6 +315,7 @@ func TestThePackageOnARealSystemd(t *testing.T) {
 	run("a restart answers the name queries that are on their way", queriesOnTheirWay)
 	run("a crash fails what the daemon carried, and no new connection", func(h *host) { crashesUnderLoad(h, api) })
 	run("what is kept of a namespace that goes during a restart is closed", namespaceGoesMeanwhile)
+	run("while its program is not there systemd tries on, and what waits is served at last", func(h *host) { programIsGone(h, api) })
 	run("a stop ends what waits for a daemon", func(h *host) { stopEndsWhatWaits(h, api) })
 	run("a downgrade to another map ABI is refused", func(h *host) {
 		h.sh("mkdir /sys/fs/bpf/nodeproxy/node-1/v99")
