@@ -302,11 +302,14 @@ func (l *enlister) register(ctx context.Context, w *wanted, alive bool, settled 
 		return err
 	}
 	if l.world.current().marked == nil {
+		marked := node.ending()
 		l.world.update(func(d *data) bool {
-			d.marked = node.ending()
-			return true
+			d.marked = marked
+			return len(marked) > 0
 		})
-		return nil // by that there is more that is wanted
+		if len(marked) > 0 {
+			return nil // by that something else is wanted
+		}
 	}
 	var errs []error
 	wanted := make(map[string]bool)

@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -180,8 +181,9 @@ func (s *Source) Yield() { s.yielded.Store(true) }
 // Ending implements catalog.Ender: the sidecars that are registered here are critical until they end no more.
 func (s *Source) Ending(served map[string]bool) {
 	s.world.update(func(d *data) bool {
+		before := d.served
 		d.served = served
-		return true
+		return d.wereEnding() || !maps.Equal(ending(before), ending(served))
 	})
 }
 
@@ -215,8 +217,9 @@ func (s *Source) Run(ctx context.Context, deliver func(*catalog.Snapshot)) error
 	}
 	settled := time.AfterFunc(unclaimed, func() {
 		s.world.update(func(d *data) bool {
+			changed := d.wereEnding()
 			d.settled = true
-			return true
+			return changed
 		})
 	})
 	defer settled.Stop()

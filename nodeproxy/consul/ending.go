@@ -58,7 +58,7 @@ func (d *data) ends(app, sidecar string) bool {
 	if known || d.settled {
 		return ends
 	}
-	if s := d.local[sidecar]; s != nil && isOurs(s) && s.Meta[endingMeta] != "" {
+	if s := d.local[sidecar]; s != nil && wasEnding(s) {
 		return true
 	}
 	for _, marked := range d.marked {
@@ -67,6 +67,28 @@ func (d *data) ends(app, sidecar string) bool {
 		}
 	}
 	return false
+}
+
+// wereEnding says whether there are sidecars that stay as an earlier daemon has left them until it is known who is served.
+func (d *data) wereEnding() bool {
+	if d.settled {
+		return false
+	}
+	for _, s := range d.local {
+		if wasEnding(s) {
+			return true
+		}
+	}
+	return len(d.marked) > 0
+}
+
+func wasEnding(s *api.AgentService) bool { return isOurs(s) && s.Meta[endingMeta] != "" }
+
+// ending is those of served that end.
+func ending(served map[string]bool) map[string]bool {
+	all := maps.Clone(served)
+	maps.DeleteFunc(all, func(_ string, ends bool) bool { return !ends })
+	return all
 }
 
 // endingChecksOf lists those among an agent's checks: by ID, that of the sidecar.

@@ -25,6 +25,9 @@ func TestUntilItIsKnownWhoIsServedWhatEndedStillEnds(t *testing.T) {
 		}
 		ends(app, side, true)
 		ends("web-1", "web-1-sidecar-proxy", false)
+		if !d.wereEnding() {
+			t.Errorf("%s: nobody waits to know who is served", name)
+		}
 		d.served = map[string]bool{"web-1": true}
 		ends(app, side, true)
 		ends("web-1", "web-1-sidecar-proxy", true)
