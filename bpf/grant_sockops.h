@@ -9,6 +9,11 @@
 #define SO_BINDTOIFINDEX 62
 #define NO_DEVICE 0x7fffffff
 
+/* The daemon is woken whenever another quarter of the ring is full: by the news of the first bytes of it, since of those that come at
+ * once none may see exactly where it begins, and not by all that come until it runs. */
+#define WAKE_EVERY (EVENTS_SIZE / 4)
+#define WAKE_WITHIN 4096
+
 /* The application's own bytes: what was received counts the FIN as one. */
 static __always_inline void count_bytes(struct bpf_sock *sk, struct grant_event *e)
 {
@@ -26,9 +31,7 @@ static __always_inline void tell(struct bpf_sock_ops *ctx, const struct granted 
 {
 	struct grant_event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	__u64 flags = BPF_RB_NO_WAKEUP; /* the daemon looks by itself: waking it costs more than a connection does */
-
-	if (seen == SEEN_IMPOSTOR)
-		flags = BPF_RB_FORCE_WAKEUP;
+	__u64 waiting;
 
 	if (!e) {
 		count(STAT_EVENTS_LOST);
@@ -53,7 +56,8 @@ static __always_inline void tell(struct bpf_sock_ops *ctx, const struct granted 
 	__builtin_memcpy(e->comm, g->comm, sizeof(e->comm));
 	count_bytes(ctx->sk, e);
 	e->rtt_us = READ(ctx->srtt_us) >> 3;
-	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_SIZE / 4)
+	waiting = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
+	if (seen == SEEN_IMPOSTOR || (waiting >= WAKE_EVERY && waiting % WAKE_EVERY < WAKE_WITHIN))
 		flags = BPF_RB_FORCE_WAKEUP;
 	bpf_ringbuf_submit(e, flags);
 }

@@ -414,12 +414,11 @@ int workload_sockops(struct bpf_sock_ops *ctx)
 
 	if (!m->workload)
 		return 1;
-	if (op == BPF_SOCK_OPS_RWND_INIT) { /* of a request, which is no socket yet */
-		grant_reaches(ctx, m->workload);
+	if (!sk) {
+		if (op == BPF_SOCK_OPS_RWND_INIT) /* of a request, which is no socket yet */
+			grant_reaches(ctx, m->workload);
 		return 1;
 	}
-	if (!sk)
-		return 1;
 	switch (op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		workload_connects(ctx, sk, m->workload);

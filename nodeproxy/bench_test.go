@@ -2,6 +2,7 @@ package nodeproxy
 
 import (
 	"io"
+	"log/slog"
 	"net"
 	"runtime"
 	"syscall"
@@ -9,6 +10,8 @@ import (
 	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/workload"
+	"nodeproxy.io/policy"
 )
 
 // quietly keeps no events and lifts the limits.
@@ -88,6 +91,29 @@ func benchmarkIdleConnection(b *testing.B, path option) {
 	b.ReportMetric(float64(after.StackInuse-before.StackInuse)/float64(b.N), "stack-B/connection")
 	for _, conn := range held {
 		conn.Close()
+	}
+}
+
+// BenchmarkDirect is what the daemon does for a connection that does not pass it.
+func BenchmarkDirect(b *testing.B) {
+	access, err := admin.NewAccessLog(slog.New(slog.DiscardHandler), admin.AccessDenied)
+	if err != nil {
+		b.Fatal(err)
+	}
+	metrics := admin.NewMetrics(nil, nil)
+	m := newMesh(b, func(c *Config, _ *fakeKernel) {
+		c.Observer = &admin.Recorder{Hub: admin.NewHub(), Access: access, Metrics: metrics}
+	})
+	m.rule(policy.Allow)
+	m.publish()
+	metrics.Apply(&m.next)
+	b.ReportAllocs()
+	defer reportCPU(b)()
+	for id := uint64(1); b.Loop(); id++ {
+		d := directEvent(id)
+		m.proxy.Direct(d)
+		d.Stage, d.Sent, d.Received = workload.DirectClosed, 3, 4
+		m.proxy.Direct(d)
 	}
 }
 

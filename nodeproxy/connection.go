@@ -41,9 +41,15 @@ type connection struct {
 }
 
 func newConnection(id uint64, direction admin.Direction) *connection {
-	ctx, cancel := context.WithCancel(context.Background())
+	c := toldConnection(id, direction)
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	return c
+}
+
+// toldConnection is one that nobody serves: it has no context, and nothing of it is held.
+func toldConnection(id uint64, direction admin.Direction) *connection {
 	return &connection{
-		id: id, started: time.Now(), ctx: ctx, cancel: cancel, path: admin.PathMTLS,
+		id: id, started: time.Now(), cancel: func() {}, path: admin.PathMTLS,
 		about: admin.Connection{ID: id, Direction: direction, Path: admin.PathNone, Verdict: admin.Allowed},
 	}
 }

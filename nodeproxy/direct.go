@@ -96,8 +96,7 @@ func (p *Proxy) Direct(d workload.DirectConnection) {
 // directOpened registers c before its intention is evaluated: a policy change either decides here, or finds it.
 func (p *Proxy) directOpened(d workload.DirectConnection) {
 	c := &directConnection{connection: p.newDirect(d)}
-	_ = c.open()                                                                // c is new: it cannot have been cut off
-	c.describe(func(about *admin.Connection) { about.Path = admin.PathDirect }) // open says that it is ours
+	_ = c.open() // c is new: it cannot have been cut off
 	p.direct.add(d.ID, c)
 	p.direct.recheckOne(c, &p.gate)
 	e, _ := c.line()
@@ -120,14 +119,15 @@ func (p *Proxy) directClosed(d workload.DirectConnection) {
 }
 
 func (p *Proxy) newDirect(d workload.DirectConnection) *connection {
-	c := newConnection(p.lastID.Add(1), admin.Outbound)
+	c := toldConnection(p.lastID.Add(1), admin.Outbound)
 	if !d.Opened.IsZero() {
 		c.started = d.Opened
 	}
+	c.via(admin.PathDirect)
 	now := p.gate.current()
 	c.identify(now.snap.Identity(d.Source), d.Destination)
 	c.describe(func(about *admin.Connection) {
-		about.Path = admin.PathDirect
+		about.Path = admin.PathDirect // also of one that fails
 		about.Source.Address, about.Source.Workload = d.Client.String(), d.Workload
 		about.Source.PID, about.Source.Comm = d.PID, d.Comm
 		about.Destination.Instance, about.Destination.Address = d.Instance, d.Dialled.String()

@@ -349,27 +349,25 @@ func (p *Policy) Intentions() []Intention {
 
 // String is "web => api (allow), intentions.hcl:3".
 func (in *Intention) String() string {
-	var b strings.Builder
+	var peer, partition, namespace, origin string
 	if in.SourcePeer != "" {
-		b.WriteString("peer " + in.SourcePeer + " ")
+		peer = "peer " + in.SourcePeer + " "
 	}
 	if !isDefault(in.SourcePartition) {
-		b.WriteString(in.SourcePartition + "/")
+		partition = in.SourcePartition + "/"
 	}
 	if !isDefault(in.SourceNamespace) {
-		b.WriteString(in.SourceNamespace + "/")
+		namespace = in.SourceNamespace + "/"
 	}
-	b.WriteString(in.Source + " => " + in.Destination)
+	action := in.Action.String()
 	switch {
 	case in.Permissions:
-		b.WriteString(" (permissions)")
+		action = "permissions"
 	case in.JWT:
-		b.WriteString(" (" + in.Action.String() + ", with a JWT)")
-	default:
-		b.WriteString(" (" + in.Action.String() + ")")
+		action += ", with a JWT"
 	}
 	if in.Origin != "" {
-		b.WriteString(", " + in.Origin)
+		origin = ", " + in.Origin
 	}
-	return b.String()
+	return peer + partition + namespace + in.Source + " => " + in.Destination + " (" + action + ")" + origin
 }

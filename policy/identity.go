@@ -140,14 +140,11 @@ func (id Identity) URL() *url.URL {
 }
 
 func (id Identity) path(escape func(string) string) string {
-	var b strings.Builder
+	partition := ""
 	if !isDefault(id.Partition) {
-		b.WriteString("/ap/" + escape(id.Partition))
+		partition = "/ap/" + escape(id.Partition)
 	}
-	b.WriteString("/ns/" + escape(orDefault(id.Namespace)))
-	b.WriteString("/dc/" + escape(id.Datacenter))
-	b.WriteString("/svc/" + escape(id.Service))
-	return b.String()
+	return partition + "/ns/" + escape(orDefault(id.Namespace)) + "/dc/" + escape(id.Datacenter) + "/svc/" + escape(id.Service)
 }
 
 func isDefault(name string) bool { return name == "" || name == defaultName }

@@ -117,9 +117,12 @@ const flushEvery = 100 * time.Millisecond
 // Close. What they are too slow for is lost and counted by the kernel.
 func (r *Redirect) Events(verdict func(Event), grant func(GrantEvent)) error {
 	var rec ringbuf.Record
+	var clocks clock
+	var read time.Time // when clocks were
 	for {
+		now := time.Now()
 		r.reading.Lock()
-		r.events.SetDeadline(time.Now().Add(flushEvery))
+		r.events.SetDeadline(now.Add(flushEvery))
 		err := r.events.ReadInto(&rec)
 		r.reading.Unlock()
 		switch {
@@ -130,21 +133,24 @@ func (r *Redirect) Events(verdict func(Event), grant func(GrantEvent)) error {
 		case err != nil:
 			return fmt.Errorf("read kernel events: %w", err)
 		}
-		if err := decode(rec.RawSample, verdict, grant); err != nil {
+		if now.Sub(read) > flushEvery { // not for each event: that is three system calls
+			if clocks, err = readClock(); err != nil {
+				return err
+			}
+			read = now
+		}
+		if err := decode(rec.RawSample, clocks, verdict, grant); err != nil {
 			return fmt.Errorf("decode kernel event: %w", err)
 		}
 	}
 }
 
 // decode tells the two kinds of a record by their size.
-func decode(raw []byte, verdict func(Event), grant func(GrantEvent)) error {
+func decode(raw []byte, c clock, verdict func(Event), grant func(GrantEvent)) error {
 	if uintptr(len(raw)) == unsafe.Sizeof(outboundGrantEvent{}) {
 		e := (*outboundGrantEvent)(unsafe.Pointer(unsafe.SliceData(raw))) // they are many: no reflection
-		g, err := grantEvent(e)
-		if err == nil {
-			grant(g)
-		}
-		return err
+		grant(c.grantEvent(e))
+		return nil
 	}
 	var e outboundEvent
 	if err := binary.Read(bytes.NewReader(raw), binary.NativeEndian, &e); err != nil {
@@ -160,18 +166,17 @@ func decode(raw []byte, verdict func(Event), grant func(GrantEvent)) error {
 	return nil
 }
 
-func grantEvent(e *outboundGrantEvent) (GrantEvent, error) {
-	clock, err := readClock()
+func (c clock) grantEvent(e *outboundGrantEvent) GrantEvent {
 	return GrantEvent{
 		Granted: Granted{
 			Cookie: e.Cookie, Workload: e.Workload, From: e.From, To: e.To, PID: e.Pid, Comm: comm(e.Comm),
 			Client: fromEndpoint(e.Src, e.Sport), Dialled: fromEndpoint(e.Dialled, e.DialledPort),
-			Destination: fromEndpoint(e.Dst, e.Dport), Opened: clock.wall(e.Opened), Muzzled: e.Device == noDevice, device: e.Device,
+			Destination: fromEndpoint(e.Dst, e.Dport), Opened: c.wall(e.Opened), Muzzled: e.Device == noDevice, device: e.Device,
 		},
 		Stage: GrantStage(e.Stage), Sent: e.Sent, Received: e.Received, RTT: time.Duration(e.RttUs) * time.Microsecond,
 		Admitted: e.Seen == uint16(outboundDirectSeenSEEN_ADMITTED), Refused: e.Seen == uint16(outboundDirectSeenSEEN_REFUSED),
 		Impostor: e.Seen == uint16(outboundDirectSeenSEEN_IMPOSTOR),
-	}, err
+	}
 }
 
 // Stop ends Events.
