@@ -63,7 +63,8 @@ type scaleLab struct {
 	size      size
 	plane     plane
 	self      string
-	ready     *net.UnixConn // where the daemon says that it is
+	manager   *net.UnixConn // where the daemon says that it is ready, and leaves what the next one is to have
+	ready     chan struct{} // that it has said so
 	workloads []*netlab.Workload
 }
 
@@ -159,8 +160,8 @@ func newScaleLab(ctx context.Context, binary, source string, s size) (*scaleLab,
 
 // Close removes all of it.
 func (l *scaleLab) Close() error {
-	if l.ready != nil {
-		l.ready.Close()
+	if l.manager != nil {
+		l.manager.Close()
 	}
 	return l.Mesh.Close()
 }
@@ -175,9 +176,11 @@ func (l *scaleLab) build(ctx context.Context, source string) (err error) {
 		d.Source = "source \"consul\" {}\n\n"
 	}
 	at := filepath.Join(l.Dir(), "ready.sock")
-	if l.ready, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: at, Net: "unixgram"}); err != nil {
+	if l.manager, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: at, Net: "unixgram"}); err != nil {
 		return err
 	}
+	l.ready = make(chan struct{}, 1)
+	go l.manage()
 	d.Env = []string{"NOTIFY_SOCKET=" + at}
 	var places []string
 	for i := range l.size.Workloads {
@@ -205,28 +208,35 @@ func (l *scaleLab) build(ctx context.Context, source string) (err error) {
 func (l *scaleLab) start(ctx context.Context) (float64, error) {
 	began := time.Now()
 	d := l.Daemons[0]
-	if err := d.Launch(); err != nil {
+	err := d.Launch()
+	if err != nil {
 		return 0, err
 	}
-	ended := context.AfterFunc(ctx, func() { _ = l.ready.SetReadDeadline(time.Now()) })
-	defer ended()
-	watching := make(chan struct{})
-	defer close(watching)
-	go func() {
-		select {
-		case <-d.Process.Done():
-			_ = l.ready.SetReadDeadline(time.Now())
-		case <-watching:
-		}
-	}()
+	select {
+	case <-l.ready:
+		return milliseconds(time.Since(began)), nil
+	case <-d.Process.Done():
+		err = errors.New("it has ended")
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	return 0, fmt.Errorf("wait until the daemon is ready: %w; its output:\n%s", err, d.Process.Output())
+}
+
+// manage reads, as a service manager does, whatever the daemon has to say, until Close: it waits for who does not. The files that come
+// along the kernel closes.
+func (l *scaleLab) manage() {
 	buf := make([]byte, 4096)
 	for {
-		n, err := l.ready.Read(buf)
+		n, err := l.manager.Read(buf)
 		if err != nil {
-			return 0, fmt.Errorf("wait until the daemon is ready: %w: %w; its output:\n%s", err, context.Cause(ctx), d.Process.Output())
+			return
 		}
 		if strings.Contains(string(buf[:n]), "READY=1") {
-			return milliseconds(time.Since(began)), nil
+			select {
+			case l.ready <- struct{}{}:
+			default: // it has said so before
+			}
 		}
 	}
 }
