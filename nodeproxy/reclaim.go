@@ -11,7 +11,7 @@ import (
 const (
 	reclaimLook  = 3 * time.Second
 	reclaimQuiet = 16 << 20 // with no more than so many bytes allocated between two looks it is quiet
-	reclaimWorth = 8 << 20  // so many bytes allocated since the last time are worth a collection
+	reclaimWorth = 4 << 20  // so many bytes allocated since the last time are worth a collection
 )
 
 // reclaimer decides when the memory that a burst left behind is given back to the system: when it is over. The runtime would

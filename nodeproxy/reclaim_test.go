@@ -18,10 +18,10 @@ func TestMemoryIsGivenBackOnceAfterABurst(t *testing.T) {
 		{mib, true}, // over
 		{mib, false},
 		{0, false},
-		{2 * mib, false}, {2 * mib, false}, {2 * mib, false},
-		{2 * mib, true}, // little by little
-		{8 * mib, true}, // much, and always the same
-		{8 * mib, true},
+		{mib, false}, {mib, false},
+		{mib, true},     // little by little
+		{4 * mib, true}, // much, and always the same
+		{4 * mib, true},
 	} {
 		allocated += look.more
 		if got := r.due(allocated); got != look.want {

@@ -2,8 +2,11 @@ package file
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"io/fs"
 	"net"
 	"os"
@@ -11,7 +14,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/hclfile"
@@ -130,19 +134,36 @@ func hasPort(address string) bool {
 // fingerprint changes whenever a file below dir that is read here does. It is never "". It is for changes that no event
 // told of.
 func fingerprint(dir string) string {
-	var b strings.Builder
-	fmt.Fprintln(&b, dir)
+	sum := sha256.New()
+	sum.Write([]byte(dir))
 	for _, d := range directories(dir) {
-		entries, _ := os.ReadDir(d)
-		for _, e := range entries {
-			if info, err := os.Stat(filepath.Join(d, e.Name())); err == nil && info.Mode().IsRegular() && !strings.HasPrefix(e.Name(), ".") {
-				inode := info.Sys().(*syscall.Stat_t).Ino
-				fmt.Fprintln(&b, d, e.Name(), info.Size(), info.ModTime().UnixNano(), info.Mode(), inode)
-			}
-		}
-		fmt.Fprintln(&b, d, len(entries))
+		addStamps(sum, d)
 	}
-	return b.String()
+	return string(sum.Sum(nil))
+}
+
+// addStamps adds the stamps of d's files. Memory is taken for names alone: they are many, and looked at every few seconds.
+func addStamps(sum hash.Hash, d string) {
+	var names []string
+	f, err := os.Open(d)
+	if err == nil {
+		defer f.Close()
+		names, _ = f.Readdirnames(-1)
+	}
+	slices.Sort(names)
+	line := binary.NativeEndian.AppendUint64(append([]byte(d), 0), uint64(len(names)))
+	sum.Write(line)
+	var at unix.Stat_t
+	for _, name := range names {
+		if strings.HasPrefix(name, ".") || unix.Fstatat(int(f.Fd()), name, &at, 0) != nil || at.Mode&unix.S_IFMT != unix.S_IFREG {
+			continue
+		}
+		line = append(append(line[:0], name...), 0)
+		for _, n := range [...]uint64{uint64(at.Size), uint64(at.Mtim.Nano()), uint64(at.Mode), at.Ino} {
+			line = binary.NativeEndian.AppendUint64(line, n)
+		}
+		sum.Write(line)
+	}
 }
 
 // directories lists the directories below dir that hold what is read here.
