@@ -1,10 +1,12 @@
 package consul
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -20,8 +22,8 @@ const (
 	askedAgain = 20*time.Second + 10*time.Second
 )
 
-// TestMinutesWithoutTheAPIServerAndTheEngineChangeNothing has a node with pods and a container whose API server and engine are both
-// gone for minutes, while all of them call and are called.
+// TestMinutesWithoutTheAPIServerAndTheEngineChangeNothing has a node with pods and a container whose engine is gone for minutes, and whose
+// API server hangs, goes on, and is gone for the rest of them, while all of them call and are called.
 func TestMinutesWithoutTheAPIServerAndTheEngineChangeNothing(t *testing.T) {
 	m := newPods(t)
 	netlab.Lacks(t, enginelab.Missing()...)
@@ -57,20 +59,36 @@ func TestMinutesWithoutTheAPIServerAndTheEngineChangeNothing(t *testing.T) {
 
 	called := m.calling("web", web.Start, m.vip(0, "api"))
 	callers := []func(){m.calling("a pod", apps[0].Start, m.vip(1, "web")), m.calling("a container", within, m.vip(1, "web"))}
-	m.serving.Kill()
-	m.must(engine.Stop(m.ctx()))
+	const noServer, noEngine = "see that the server runs", "see that the engine runs"
+	says := func(s *admin.Status, advice string) bool {
+		return slices.ContainsFunc(s.Problems, func(p admin.Problem) bool { return strings.Contains(p.Text, advice) })
+	}
 	away := func(s *admin.Status) error {
-		for _, advice := range []string{"see that the server runs", "see that the engine runs"} {
-			if !slices.ContainsFunc(s.Problems, func(p admin.Problem) bool { return strings.Contains(p.Text, advice) }) {
-				return fmt.Errorf("no problem says %q: %+v", advice, s.Problems)
-			}
+		if !says(s, noServer) || !says(s, noEngine) {
+			return fmt.Errorf("problems are %+v", s.Problems)
 		}
 		return nil
 	}
+	m.must(m.serving.Signal(syscall.SIGSTOP))
+	m.must(engine.Stop(m.ctx()))
+	over := time.After(minutes)
+	ctx, cancel := context.WithTimeout(t.Context(), minutes)
+	defer cancel()
+	_, err = daemon.Await(ctx, away)
+	m.must(err)
+	m.must(m.serving.Signal(syscall.SIGCONT))
+	_, err = daemon.Await(m.ctx(), func(s *admin.Status) error {
+		if says(s, noServer) {
+			return fmt.Errorf("the server goes on, and problems are %+v", s.Problems)
+		}
+		return nil
+	})
+	m.must(err)
+	m.serving.Kill()
 	_, err = daemon.Await(m.ctx(), away)
 	m.must(err)
 	select {
-	case <-time.After(minutes):
+	case <-over:
 	case <-daemon.Process.Done():
 		t.Fatal("the daemon has ended")
 	}

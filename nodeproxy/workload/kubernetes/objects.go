@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"sync/atomic"
 	"time"
 
@@ -115,6 +117,19 @@ func list[T any](store *objects) []*T {
 	return all
 }
 
+// failing is a transport whose timeouts are errors like any other: a watch that times out is tried ten times and is an empty one then,
+// without an error (rest.Request.Watch), so that nobody would hear of a server that hangs.
+type failing struct{ http.RoundTripper }
+
+// RoundTrip implements http.RoundTripper.
+func (f failing) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := f.RoundTripper.RoundTrip(req)
+	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() && req.Context().Err() == nil {
+		err = errors.New(err.Error())
+	}
+	return resp, err
+}
+
 // newClient knows the few types that are needed, where the usual client has all there are.
 func newClient(access *rest.Config, path string, version schema.GroupVersion) (*rest.RESTClient, error) {
 	scheme := runtime.NewScheme()
@@ -126,6 +141,7 @@ func newClient(access *rest.Config, path string, version schema.GroupVersion) (*
 	access.APIPath, access.GroupVersion, access.UserAgent = path, &version, "nodeproxy"
 	access.ContentType, access.AcceptContentTypes = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON
 	access.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	access.Wrap(func(inner http.RoundTripper) http.RoundTripper { return failing{inner} })
 	client, err := rest.RESTClientFor(access)
 	if err != nil {
 		return nil, fmt.Errorf("find the Kubernetes API server: %w", err)
