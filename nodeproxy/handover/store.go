@@ -20,8 +20,9 @@ import (
 )
 
 const (
-	maxKept    = 20_000          // files: their names are one variable of the next process's environment, of 128 KiB at most
-	notifyTime = 2 * time.Second // that the service manager has to take a message
+	maxKept    = 20_000           // files: their names are one variable of the next process's environment, of 128 KiB at most
+	notifyTime = 2 * time.Second  // that the service manager has to take a message
+	pause      = 30 * time.Second // before it is asked again if it has not
 
 	willFile   = "will" // among the Files of an Estate: the next daemon goes on with the same store
 	willPrefix = "W"    // of a will's name in the store
@@ -39,6 +40,9 @@ type Store struct {
 	number uint64          // of will, in its name
 	state  []byte          // in will
 	last   uint64          // the number that was given away last
+
+	hangs error // why the service manager is asked for nothing before again
+	again time.Time
 }
 
 // kept is a file in the store.
@@ -173,7 +177,7 @@ func (s *Store) Yield() {
 }
 
 // Keep makes the store hold these files, and the State of self, for the next daemon. What it holds already costs nothing. On error
-// it holds less, and the next call tries again.
+// it holds less, and the next call tries again; a service manager that hangs holds up one call in 30 s, for 2 s.
 func (s *Store) Keep(self Self, state []byte, files Files) error {
 	if s == nil {
 		return nil
@@ -274,6 +278,7 @@ func (s *Store) Drop() error {
 		s.will.Close()
 	}
 	s.given, s.has, s.will = nil, nil, nil
+	s.hangs = nil // there is no later
 	return s.remove(names)
 }
 
@@ -294,6 +299,9 @@ func (s *Store) remove(names []string) error {
 }
 
 func (s *Store) tell(text string, oob []byte) error {
+	if s.hangs != nil && time.Now().Before(s.again) {
+		return s.hangs
+	}
 	if err := s.manager.SetWriteDeadline(time.Now().Add(notifyTime)); err != nil {
 		return err
 	}
@@ -306,8 +314,13 @@ func (s *Store) tell(text string, oob []byte) error {
 		errSend = unix.Sendmsg(int(fd), []byte(text), oob, nil, unix.MSG_NOSIGNAL)
 		return !errors.Is(errSend, unix.EAGAIN)
 	})
+	s.hangs = nil
 	if err := cmp.Or(err, errSend); err != nil {
-		return fmt.Errorf("tell the service manager: %w", err)
+		err = fmt.Errorf("tell the service manager: %w", err)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			s.hangs, s.again = err, time.Now().Add(pause)
+		}
+		return err
 	}
 	return nil
 }
