@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	patience = 60 * time.Second
+	patience = 2 * time.Minute
 	address  = "10.99.0.1" // of the machine
 
 	network = "ip link set lo up; ip addr add " + address + "/32 dev lo\n"
