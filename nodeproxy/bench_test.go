@@ -83,6 +83,7 @@ func benchmarkIdleConnection(b *testing.B, path option) {
 		hear(b, conn, "ping")
 		held = append(held, conn)
 	}
+	m.rest(len(held))
 	runtime.GC()
 	runtime.GC()
 	runtime.ReadMemStats(&after)

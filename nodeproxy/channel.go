@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 
 	"nodeproxy.io/nodeproxy/mtls/record"
@@ -94,7 +95,7 @@ func (c *channel) fill() error {
 		c.compact()
 		buf, n, err := c.socket.poll(c.in, c.to, len(c.in.bytes))
 		c.to += n
-		if buf != nil || err != nil {
+		if buf != nil || err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return truncated(err)
 		}
 		c.park()
@@ -214,7 +215,8 @@ func (c *channel) tell(err error) {
 	c.socket.offer(out[:c.records.SealAlert(out, v.Alert)])
 }
 
-func (c *channel) reset() { abort(c.conn) }
+func (c *channel) waits() *socket { return c.socket }
+func (c *channel) reset()         { abort(c.conn) }
 
 // secureLeg is a connection to a peer over TLS 1.3.
 type secureLeg struct{ channel }

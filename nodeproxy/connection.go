@@ -32,6 +32,7 @@ type connection struct {
 	source   policy.Identity
 	service  string // the destination; "" while source and service are not known
 	sockets  []net.Conn
+	resume   func() // of what rests when sockets are cut off; nil: nothing does
 	releases []func()
 	path     admin.Path // that bytes take once c is open
 	opened   bool
@@ -179,6 +180,16 @@ func (c *connection) cutOff() {
 	defer c.mu.Unlock()
 	c.cancel()
 	c.resetSockets()
+	if c.resume != nil {
+		c.resume()
+	}
+}
+
+// onCut has resume called when c is cut off.
+func (c *connection) onCut(resume func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.resume = resume
 }
 
 func (c *connection) resetSockets() {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -340,10 +341,10 @@ func TestPlainLegsAreSplicedWithHalfClose(t *testing.T) {
 	legB, _ := newPlainLeg(b, pool)
 	var fromA, fromB atomic.Uint64
 	done := make(chan error, 1)
-	go func() {
-		r := relay{a: legA, b: legB, fromA: &fromA, fromB: &fromB, protect: func(run func() error) error { return run() }}
-		done <- r.run()
-	}()
+	var group sync.WaitGroup
+	r := newRelay(legA, legB, &fromA, &fromB, func(run func() error) error { return run() }, nil)
+	r.start(&group, func(err error) { done <- err })
+	t.Cleanup(group.Wait)
 	say(t, client, "request")
 	client.CloseWrite()
 	if got, err := io.ReadAll(server); err != nil || string(got) != "request" {

@@ -105,8 +105,7 @@ func (in *inbound) serve() (*carrying, error) {
 		return nil, err
 	}
 	if l, ok := peer.(*link); ok {
-		in.serveTunnel(l, now.trust)
-		return nil, nil
+		return in.serveTunnel(l, now.trust), nil
 	}
 	in.handshake.end()
 	if err := in.authorize(in.c); err != nil {

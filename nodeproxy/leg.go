@@ -15,6 +15,9 @@ type leg interface {
 	// an orderly half-close by the peer, any other error the end of the connection.
 	next() (batch, error)
 	release()
+	// waits is the socket that next waits for and holds nothing else for meanwhile, so that it may be interrupted and called again; nil if there
+	// is none such.
+	waits() *socket
 	// write sends what another leg's next returned. It may change the headroom, and the spans.
 	write(b batch) error
 	// closeWrite tells the peer that there will be no more bytes; it can still be read from.
@@ -107,6 +110,7 @@ func (l *plainLeg) release() {
 	}
 }
 
+func (l *plainLeg) waits() *socket      { return l.socket }
 func (l *plainLeg) write(b batch) error { return l.socket.write(b) }
 func (l *plainLeg) closeWrite() error   { return l.socket.closeWrite() }
 func (l *plainLeg) watch() error        { return l.socket.watch() }

@@ -70,6 +70,7 @@ func (l *olderLeg) write(b batch) error {
 
 // closeWrite sends a close_notify alone, as channel's.
 func (l *olderLeg) closeWrite() error { return l.tls.CloseWrite() }
+func (l *olderLeg) waits() *socket    { return nil }
 func (l *olderLeg) watch() error      { return l.wire.socket.watch() }
 func (l *olderLeg) close()            { _ = l.wire.Close() }
 func (l *olderLeg) reset()            { abort(l.wire.TCPConn) }

@@ -70,6 +70,7 @@ type Proxy struct {
 	ends       endings
 	balancer   *balancer
 	buffers    *buffers
+	rests      *rests
 	live       table
 	observed   observations
 	tunnels    *tunnels
@@ -98,6 +99,10 @@ func New(cfg Config) (*Proxy, error) {
 		return nil, err
 	}
 	cfg.Tunnels = cfg.Tunnels && !fips140.Enabled() // they need records that are not crypto/tls'
+	rests, err := newRests()
+	if err != nil {
+		return nil, err
+	}
 	p := &Proxy{
 		cfg:        cfg,
 		started:    time.Now(),
@@ -106,6 +111,7 @@ func New(cfg Config) (*Proxy, error) {
 		answers:    rounds{free: answering()},
 		turns:      turns{lines: make(map[slotKey]*line)},
 		buffers:    newBuffers(),
+		rests:      rests,
 		live:       table{live: make(map[uint64]*connection)},
 		tunnels:    newTunnels(&cfg.Limits),
 		direct:     directs{open: make(map[uint64]*directConnection)},
@@ -135,7 +141,13 @@ func (p *Proxy) Run(ctx context.Context) error {
 	})
 	workers.Go(func() { p.applyAll(sourceCtx, ctx) })
 	workers.Go(func() { p.tunnels.run(ctx) })
-	workers.Go(func() { reclaim(ctx, p.cfg.Log) })
+	var resting sync.WaitGroup
+	resting.Go(func() {
+		if err := p.rests.run(); err != nil {
+			p.cfg.Log.Error("idle connections keep their memory: restart the daemon to give it back", "error", err)
+		}
+	})
+	workers.Go(func() { reclaim(ctx, p.cfg.Log, p.rests.freed) })
 	kernelErr := p.cfg.Kernel.Run(ctx, p)
 	if kernelErr != nil {
 		kernelErr = fmt.Errorf("run the kernel side: %w", kernelErr)
@@ -145,7 +157,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 	p.drain(asked)
 	stopSource()
 	workers.Wait()
-	return errors.Join(sourceErr, kernelErr)
+	err := p.rests.close() // no connection is left
+	resting.Wait()
+	return errors.Join(sourceErr, kernelErr, err)
 }
 
 // drain closes the tunnels that nobody uses, waits for the live connections, and resets those that are left at the
@@ -212,34 +226,36 @@ func (p *Proxy) Settle(ctx context.Context) {
 	}
 }
 
-// carrying is what is left to do of a connection that is open: relay, and what is to follow.
+// carrying is what is left to do of a connection that is open.
 type carrying struct {
-	relay *relay
-	ended func(err error) error // makes of the relay's end the connection's
+	start func(group *sync.WaitGroup, ended func(err error)) // in goroutines of group
+	ended func(err error) error                              // makes of its end the connection's
 }
 
-// run registers c and calls serve in a goroutine of c's own. admitted is why c is refused at once, or nil. What serve returns, if
-// that is not nil, goes on in goroutines of its own.
+// run registers c and calls serve in a goroutine of c's own. admitted is why c is refused at once, or nil. What serve returns goes
+// on in goroutines of its own.
 func (p *Proxy) run(c *connection, admitted error, serve func() (*carrying, error)) {
 	if admitted != nil {
 		p.end(c, admitted)
 		return
 	}
 	p.live.add(c)
+	ended := func(err error) {
+		p.end(c, err)
+		p.live.remove(c)
+	}
 	p.connections.Go(func() {
 		var carries *carrying
 		err := p.protect(func() (err error) {
 			carries, err = serve()
 			return err
 		})
-		if err != nil || carries == nil {
-			p.end(c, err)
-			p.live.remove(c)
+		if err != nil {
+			ended(err)
 			return
 		}
-		carries.relay.start(&p.connections, func(err error) {
-			p.end(c, p.protect(func() error { return carries.ended(err) }))
-			p.live.remove(c)
+		carries.start(&p.connections, func(err error) {
+			ended(p.protect(func() error { return carries.ended(err) }))
 		})
 	})
 }
@@ -290,21 +306,34 @@ func (p *Proxy) authorize(c *connection) error {
 	return nil
 }
 
-// carry is the copying between the two legs of c. application is the end on this node.
-func (p *Proxy) carry(c *connection, application, peer leg) *carrying {
-	r := &relay{a: application, b: peer, fromA: &c.sent, fromB: &c.received, protect: p.protect}
+// relay is the copying between the two legs of c. application is the end on this node.
+func (p *Proxy) relay(c *connection, application, peer leg) *relay {
+	fromA, fromB := &c.sent, &c.received
 	if c.about.Direction == admin.Inbound {
-		r.fromA, r.fromB = &c.received, &c.sent
+		fromA, fromB = fromB, fromA
 	}
+	r := newRelay(application, peer, fromA, fromB, p.protect, p.rests)
+	c.onCut(r.resume)
+	return r
+}
+
+// carry is relay, and what is to follow.
+func (p *Proxy) carry(c *connection, application, peer leg) *carrying {
+	r, ended := p.relay(c, application, peer), p.limited(c)
+	return &carrying{r.start, ended}
+}
+
+// limited has limits.idle end c, and returns what makes of the relay's end the connection's.
+func (p *Proxy) limited(c *connection) (ended func(err error) error) {
 	stop := p.limitIdle(c)
-	return &carrying{r, func(err error) error {
+	return func(err error) error {
 		stop()
 		if remote, ok := errors.AsType[*net.OpError](err); ok && remote.Op == "remote error" && c.received.Load() == 0 {
 			// With TLS 1.3 the client is told only now that its certificate was refused.
 			return &catalog.Refusal{Reason: catalog.ReasonHandshakeFailed, Err: fmt.Errorf("do the TLS handshake: the peer refused it: %w", err)}
 		}
 		return err
-	}}
+	}
 }
 
 // limitIdle cuts c off when limits.idle passed without a byte, give or take a quarter. It looks at the byte counts, so

@@ -29,14 +29,14 @@ func (r *reclaimer) due(allocated uint64) bool {
 	return true
 }
 
-// reclaim gives memory back until ctx ends.
-func reclaim(ctx context.Context, log *slog.Logger) {
+// reclaim gives memory back until ctx ends. freed is how many bytes were ever freed at once, without a collection.
+func reclaim(ctx context.Context, log *slog.Logger, freed func() uint64) {
 	allocated := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	var r reclaimer
 	for tick := time.NewTicker(reclaimLook); ; {
 		select {
 		case <-tick.C:
-			if metrics.Read(allocated); r.due(allocated[0].Value.Uint64()) {
+			if metrics.Read(allocated); r.due(allocated[0].Value.Uint64() + freed()) {
 				if err := GiveBack(); err != nil {
 					log.Warn("memory that is not used is not given back", "error", err)
 				}

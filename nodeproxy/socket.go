@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"nodeproxy.io/nodeproxy/tunnel"
@@ -67,6 +68,7 @@ func (b *buffers) put(p *buffer) { b.pool.Put(p) }
 //
 // The socket never blocks, so its system calls are not announced to the scheduler: that costs more than a small read.
 type socket struct {
+	conn pollable
 	raw  syscall.RawConn
 	pool *buffers
 
@@ -92,12 +94,18 @@ type writing struct {
 	ready func(fd uintptr) (done bool)
 }
 
-func newSocket(conn syscall.Conn, pool *buffers) (*socket, error) {
+// pollable is a *net.TCPConn or a *net.UnixConn.
+type pollable interface {
+	syscall.Conn
+	SetReadDeadline(t time.Time) error
+}
+
+func newSocket(conn pollable, pool *buffers) (*socket, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	s := &socket{raw: raw, pool: pool}
+	s := &socket{conn: conn, raw: raw, pool: pool}
 	s.reading.ready, s.writing.ready = s.readReady, s.writeReady
 	return s, nil
 }
@@ -153,6 +161,10 @@ func (s *socket) readReady(fd uintptr) (done bool) {
 	}
 	return true
 }
+
+// interrupt has reads fail with os.ErrDeadlineExceeded, the one that waits too, until goOn.
+func (s *socket) interrupt() { _ = s.conn.SetReadDeadline(time.Unix(1, 0)) } // it fails only when the socket is closed
+func (s *socket) goOn()      { _ = s.conn.SetReadDeadline(time.Time{}) }
 
 // quiet says whether the socket has nothing to read and is not closed, without waiting.
 func (s *socket) quiet() bool {

@@ -18,38 +18,59 @@ const noticeTime = 100 * time.Millisecond
 // lateClose is for how long a destination keeps an idle tunnel after its source should have closed it.
 const lateClose = 15 * time.Second
 
-// tunnelEnd is a tunnel that leads to an instance of this node. Its goroutine serves one stream after the other; retire and
-// resting may be called by any.
+// tunnelEnd is a tunnel that leads to an instance of this node. One goroutine serves one stream after the other, or none while a
+// stream rests; retire and resting may be called by any.
 type tunnelEnd struct {
 	inbound // the connection that became the tunnel
 	link    *link
-	trust   uint64    // of the state by which the peer was verified
-	until   time.Time // when it is closed without a stream
+	trust   uint64          // of the state by which the peer was verified
+	until   time.Time       // when it is closed without a stream
+	over    func(err error) // is called at last
 
 	mu      sync.Mutex
 	places  func() // gives back what an idle tunnel takes; nil while there is a stream
 	retired bool   // no further stream
 }
 
-// serveTunnel serves the streams of a tunnel until it is closed. in's own connection ends here without a word: every
-// stream is a connection.
-func (in *inbound) serveTunnel(l *link, trust uint64) {
+// serveTunnel is what is left of in, which became a tunnel. Its own connection ends here without a word: every stream is a connection.
+func (in *inbound) serveTunnel(l *link, trust uint64) *carrying {
 	e := &tunnelEnd{inbound: *in, link: l, trust: trust}
+	return &carrying{e.start, func(err error) error { return err }}
+}
+
+func (e *tunnelEnd) start(_ *sync.WaitGroup, over func(err error)) {
+	e.over = over
 	e.tunnels.add(e)
-	defer e.tunnels.remove(e)
-	defer e.close()
 	e.c.silence()
 	e.live.remove(e.c)
-	if !e.restFirst() {
-		return
-	}
-	for {
-		o, err := l.awaitOpening(e.until, e.cfg.Limits.Handshake)
-		if err != nil || !e.wake() || !e.stream(o) || !e.rest() {
-			e.lastWord()
-			return // whoever is opening notices, and does it again
+	again := false
+	err := e.protect(func() error {
+		again = e.restFirst()
+		return nil
+	})
+	e.serve(again && err == nil)
+}
+
+// serve serves streams until e is closed, or one rests: who goes on with that serves the next ones.
+func (e *tunnelEnd) serve(again bool) {
+	for again {
+		var o tunnel.Opening
+		woken := false
+		err := e.protect(func() (err error) {
+			if o, err = e.link.awaitOpening(e.until, e.cfg.Limits.Handshake); err == nil {
+				woken = e.wake()
+			}
+			return err
+		})
+		if err != nil || !woken {
+			break // whoever is opening notices, and does it again
+		}
+		over := false
+		if again, over = e.stream(o); !over {
+			return
 		}
 	}
+	e.close()
 }
 
 // restFirst is rest of a new tunnel. Where idle ones have no place left it keeps those of a handshake, has no more time than
@@ -76,7 +97,7 @@ func (e *tunnelEnd) tell() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.places != nil {
-		_ = e.conn.SetReadDeadline(time.Unix(1, 0)) // of serveTunnel, which writes alone
+		_ = e.conn.SetReadDeadline(time.Unix(1, 0)) // of serve, which writes alone
 	}
 }
 
@@ -145,29 +166,56 @@ func (e *tunnelEnd) resting() bool {
 	return e.places != nil
 }
 
+// close ends e, without a stream.
 func (e *tunnelEnd) close() {
+	_ = e.protect(func() error { // which tells
+		e.lastWord()
+		return nil
+	})
 	_ = e.conn.Close()
 	e.mu.Lock()
-	defer e.mu.Unlock()
 	if e.places != nil {
 		e.places()
 		e.places = nil
 	}
+	e.mu.Unlock()
+	e.tunnels.remove(e)
+	e.over(nil)
 }
 
-// stream serves one stream. It returns false when e is not fit for another.
-func (e *tunnelEnd) stream(o tunnel.Opening) (again bool) {
+// stream serves one stream. over is false if that rests: then who goes on with it will serve. again is false when e is not fit for
+// another.
+func (e *tunnelEnd) stream(o tunnel.Opening) (again, over bool) {
 	c := newConnection(e.lastID.Add(1), admin.Inbound)
 	c.via(admin.PathTunnel)
 	_ = c.hold(e.conn) // c is new: it cannot have been cut off
 	e.live.add(c)
-	defer e.live.remove(c)
+	ended := func(err error) (again bool) {
+		defer e.live.remove(c)
+		errEnd := e.protect(func() error {
+			again = e.link.ready() && c.letGo(e.conn)
+			e.end(c, err)
+			again = again && e.rest()
+			return nil
+		})
+		return again && errEnd == nil
+	}
 	s := inboundStream{inbound: e.inbound, end: e, opening: o}
 	s.c = c
-	err := e.protect(s.serve)
-	again = e.link.ready() && c.letGo(e.conn)
-	e.end(c, err)
-	return again
+	over = true
+	err := e.protect(func() error {
+		r, limited, err := s.serve()
+		if err != nil {
+			return err
+		}
+		if err, over = r.run(&e.connections, func(err error) {
+			e.serve(ended(e.protect(func() error { return limited(err) })))
+		}); over {
+			err = limited(err)
+		}
+		return err
+	})
+	return over && ended(err), over
 }
 
 // inboundStream is one stream of a tunnel: a connection like any other, but for the handshake.
@@ -177,24 +225,24 @@ type inboundStream struct {
 	opening tunnel.Opening
 }
 
-func (s *inboundStream) serve() error {
+// serve begins the stream, whose bytes the relay is to carry.
+func (s *inboundStream) serve() (r *relay, ended func(err error) error, err error) {
 	l := s.end.link
 	// Until the answer is sent, the peer must read and the application accept.
 	if err := s.conn.SetDeadline(time.Now().Add(s.cfg.Limits.Handshake + s.cfg.Limits.Connect)); err != nil {
-		return err
+		return nil, nil, err
 	}
 	application, err := s.admit()
 	if err != nil {
-		return errors.Join(err, s.refuse(err))
+		return nil, nil, errors.Join(err, s.refuse(err))
 	}
 	if err := s.open(s.c); err != nil {
-		return err
+		return nil, nil, err
 	}
 	if err := errors.Join(l.control(tunnel.Accepted, nil), s.conn.SetDeadline(time.Time{})); err != nil {
-		return err
+		return nil, nil, err
 	}
-	carries := s.carry(s.c, application, l)
-	return carries.ended(carries.relay.run())
+	return s.relay(s.c, application, l), s.limited(s.c), nil
 }
 
 // admit keeps the order of a Connect server: identity, intention, limits, and only then the application.

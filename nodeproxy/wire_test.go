@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -349,15 +350,12 @@ func BenchmarkCopy(b *testing.B) {
 
 func startRelay(b *testing.B, x, y leg) {
 	var up, down atomic.Uint64
-	r := relay{a: x, b: y, fromA: &up, fromB: &down, protect: func(run func() error) error { return run() }}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		r.run()
-	}()
+	r := newRelay(x, y, &up, &down, func(run func() error) error { return run() }, nil)
+	var group sync.WaitGroup
+	r.start(&group, func(error) {})
 	b.Cleanup(func() {
 		r.finish(context.Canceled)
-		<-done
+		group.Wait()
 	})
 }
 

@@ -22,7 +22,7 @@ import (
 const (
 	apiPort = 8080
 	// stepTimeout bounds every wait, so that a claim that does not hold ends the demonstration and does not hang it. Emulated machines are slow.
-	stepTimeout = time.Minute
+	stepTimeout = 2 * time.Minute
 )
 
 // Config says how to show it.
