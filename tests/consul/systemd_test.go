@@ -160,16 +160,20 @@ func TestTheSidecarsOfAUnitThatIsBeingStoppedAreCritical(t *testing.T) {
 }
 
 // stream is a live connection of web's.
-func (u *units) stream(service string) (live *netlab.Process) {
+func (u *units) stream(service string) *netlab.Process {
 	u.t.Helper()
 	to := u.virtual(service)
-	u.must(u.agent.Await(u.ctx(), "web reaches "+service, func() (err error) {
-		if live, err = u.host.Start("web.service", programs.app, "dial", "-timeout", "5m", to, "stream"); err != nil {
-			return err
+	u.must(u.agent.Await(u.ctx(), "web reaches "+service, func() error {
+		out, err := u.host.Run(u.ctx(), "web.service", programs.app, "dial", to, "peer")
+		if err == nil && !strings.Contains(out, "accept=") {
+			err = errors.New(out)
 		}
-		u.t.Cleanup(live.Kill)
-		return live.WaitOutput(u.ctx(), "a line")
+		return err
 	}))
+	live, err := u.host.Start("web.service", programs.app, "dial", "-timeout", "5m", to, "stream")
+	u.must(err)
+	u.t.Cleanup(live.Kill)
+	u.must(live.WaitOutput(u.ctx(), "a line"))
 	return live
 }
 
