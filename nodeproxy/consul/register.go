@@ -133,7 +133,7 @@ func sidecar(app *api.AgentService, port uint16, ending bool) *api.AgentServiceR
 		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: app.Service, DestinationServiceID: app.ID},
 		Checks: api.AgentServiceChecks{
 			{CheckID: id + "-app", Name: "application", AliasService: app.ID},
-			{CheckID: id + "-np", Name: "node proxy", AliasService: proxyService},
+			{CheckID: id + "-np", Name: "node proxy", AliasService: proxyService, Status: api.HealthPassing}, // who registers it runs
 		},
 	}
 	if ending {
