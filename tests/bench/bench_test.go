@@ -49,8 +49,8 @@ func TestSmoke(t *testing.T) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		t.Fatal(err)
 	}
-	if want := len(kinds()) * 2 * (5 + len(peers())); len(r.Samples) != want {
-		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over five paths and those of the peers", len(r.Samples), want)
+	if want := len(kinds()) * 2 * (5 + len(peers()) + len(references())); len(r.Samples) != want {
+		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over five paths and those of peers and references", len(r.Samples), want)
 	}
 	if want := 2*len(goals()) + 2; len(r.Goals) != want { // with two numbers of connections each, and memory with tunnels and without
 		t.Errorf("%d goals, want %d", len(r.Goals), want)
@@ -171,6 +171,31 @@ func TestPathsAreComparedWithTheBestPeerOfEachRound(t *testing.T) {
 		if got.Best != "a" {
 			t.Errorf("%s: the best is %s", metric, got.Best)
 		}
+	}
+}
+
+// A reference is compared with its own path alone, and is no peer, however good it is.
+func TestAReferenceIsNoPeer(t *testing.T) {
+	paths := []*path{
+		{name: tunnels, baseline: plainFar}, {name: mtls, baseline: plainFar},
+		{name: "a", baseline: plainFar, peer: true}, {name: "r", baseline: plainFar, beside: tunnels},
+	}
+	var samples []sample
+	for _, n := range []int{1, 2} {
+		for name, rate := range map[string]int{tunnels: 100, mtls: 30, "a": 50, "r": 200} {
+			samples = append(samples, sample{Round: n, Path: name, Kind: connect, Connections: 1, CPU: 1, Outcome: outcome{Operations: rate * n, Seconds: 1}})
+		}
+	}
+	r := &report{Matches: matches(paths, []int{1}, samples)}
+	for path, want := range map[string]float64{tunnels: 2, mtls: 0.6, "r": 0} {
+		if got := r.match("connect, request, close", path, 1).Ratio.Median; got != want {
+			t.Errorf("%s is %v of the best peer, want %v", path, got, want)
+		}
+	}
+	want := match{Metric: "connect, request, close", Connections: 1, Path: tunnels, Best: "r", Ratio: spread{0.5, 0.5, 0.5}}
+	i := slices.IndexFunc(bounds(paths, []int{1}, samples), func(m match) bool { return m.Metric == want.Metric })
+	if i < 0 || bounds(paths, []int{1}, samples)[i] != want {
+		t.Errorf("the bounds are %+v, want %+v among them", bounds(paths, []int{1}, samples), want)
 	}
 }
 

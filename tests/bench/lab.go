@@ -25,6 +25,7 @@ type path struct {
 	name     string
 	baseline string // the path of plain TCP between the same places; "" for that itself
 	peer     bool   // somebody else's proxies
+	beside   string // somebody else's too, but a reference: the path that is compared with it
 	lab      *lab
 	client   *netlab.Workload
 	to       netip.AddrPort
@@ -33,9 +34,12 @@ type path struct {
 	proxies  proxies // on the client's side, on the server's
 }
 
-// rank puts the peers behind nodeproxy.
+// rank puts the peers behind nodeproxy, and the references behind them.
 func (p *path) rank() int {
-	if p.peer {
+	switch {
+	case p.beside != "":
+		return 2
+	case p.peer:
 		return 1
 	}
 	return 0

@@ -189,7 +189,7 @@ func timed(ctx context.Context, c *client, used proxies, s *sample) error {
 func (b *bench) memory(ctx context.Context) ([]memory, error) {
 	var all []memory
 	for _, p := range b.paths {
-		if p.baseline != plainFar {
+		if p.baseline != plainFar || p.beside != "" {
 			continue
 		}
 		for _, n := range b.idle {

@@ -21,8 +21,17 @@ func (p *pairing) files(suffix, near, far string) (nearPath, farPath string, err
 	return nearPath, farPath, os.WriteFile(farPath, []byte(far), 0o600)
 }
 
-// haproxy follows "Configuration Manual", sections 3 to 5.
 func haproxy(p *pairing) (near, far netlab.Command, err error) {
+	c := p.credentials
+	const version = "ssl-min-ver TLSv1.3 ciphersuites TLS_AES_128_GCM_SHA256"
+	return haproxyPair(p, fmt.Sprintf("ssl crt %s ca-file %s verify required verifyhost far "+version, c.near.both, c.root),
+		fmt.Sprintf("ssl crt %s ca-file %s verify required "+version, c.far.both, c.root))
+}
+
+func plainHAProxy(p *pairing) (near, far netlab.Command, err error) { return haproxyPair(p, "", "") }
+
+// haproxyPair follows "Configuration Manual", sections 3 to 5. What the two are told of TLS is in dial and in listen.
+func haproxyPair(p *pairing, dial, listen string) (near, far netlab.Command, err error) {
 	const head = `global
   maxconn %d
 defaults
@@ -31,14 +40,13 @@ defaults
   timeout client 1h
   timeout server 1h
 `
-	c := p.credentials
 	nearPath, farPath, err := p.files(".cfg", fmt.Sprintf(head+`listen near
   bind %s
-  server far %s ssl crt %s ca-file %s verify required verifyhost far ssl-min-ver TLSv1.3 ciphersuites TLS_AES_128_GCM_SHA256
-`, room(), p.near, p.far, c.near.both, c.root), fmt.Sprintf(head+`listen far
-  bind %s ssl crt %s ca-file %s verify required ssl-min-ver TLSv1.3 ciphersuites TLS_AES_128_GCM_SHA256
+  server far %s %s
+`, room(), p.near, p.far, dial), fmt.Sprintf(head+`listen far
+  bind %s %s
   server application %s
-`, room(), p.far, c.far.both, c.root, p.to))
+`, room(), p.far, listen, p.to))
 	return netlab.Command{Args: []string{"-db", "-f", nearPath}}, netlab.Command{Args: []string{"-db", "-f", farPath}}, err
 }
 
@@ -116,8 +124,17 @@ func consulProxy(p *pairing) (near, far netlab.Command, err error) {
 
 type object = map[string]any
 
-// envoy follows the v3 API: listener.v3.Listener, tcp_proxy.v3.TcpProxy, tls.v3.
 func envoy(p *pairing) (near, far netlab.Command, err error) {
+	return envoyPair(p, object{"sni": "far"})
+}
+
+func envoyWithoutSessions(p *pairing) (near, far netlab.Command, err error) {
+	return envoyPair(p, object{"sni": "far", "max_session_keys": 0})
+}
+
+// envoyPair follows the v3 API: listener.v3.Listener, tcp_proxy.v3.TcpProxy, tls.v3. What is added to the client's side of TLS is in
+// upstream.
+func envoyPair(p *pairing, upstream object) (near, far netlab.Command, err error) {
 	const api = "type.googleapis.com/envoy.extensions."
 	address := func(host string, port uint16) object {
 		return object{"socket_address": object{"address": host, "port_value": port}}
@@ -158,7 +175,7 @@ func envoy(p *pairing) (near, far netlab.Command, err error) {
 		return string(text), err
 	}
 	meet := address(p.far.Addr().String(), p.far.Port())
-	nearText, err := bootstrap(address(p.near.Addr().String(), p.near.Port()), meet, nil, tls("Upstream", p.credentials.near, object{"sni": "far"}))
+	nearText, err := bootstrap(address(p.near.Addr().String(), p.near.Port()), meet, nil, tls("Upstream", p.credentials.near, upstream))
 	if err != nil {
 		return near, far, err
 	}

@@ -22,8 +22,10 @@ import (
 
 // peer is another mTLS proxy, run as a pair in the place of the two daemons: one beside the client, one beside the server.
 type peer struct {
-	name string
-	find func() (string, error) // its program
+	name   string
+	find   func() (string, error) // its program
+	beside string                 // not a peer but a reference: the path of nodeproxy's that is compared with it
+	plain  bool                   // it does no TLS
 	// pair says how its two proxies are started. Files go to p.dir.
 	pair func(p *pairing) (near, far netlab.Command, err error)
 }
@@ -43,11 +45,20 @@ type pairing struct {
 // TLS 1.3, AES-GCM, EC P-256, client certificates, room for 10,000 connections, and no time limit on idle ones.
 func peers() []peer {
 	return []peer{
-		{"HAProxy", debian("haproxy"), haproxy},
-		{"nginx stream", debian("nginx"), nginx},
-		{"stunnel", debian("stunnel4"), stunnel},
-		{"consul connect proxy", consul.Binary, consulProxy},
-		{"Envoy", consul.Envoy, envoy},
+		{name: "HAProxy", find: debian("haproxy"), pair: haproxy},
+		{name: "nginx stream", find: debian("nginx"), pair: nginx},
+		{name: "stunnel", find: debian("stunnel4"), pair: stunnel},
+		{name: "consul connect proxy", find: consul.Binary, pair: consulProxy},
+		{name: "Envoy", find: consul.Envoy, pair: envoy},
+	}
+}
+
+// references are pairs that show what bounds a path of nodeproxy's: what two proxies cost that do no TLS, and what a handshake costs
+// where nothing is resumed. They are not among the peers.
+func references() []peer {
+	return []peer{
+		{name: "HAProxy, plaintext", beside: tunnels, plain: true, find: debian("haproxy"), pair: plainHAProxy},
+		{name: "Envoy, whole handshakes", beside: mtls, find: consul.Envoy, pair: envoyWithoutSessions},
 	}
 }
 
@@ -66,8 +77,8 @@ const (
 	farPorts  = 9200
 )
 
-// startPeers starts each pair beside the client and the server of plain TCP, and returns the paths through them. That they do mTLS
-// is proved before.
+// startPeers starts each pair, peers and references, beside the client and the server of plain TCP, and returns the paths through
+// them. That they do mTLS is proved before.
 func (l *lab) startPeers(ctx context.Context, client, server *netlab.Workload) ([]*path, error) {
 	dir := filepath.Join(l.Dir(), "peers")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -82,16 +93,19 @@ func (l *lab) startPeers(ctx context.Context, client, server *netlab.Workload) (
 		return nil, err
 	}
 	var paths []*path
-	for i, peer := range peers() {
+	for i, peer := range append(peers(), references()...) {
 		p := &pairing{
-			dir: filepath.Join(dir, strings.ReplaceAll(peer.name, " ", "-")), credentials: keys, consul: agent.String(),
+			dir: filepath.Join(dir, strings.NewReplacer(" ", "-", ",", "").Replace(peer.name)), credentials: keys, consul: agent.String(),
 			near: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(nearPorts+i)),
 			far:  netip.AddrPortFrom(server.IPv4, uint16(farPorts+i)),
 			to:   netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), servicePort),
 		}
-		way := &path{name: peer.name, baseline: plainFar, peer: true, lab: l, client: client, to: p.near}
+		way := &path{name: peer.name, baseline: plainFar, peer: peer.beside == "", beside: peer.beside, lab: l, client: client, to: p.near}
 		if way.proxies, err = l.startPeer(ctx, &peer, p, client, server); err == nil {
-			err = errors.Join(carries(ctx, client.Namespace, p.near), provesMTLS(ctx, client.Namespace, p.far))
+			err = carries(ctx, client.Namespace, p.near)
+		}
+		if err == nil && !peer.plain {
+			err = provesMTLS(ctx, client.Namespace, p.far)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("start %s: %w", peer.name, err)

@@ -19,6 +19,7 @@ type report struct {
 	Goals    []result     `json:"goals"`
 	Ratios   []comparison `json:"ratios"`
 	Matches  []match      `json:"matches"`
+	Bounds   []match      `json:"bounds"`
 	Costs    []cost       `json:"costs"`
 	Memory   []memory     `json:"memory"`
 	Profiles []profiled   `json:"profiles"`
@@ -33,7 +34,8 @@ func newReport(s *settings, m machine, paths []*path, idle []memory, samples []s
 	r := &report{
 		Command: "make bench", Machine: m, Rounds: s.rounds, Duration: s.duration.String(),
 		Ratios: compare(paths, s.connections, samples), Matches: matches(paths, s.connections, samples),
-		Costs: costs(paths, s.connections, samples), Memory: idle, Samples: samples, paths: paths, connections: s.connections,
+		Bounds: bounds(paths, s.connections, samples),
+		Costs:  costs(paths, s.connections, samples), Memory: idle, Samples: samples, paths: paths, connections: s.connections,
 	}
 	r.Goals = r.results()
 	return r
@@ -82,6 +84,8 @@ func (r *report) tables() string {
 	var b strings.Builder
 	b.WriteString("\n## Goals\n\n")
 	b.WriteString(r.goalTable())
+	b.WriteString("\nWhat bounds them: the same beside a pair of proxies that does no TLS, and beside one whose sessions are turned off.\n\n")
+	b.WriteString(r.boundTable())
 	b.WriteString(r.profileList())
 	b.WriteString("\n## Beside the best peer, node to node\n\nThe best in each round; named is the one with the best median.\n\n")
 	b.WriteString(r.matchTable())
@@ -154,6 +158,14 @@ func (r *report) matchTable() string {
 		if m.Path == tunnels {
 			t.row(m.Metric, fmt.Sprint(m.Connections), m.Best, m.Ratio.String(), r.match(m.Metric, mtls, m.Connections).Ratio.String())
 		}
+	}
+	return t.String()
+}
+
+func (r *report) boundTable() string {
+	t := newTable("", "connections", "is")
+	for _, m := range r.Bounds {
+		t.row(fmt.Sprintf("%s, %s / %s", m.Path, m.Metric, m.Best), fmt.Sprint(m.Connections), m.Ratio.String())
 	}
 	return t.String()
 }

@@ -88,13 +88,9 @@ func compare(paths []*path, connections []int, samples []sample) []comparison {
 		for _, m := range compared() {
 			for _, n := range connections {
 				values, baselines := m.values(samples, p.name, n), m.values(samples, p.baseline, n)
-				ratios := make([]float64, len(values))
-				for round := range values {
-					ratios[round] = values[round] / baselines[round]
-				}
 				all = append(all, comparison{
 					Metric: m.Name, Unit: m.unit, Connections: n, Path: p.name, format: m.format,
-					Baseline: spreadOf(baselines).Median, Value: spreadOf(values).Median, Ratio: spreadOf(ratios),
+					Baseline: spreadOf(baselines).Median, Value: spreadOf(values).Median, Ratio: m.ratio(samples, p.name, n, baselines),
 				})
 			}
 		}
@@ -102,12 +98,12 @@ func compare(paths []*path, connections []int, samples []sample) []comparison {
 	return all
 }
 
-// match is one metric of a path of nodeproxy's beside the peer that was best at it in each round.
+// match is one metric of a path of nodeproxy's beside the peer that was best at it in each round, or beside its reference.
 type match struct {
 	Metric      string `json:"metric"`
 	Connections int    `json:"connections"`
 	Path        string `json:"path"`
-	Best        string `json:"best"` // the peer whose median is
+	Best        string `json:"best"` // the peer whose median is, or the reference
 	Ratio       spread `json:"ratio"`
 }
 
@@ -121,18 +117,39 @@ func matches(paths []*path, connections []int, samples []sample) []match {
 				continue
 			}
 			for _, p := range paths {
-				if p.peer || p.baseline != plainFar {
+				if p.rank() > 0 || p.baseline != plainFar {
 					continue
 				}
-				ratios := m.values(samples, p.name, n)
-				for round := range ratios {
-					ratios[round] /= best[round]
-				}
-				all = append(all, match{m.Name, n, p.name, name, spreadOf(ratios)})
+				all = append(all, match{m.Name, n, p.name, name, m.ratio(samples, p.name, n, best)})
 			}
 		}
 	}
 	return all
+}
+
+// bounds compares paths with their references, in what has a goal beside the best peer.
+func bounds(paths []*path, connections []int, samples []sample) []match {
+	var all []match
+	for _, m := range append(compared(), charged()...) {
+		for _, p := range paths {
+			if !slices.ContainsFunc(goals(), func(g goal) bool { return g.peer && g.metric == m.Name && g.path == p.beside }) {
+				continue
+			}
+			for _, n := range connections {
+				all = append(all, match{m.Name, n, p.beside, p.name, m.ratio(samples, p.beside, n, m.values(samples, p.name, n))})
+			}
+		}
+	}
+	return all
+}
+
+// ratio is that of path's values to others, round by round.
+func (m *metric) ratio(samples []sample, path string, connections int, others []float64) spread {
+	ratios := m.values(samples, path, connections)
+	for round := range ratios {
+		ratios[round] /= others[round]
+	}
+	return spreadOf(ratios)
 }
 
 // best is the best value of any peer in each round, and the peer whose median is.
