@@ -199,6 +199,14 @@ func TestAReferenceIsNoPeer(t *testing.T) {
 	}
 }
 
+func TestIdleConnectionsAreAsManyAsOpenFilesAllow(t *testing.T) {
+	for limit, want := range map[int][]int{1 << 16: {0, 1000, 10000}, 20000: {0, 1000, 8000}, 4600: {0, 1000}, 2048: {0}, 100: {0}} {
+		if got := fitting([]int{0, 1000, 10000}, limit); !slices.Equal(got, want) {
+			t.Errorf("with %d open files the numbers of idle connections are %v, want %v", limit, got, want)
+		}
+	}
+}
+
 func TestTableIsAlignedMarkdown(t *testing.T) {
 	table := newTable("", "n")
 	table.row("µs", "10")

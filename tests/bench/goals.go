@@ -57,7 +57,7 @@ func (r *report) results() (all []result) {
 	none := make(map[string][]uint64)
 	for _, m := range r.Memory {
 		switch {
-		case m.Path != tunnels && m.Path != mtls || m.Resident == nil:
+		case m.Path != tunnels && m.Path != mtls:
 		case m.Connections == 0:
 			none[m.Path] = m.Resident
 		case none[m.Path] != nil:

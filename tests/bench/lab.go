@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -243,15 +244,24 @@ func raiseOpenFiles() {
 	var limit syscall.Rlimit
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil && limit.Cur < openFiles {
 		limit.Cur, limit.Max = openFiles, max(limit.Max, openFiles)
-		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) // what does not fit is left out, and said
+		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) // see fitting
 	}
 }
 
-// otherFiles are those of a proxy that are no connections.
-const otherFiles = 1024
+// otherFiles are those of a proxy that are no connections, and what a daemon keeps free for them (see check.FittingConnections).
+const otherFiles = 2560
 
-// fits says whether a daemon may have so many connections, at two open files each.
-func fits(connections int) bool { return 2*connections+otherFiles <= openFilesLimit() }
+// fitting is connections, each cut down to as many thousands as a daemon may have with limit open files, at two for each.
+func fitting(connections []int, limit int) []int {
+	var all []int
+	for _, n := range connections {
+		if 2*n+otherFiles > limit {
+			n = (limit - otherFiles) / 2 / 1000 * 1000
+		}
+		all = append(all, max(n, 0))
+	}
+	return slices.Compact(all)
+}
 
 // openFilesLimit is how many files each process of the lab may open.
 func openFilesLimit() int {

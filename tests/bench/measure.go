@@ -26,7 +26,7 @@ type sample struct {
 type memory struct {
 	Path        string   `json:"path"`
 	Connections int      `json:"connections"`
-	Resident    []uint64 `json:"resident_bytes"` // on the client's side, on the server's; nil: left out, too few open files
+	Resident    []uint64 `json:"resident_bytes"` // on the client's side, on the server's
 }
 
 // bench is one run.
@@ -192,16 +192,13 @@ func (b *bench) memory(ctx context.Context) ([]memory, error) {
 		if p.baseline != plainFar || p.beside != "" {
 			continue
 		}
-		for _, n := range b.idle {
-			m := memory{Path: p.name, Connections: n}
-			if fits(n) {
-				b.step("memory with %d idle connections, %s", n, p.name)
-				var err error
-				if m.Resident, err = b.held(ctx, p, n); err != nil {
-					return nil, fmt.Errorf("measure %d idle connections over %s: %w", n, p.name, err)
-				}
+		for _, n := range fitting(b.idle, openFilesLimit()) {
+			b.step("memory with %d idle connections, %s", n, p.name)
+			resident, err := b.held(ctx, p, n)
+			if err != nil {
+				return nil, fmt.Errorf("measure %d idle connections over %s: %w", n, p.name, err)
 			}
-			all = append(all, m)
+			all = append(all, memory{Path: p.name, Connections: n, Resident: resident})
 		}
 	}
 	return all, nil

@@ -99,7 +99,7 @@ func (r *report) tables() string {
 	for _, m := range charged() {
 		fmt.Fprintf(&b, "\n%s:\n\n%s", sentence(m.Name), r.costTable(&m))
 	}
-	b.WriteString("\n## Memory of idle connections, node to node\n\nResident, of each side's processes; what several share counts for each.\n\n")
+	b.WriteString("\n## Memory of idle connections, node to node\n\nResident, of each side's processes; what several share counts for each. The most are 10,000, or as many\nthousands as a process may have open files for (`ulimit -n`).\n\n")
 	b.WriteString(r.memoryTable())
 	return b.String()
 }
@@ -180,12 +180,7 @@ func (r *report) costTable(m *metric) string {
 func (r *report) memoryTable() string {
 	t := newTable("", "idle connections", "the client's side", "per connection", "the server's side", "per connection")
 	none := make(map[string][]uint64)
-	leftOut := ""
 	for _, m := range r.Memory {
-		if m.Resident == nil {
-			leftOut += fmt.Sprintf("\n%s with %d idle connections is left out: a process may not have enough open files for them (ulimit -n).\n", m.Path, m.Connections)
-			continue
-		}
 		if m.Connections == 0 {
 			none[m.Path] = m.Resident
 		}
@@ -199,7 +194,7 @@ func (r *report) memoryTable() string {
 		}
 		t.row(cells...)
 	}
-	return t.String() + leftOut
+	return t.String()
 }
 
 // perConnection is what each connection of m takes on a side, in KiB.
