@@ -149,32 +149,42 @@ func (ns *Namespace) ports() outboundNsReady {
 
 // Do runs f on a thread that is inside the namespace. f must not start goroutines that rely on that.
 func (ns *Namespace) Do(f func() error) error {
+	if err := ns.enter(); err != nil {
+		return err
+	}
+	errDo := f()
+	return errors.Join(errDo, ns.leave())
+}
+
+// enter takes the caller's goroutine into the namespace, on a thread of its own, until leave. An error leaves it where it was.
+func (ns *Namespace) enter() error {
 	if ns.Host {
-		return f()
+		return nil
 	}
 	runtime.LockOSThread()
-	if err := ns.enter(); err != nil {
+	raw, err := ns.file.SyscallConn()
+	if err == nil { // the file stays open meanwhile, so that Close on another goroutine cannot give its number to another one
+		var errEnter error
+		err = raw.Control(func(fd uintptr) { errEnter = unix.Setns(int(fd), unix.CLONE_NEWNET) })
+		err = errors.Join(err, errEnter)
+	}
+	if err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter network namespace %d: %w", ns.Inode, err)
 	}
-	errDo := f()
-	if err := unix.Setns(int(ns.r.home.Fd()), unix.CLONE_NEWNET); err != nil {
-		// The thread stays locked: it ends with this goroutine instead of serving another one in the wrong namespace.
-		return errors.Join(errDo, fmt.Errorf("leave network namespace %d: %w", ns.Inode, err))
-	}
-	runtime.UnlockOSThread()
-	return errDo
+	return nil
 }
 
-// enter holds the file open meanwhile, so that Close on another goroutine cannot give its number to another file.
-func (ns *Namespace) enter() error {
-	raw, err := ns.file.SyscallConn()
-	if err != nil {
-		return err
+func (ns *Namespace) leave() error {
+	if ns.Host {
+		return nil
 	}
-	var errEnter error
-	err = raw.Control(func(fd uintptr) { errEnter = unix.Setns(int(fd), unix.CLONE_NEWNET) })
-	return errors.Join(err, errEnter)
+	if err := unix.Setns(int(ns.r.home.Fd()), unix.CLONE_NEWNET); err != nil {
+		// The thread stays locked: it ends with this goroutine instead of serving another one in the wrong namespace.
+		return fmt.Errorf("leave network namespace %d: %w", ns.Inode, err)
+	}
+	runtime.UnlockOSThread()
+	return nil
 }
 
 // identify reads what names the namespace.
@@ -350,12 +360,25 @@ func (ns *Namespace) Dial(ctx context.Context, local netip.Addr, to netip.AddrPo
 	if to.Addr().Is6() {
 		network = "tcp6"
 	}
+	// Only the creation of the socket depends on the thread's namespace. Of a literal address package net makes it on this goroutine, and calls
+	// Control at once.
+	if err := ns.enter(); err != nil {
+		return nil, err
+	}
+	made := false
 	d := net.Dialer{
 		KeepAlive: -1,
 		Control: func(_, _ string, raw syscall.RawConn) error {
+			if made { // it tries once more, outside
+				return os.NewSyscallError("connect", unix.EADDRNOTAVAIL)
+			}
+			made = true
+			if err := ns.leave(); err != nil {
+				return err
+			}
 			var inner error
 			err := raw.Control(func(fd uintptr) {
-				if inner = ns.replaceSocket(int(fd), network, a); inner == nil && a.Kind == Delivery && !local.IsValid() {
+				if inner = ns.announce(int(fd), a); inner == nil && a.Kind == Delivery && !local.IsValid() {
 					inner = connectEarly(fd, to)
 				}
 			})
@@ -367,6 +390,9 @@ func (ns *Namespace) Dial(ctx context.Context, local netip.Addr, to netip.AddrPo
 		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
 	}
 	c, err := d.DialContext(ctx, network, to.String())
+	if !made {
+		err = errors.Join(err, ns.leave())
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -392,33 +418,17 @@ func connectEarly(fd uintptr, to netip.AddrPort) error {
 	return nil
 }
 
-// replaceSocket puts a socket made inside the namespace in the place of fd, before it is bound or connected. Only the
-// creation of a socket depends on the thread's namespace.
-func (ns *Namespace) replaceSocket(fd int, network string, a Announcement) error {
-	family := unix.AF_INET
-	if network == "tcp6" {
-		family = unix.AF_INET6
+// announce tells the kernel of the connection that fd is going to be.
+func (ns *Namespace) announce(fd int, a Announcement) error {
+	if a.Kind == ToPeer {
+		return nil
 	}
-	s := -1
-	err := ns.Do(func() (err error) {
-		s, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("open socket in network namespace %d: %w", ns.Inode, err)
+	p := outboundPeer{Kind: uint16(a.Kind), Workload: a.Workload}
+	if a.Client.IsValid() {
+		p.Ip, p.Port = toAddr(a.Client.Addr()), swap(a.Client.Port())
 	}
-	defer unix.Close(s)
-	if a.Kind != ToPeer {
-		p := outboundPeer{Kind: uint16(a.Kind), Workload: a.Workload}
-		if a.Client.IsValid() {
-			p.Ip, p.Port = toAddr(a.Client.Addr()), swap(a.Client.Port())
-		}
-		if err := ns.r.obj.SkPeer.Put(int32(s), p); err != nil {
-			return fmt.Errorf("announce connection: %w", err)
-		}
-	}
-	if err := unix.Dup3(s, fd, unix.O_CLOEXEC); err != nil {
-		return fmt.Errorf("put socket in place: %w", err)
+	if err := ns.r.obj.SkPeer.Put(int32(fd), p); err != nil {
+		return fmt.Errorf("announce connection: %w", err)
 	}
 	return nil
 }

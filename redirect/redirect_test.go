@@ -396,6 +396,30 @@ func TestListenersAndAcceptedSocketsNameTheirCgroup(t *testing.T) {
 	}
 }
 
+func TestASecondTryDoesNotLeaveTheNamespace(t *testing.T) {
+	n := newNode(t)
+	p := n.pod()
+	outside, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer outside.Close()
+	at := outside.Addr().(*net.TCPAddr).AddrPort()
+	// The only port that the namespace gives away is the one that is dialled: the socket meets itself, and package net tries again.
+	if err := p.netns.Sysctl("net/ipv4/ip_local_port_range", fmt.Sprintf("%d %d", at.Port(), at.Port())); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	defer cancel()
+	c, err := p.ns.Dial(ctx, netip.Addr{}, at, redirect.Announcement{})
+	if c != nil {
+		c.Close()
+	}
+	if !errors.Is(err, unix.EADDRNOTAVAIL) {
+		t.Errorf("dialled %s, at which nobody in the namespace listens: %v, %v", at, c, err)
+	}
+}
+
 func TestReapRemovesWhatNoConnectionWill(t *testing.T) {
 	n := newNode(t)
 	p := n.pod()
