@@ -343,7 +343,7 @@ func TestPlainLegsAreSplicedWithHalfClose(t *testing.T) {
 	done := make(chan error, 1)
 	var group sync.WaitGroup
 	r := newRelay(legA, legB, &fromA, &fromB, func(run func() error) error { return run() }, nil)
-	r.start(&group, func(err error) { done <- err })
+	group.Go(func() { r.start(&group, func(err error) { done <- err }) })
 	t.Cleanup(group.Wait)
 	say(t, client, "request")
 	client.CloseWrite()

@@ -44,12 +44,12 @@ func newRelay(a, b leg, fromA, fromB *atomic.Uint64, protect func(run func() err
 	return r
 }
 
-// start relays in goroutines of group, and calls ended when both ways are over; nil means that both sides closed in order. Its
-// caller can end: the stack that a handshake needed is twice what an idle connection does.
+// start relays, in the caller's goroutine and another one of group, and has ended called when both ways are over; nil means that both sides closed
+// in order. It may return before, when the caller's part is over or rests.
 func (r *relay) start(group *sync.WaitGroup, ended func(err error)) {
 	r.begin(group, ended)
-	go r.carry(&r.ways[0])
 	go r.carry(&r.ways[1])
+	r.carry(&r.ways[0])
 }
 
 // run is start of which the caller's goroutine does a part, and waits: then it returns what ended would be called with. If the

@@ -352,7 +352,7 @@ func startRelay(b *testing.B, x, y leg) {
 	var up, down atomic.Uint64
 	r := newRelay(x, y, &up, &down, func(run func() error) error { return run() }, nil)
 	var group sync.WaitGroup
-	r.start(&group, func(error) {})
+	group.Go(func() { r.start(&group, func(error) {}) })
 	b.Cleanup(func() {
 		r.finish(context.Canceled)
 		group.Wait()
