@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"runtime/debug"
 	"sync"
@@ -337,34 +338,27 @@ func (p *Proxy) limited(c *connection) (ended func(err error) error) {
 }
 
 // limitIdle cuts c off when limits.idle passed without a byte, give or take a quarter. It looks at the byte counts, so
-// that copying does not have to look at the clock. What it returns ends it.
+// that copying does not have to look at the clock. What it returns ends it; a look that is under way may cut off what is over.
 func (p *Proxy) limitIdle(c *connection) (stop func()) {
 	limit := p.cfg.Limits.Idle
 	if limit == 0 {
 		return func() {}
 	}
 	const looks = 4
-	done := make(chan struct{})
-	var watcher sync.WaitGroup
-	watcher.Go(func() {
-		tick := time.NewTicker(max(limit/looks, 1))
-		defer tick.Stop()
-		var last uint64
-		for quiet := 0; quiet < looks; quiet++ {
-			select {
-			case <-done:
-				return
-			case <-tick.C:
-			}
-			if now := c.sent.Load() + c.received.Load(); now != last {
-				last, quiet = now, -1
-			}
+	interval := max(limit/looks, 1)
+	var last uint64
+	quiet := 0
+	var timer *time.Timer
+	timer = time.AfterFunc(math.MaxInt64, func() {
+		if now := c.sent.Load() + c.received.Load(); now != last {
+			last, quiet = now, 0
+		} else if quiet++; quiet == looks {
+			c.condemn(&catalog.Refusal{Reason: catalog.ReasonIdle}, nil)
+			c.cutOff()
+			return
 		}
-		c.condemn(&catalog.Refusal{Reason: catalog.ReasonIdle}, nil)
-		c.cutOff()
+		timer.Reset(interval)
 	})
-	return func() {
-		close(done)
-		watcher.Wait()
-	}
+	timer.Reset(interval)
+	return func() { timer.Stop() }
 }
