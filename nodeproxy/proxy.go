@@ -229,12 +229,12 @@ func (p *Proxy) Settle(ctx context.Context) {
 
 // carrying is what is left to do of a connection that is open.
 type carrying struct {
-	start func(group *sync.WaitGroup, ended func(err error)) // in goroutines of group
+	start func(group *sync.WaitGroup, ended func(err error)) // in the caller's goroutine and others of group; it may return before the end
 	ended func(err error) error                              // makes of its end the connection's
 }
 
 // run registers c and calls serve in a goroutine of c's own. admitted is why c is refused at once, or nil. What serve returns goes
-// on in goroutines of its own.
+// on in it, and in others of its own.
 func (p *Proxy) run(c *connection, admitted error, serve func() (*carrying, error)) {
 	if admitted != nil {
 		p.end(c, admitted)
