@@ -35,9 +35,16 @@ func TestCallersOfAnInstanceThatEndsGoToAnotherAtOnceIfThereIsOne(t *testing.T) 
 	other := near.dial(to) // goes to the less busy one: both are as busy from now on
 	say(t, other, "ping")
 	hear(t, other, "ping")
+	calls := 0
+	told := func() {
+		t.Helper()
+		eventually(t, "all connections are told of", func() bool { return closed("api-1")+closed("api-2") == calls })
+	}
 	for closed("api-1") < 5 || closed("api-2") < 5 {
 		exchange(t, near, to)
+		calls++
 	}
+	told()
 	far.proxy.Ending([]string{busy})
 	eventually(t, "the tunnels to it that rest are closed", func() bool {
 		far.proxy.tunnels.mu.Lock()
@@ -53,8 +60,9 @@ func TestCallersOfAnInstanceThatEndsGoToAnotherAtOnceIfThereIsOne(t *testing.T) 
 	const n = 50
 	for range n {
 		exchange(t, near, to)
+		calls++
 	}
-	eventually(t, "all connections are told of", func() bool { return closed("api-1")+closed("api-2") >= n })
+	told()
 	if now := closed(busy); now != before {
 		t.Errorf("%d of %d connections went to the instance that ends", now-before, n)
 	}

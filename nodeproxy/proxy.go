@@ -141,7 +141,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 		}
 	})
 	workers.Go(func() { p.applyAll(sourceCtx, ctx) })
-	workers.Go(func() { p.tunnels.run(ctx) })
+	workers.Go(func() { p.tunnels.pool.Run(ctx) })
+	workers.Go(func() { p.tunnels.sweep(ctx) })
 	var resting sync.WaitGroup
 	resting.Go(func() {
 		if err := p.rests.run(); err != nil {

@@ -52,17 +52,14 @@ func newTunnels(limits *Limits) *tunnels {
 	}
 }
 
-// run keeps tunnels ready until ctx ends, and closes those that nobody uses then.
-func (t *tunnels) run(ctx context.Context) {
-	var pool sync.WaitGroup
-	pool.Go(func() { t.pool.Run(ctx) })
+// sweep forgets openings until ctx ends.
+func (t *tunnels) sweep(ctx context.Context) {
 	for tick := time.NewTicker(tunnel.MaxIdleTime); ; {
 		select {
 		case <-tick.C:
 			t.openings.Sweep()
 		case <-ctx.Done():
 			tick.Stop()
-			pool.Wait()
 			return
 		}
 	}
