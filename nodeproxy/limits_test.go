@@ -246,3 +246,54 @@ func TestConnectTimeoutIsTheServices(t *testing.T) {
 		t.Errorf("gave up after %s, want about two timeouts of 100 ms", took)
 	}
 }
+
+func TestIdleTunnelsAreBoundedBySourceAndInstance(t *testing.T) {
+	l := Limits{Connections: 1 << 20}
+	s := slots{taken: make(map[slotKey]int)}
+	room := func(instance, source string) (n int) {
+		for ; ; n++ {
+			if _, err := s.take(l.tunnelSlots(instance, source)...); err != nil {
+				return n
+			}
+		}
+	}
+	for i := range 5 {
+		want := 256
+		if i == 4 { // 1024 of one source are taken
+			want = 0
+		}
+		if n := room(fmt.Sprint("api-", i), "web"); n != want {
+			t.Errorf("%d of instance %d, want %d", n, i, want)
+		}
+	}
+	if n := room("api-0", "batch"); n != 256 {
+		t.Errorf("%d of another source", n)
+	}
+}
+
+func TestMaxInboundCountsStreams(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	a := m.app()
+	at := m.instance("api", "api-1", a.addr()).Mesh
+	svc := *m.next.Services["api"]
+	svc.MaxInbound = 1
+	m.next.Services = map[string]*catalog.Service{"api": &svc, "web": m.next.Services["web"]}
+	m.publish()
+	first, second := m.tunnelTo(at, "web"), m.tunnelTo(at, "web")
+	if err := first.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
+		t.Fatal(err)
+	}
+	server := a.accept()
+	m.proxy.slots.mu.Lock()
+	if n := m.proxy.slots.taken[everyConnection]; n != 1 {
+		t.Errorf("one stream and one tunnel without take %d of %s", n, everyConnection)
+	}
+	m.proxy.slots.mu.Unlock()
+	wantRefusal(t, second.open(newOpening("10.0.0.1:1"), batch{}), catalog.ReasonCapacity)
+	server.Close()
+	first.finishes()
+	m.events.wait(t, "close", is(admin.EventClose, admin.Inbound))
+	if err := second.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
+		t.Errorf("the place was not given back: %v", err)
+	}
+}

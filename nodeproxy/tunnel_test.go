@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -334,41 +335,45 @@ func TestTheSourceAddressIsShownOnlyIfItIsTheSources(t *testing.T) {
 	m.add(&catalog.Instance{ID: "api-9", Service: "api", Node: "node-2", Healthy: true, Address: netip.MustParseAddrPort("10.0.0.78:80")})
 	m.add(&catalog.Instance{ID: "web-8", Service: "web", Node: "node-1", Local: true, Healthy: true, Address: netip.MustParseAddrPort("10.0.0.79:80")})
 	m.add(&catalog.Instance{ID: "web-7", Service: "web", Node: "node-2", Healthy: true, Address: netip.MustParseAddrPort("10.0.0.80:80")})
+	never := []string{"127.0.0.9", "::1", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "169.254.0.1", "fe80::1", "255.255.255.255"}
+	for i, ip := range never { // of web in the catalog, and never to be shown all the same
+		m.add(&catalog.Instance{ID: fmt.Sprint("web-never-", i), Service: "web", Node: "node-2", Healthy: true, Address: netip.AddrPortFrom(netip.MustParseAddr(ip), 80)})
+	}
+	m.next.Leaves["other web"] = m.root.Leaf(t, strings.Replace(spiffe("web"), "dc1", "dc2", 1))
 	m.kernel.owns = func(ip netip.Addr) bool { return ip == netip.MustParseAddr("10.0.0.80") }
 	m.publish()
-	f := m.tunnelTo(inst.Mesh, "web")
-	peer := f.conn.LocalAddr().String()
+	web := m.tunnelTo(inst.Mesh, "web")
 	rejected := uint64(0)
-	for _, tc := range []struct {
+	type claim struct {
+		by    *far
 		claim string
 		shown bool
-	}{
-		{"10.0.0.77:4000", true},  // an instance of web
-		{"10.0.0.78:4000", false}, // of another service
-		{"10.0.0.79:4000", false}, // of web, on this node
-		{"10.0.0.80:4000", false}, // an address of this node, whatever the catalog says
-		{"10.0.0.99:4000", false}, // of nobody
-		{"10.0.0.77:0", false},    // no port
-		{"127.0.0.1:4000", false}, // loopback, although it is the tunnel's peer
-		{"[::1]:4000", false},
-		{"0.0.0.0:4000", false},
-		{"[::]:4000", false},
-		{"224.0.0.1:4000", false},
-		{"169.254.0.1:4000", false},
-		{"[fe80::1]:4000", false},
-		{"255.255.255.255:4000", false},
-	} {
-		if err := f.open(newOpening(tc.claim), batch{}); err != nil {
+	}
+	claims := []claim{
+		{m.tunnelTo(inst.Mesh, "other web"), "10.0.0.77:4000", false}, // that is of another datacenter
+		{web, "10.0.0.77:4000", true},                                 // an instance of web
+		{web, "10.0.0.78:4000", false},                                // of another service
+		{web, "10.0.0.79:4000", false},                                // of web, on this node
+		{web, "10.0.0.80:4000", false},                                // an address of this node, whatever the catalog says
+		{web, "10.0.0.99:4000", false},                                // of nobody
+		{web, "10.0.0.77:0", false},                                   // no port
+		{web, "127.0.0.1:4000", false},                                // loopback, although it is the tunnel's peer
+	}
+	for _, ip := range never {
+		claims = append(claims, claim{web, netip.AddrPortFrom(netip.MustParseAddr(ip), 4000).String(), false})
+	}
+	for _, tc := range claims {
+		if err := tc.by.open(newOpening(tc.claim), batch{}); err != nil {
 			t.Fatal(err)
 		}
 		a.accept().Close()
-		f.finishes()
+		tc.by.finishes()
 		m.kernel.mu.Lock()
 		got := m.kernel.clients[len(m.kernel.clients)-1].String()
 		m.kernel.mu.Unlock()
 		want := tc.claim
 		if !tc.shown {
-			want = peer
+			want = tc.by.conn.LocalAddr().String()
 			rejected++
 		}
 		if got != want {
@@ -377,28 +382,6 @@ func TestTheSourceAddressIsShownOnlyIfItIsTheSources(t *testing.T) {
 	}
 	if got := m.proxy.Status().Connections.SourceAddressRejected; got != rejected {
 		t.Errorf("%d are counted, want %d", got, rejected)
-	}
-}
-
-func TestMaxInboundCountsStreams(t *testing.T) {
-	m := newMesh(t, tunnelled)
-	a := m.app()
-	at := m.instance("api", "api-1", a.addr()).Mesh
-	svc := *m.next.Services["api"]
-	svc.MaxInbound = 1
-	m.next.Services = map[string]*catalog.Service{"api": &svc, "web": m.next.Services["web"]}
-	m.publish()
-	first, second := m.tunnelTo(at, "web"), m.tunnelTo(at, "web")
-	if err := first.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
-		t.Fatal(err)
-	}
-	server := a.accept()
-	wantRefusal(t, second.open(newOpening("10.0.0.1:1"), batch{}), catalog.ReasonCapacity)
-	server.Close()
-	first.finishes()
-	m.events.wait(t, "close", is(admin.EventClose, admin.Inbound))
-	if err := second.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
-		t.Errorf("the place was not given back: %v", err)
 	}
 }
 

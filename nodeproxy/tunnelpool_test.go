@@ -1,18 +1,142 @@
 package nodeproxy
 
 import (
+	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"nodeproxy.io/nodeproxy/catalog"
 	"nodeproxy.io/nodeproxy/mtls/mtlstest"
 	"nodeproxy.io/nodeproxy/tunnel"
+	"nodeproxy.io/nodeproxy/workload"
 )
+
+// TestATunnelIsUsedForItsOwnPairAlone has one tunnel ready, and no other made.
+func TestATunnelIsUsedForItsOwnPairAlone(t *testing.T) {
+	var full atomic.Bool
+	m := newMesh(t, tunnelled, func(_ *Config, k *fakeKernel) {
+		k.dial = func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
+			if full.Load() {
+				return nil, errors.New("there shall be no other tunnel")
+			}
+			return dialTCP(ctx, to.String())
+		}
+	})
+	api := m.instance("api", "api-1", m.echoing())
+	other := *api
+	other.Datacenter = "dc2"
+	m.alias(&catalog.Target{Service: "api", Datacenter: "dc2", Instances: []*catalog.Instance{&other}})
+	m.publish()
+	own := m.origin(apiVIP())
+	first := m.kernel.origins[m.cookie]
+	as := func(destination netip.AddrPort, change func(*workload.Origin)) string {
+		at := m.origin(destination)
+		o := *first
+		o.Destination = destination
+		change(&o)
+		m.kernel.mu.Lock()
+		defer m.kernel.mu.Unlock()
+		m.kernel.origins[m.cookie] = &o
+		return at
+	}
+	ready := func() {
+		eventually(t, "a tunnel is ready", func() bool { return m.proxy.tunnels.pool.Idle() > 0 })
+	}
+	exchange(t, m, own)
+	ready()
+	full.Store(true)
+	exchange(t, m, as(apiVIP(), func(*workload.Origin) {}))
+	for name, at := range map[string]string{
+		"of another workload":  as(apiVIP(), func(o *workload.Origin) { o.Workload = &workload.Workload{ID: 8, Service: "web"} }),
+		"of another service":   as(apiVIP(), func(o *workload.Origin) { o.Workload = &workload.Workload{ID: 7, Service: "api"} }),
+		"in another namespace": as(apiVIP(), func(o *workload.Origin) { o.Namespace = &workload.Namespace{Cookie: 1000} }),
+		"from another address": as(apiVIP(), func(o *workload.Origin) { o.Client = netip.MustParseAddrPort("10.0.0.6:4711") }),
+		"to another identity":  as(netip.MustParseAddrPort("240.0.0.9:80"), func(*workload.Origin) {}),
+	} {
+		ready()
+		t.Log(name)
+		m.wantRefused(at)
+	}
+	ready()
+	exchange(t, m, own)
+}
+
+// TestWhatHasExpiredOpensNoStream lets certificates expire while tunnels are ready, and no snapshot comes.
+func TestWhatHasExpiredOpensNoStream(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	short := m.root.Leaf(t, spiffe("web"), func(c *x509.Certificate) { c.NotAfter = time.Now().Add(3 * time.Second) })
+	m.next.Leaves = map[string]*tls.Certificate{"web": short, "api": m.next.Leaves["api"]}
+	silent := m.silent().String()
+	api, web := m.instance("api", "api-1", silent), m.instance("web", "web-1", silent)
+	m.publish()
+	from, to := m.tunnelTo(api.Mesh, "web"), m.tunnelTo(web.Mesh, "api")
+	ends := map[string]*far{"the source's": from, "the destination's": to}
+	for whose, f := range ends {
+		if err := f.Ping(time.Now().Add(patience)); err != nil || !f.Alive() {
+			t.Fatalf("before %s has expired: %v", whose, err)
+		}
+	}
+	<-time.After(time.Until(short.Leaf.NotAfter) + time.Millisecond)
+	for whose, f := range ends {
+		if f.Alive() {
+			t.Errorf("%s has expired, and the tunnel may be used", whose)
+		}
+		if err := f.open(newOpening("10.0.0.1:1"), roomFor("x")); !errors.Is(err, errTunnelEnded) && !errors.Is(err, errTruncated) && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s has expired, and an opening is answered with %v", whose, err)
+		}
+	}
+	m.neverDelivered()
+}
+
+func TestAnOpeningIsForTheInstanceThatTheTunnelLeadsTo(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	at := m.instance("api", "api-1", m.silent().String()).Mesh
+	m.publish()
+	f := m.tunnelTo(at, "web")
+	m.kernel.mu.Lock()
+	m.kernel.served[at] = &workload.Served{Instance: "web-1", Service: "web"}
+	m.kernel.mu.Unlock()
+	wantRefusal(t, f.open(newOpening("10.0.0.1:1"), roomFor("x")), catalog.ReasonUnknownService)
+	m.kernel.forget()
+	wantRefusal(t, f.open(newOpening("10.0.0.1:1"), roomFor("x")), catalog.ReasonUnknownWorkload)
+	m.neverDelivered()
+}
+
+func TestATunnelOfAnHourHasNoOtherStream(t *testing.T) {
+	m := newMesh(t, tunnelled)
+	a := m.app()
+	at := m.instance("api", "api-1", a.addr()).Mesh
+	m.publish()
+	f := m.tunnelTo(at, "web")
+	eventually(t, "the other end is ready", func() bool { return m.proxy.Status().Connections.Tunnels.Inbound == 1 })
+	m.proxy.tunnels.mu.Lock()
+	for e := range m.proxy.tunnels.ends {
+		e.mu.Lock()
+		e.link.born = time.Now().Add(-tunnel.MaxLife)
+		e.mu.Unlock()
+	}
+	m.proxy.tunnels.mu.Unlock()
+	if err := f.open(newOpening("10.0.0.1:1"), batch{}); err != nil {
+		t.Fatal(err)
+	}
+	a.accept().Close()
+	f.closeWrite()
+	if _, err := f.next(); !errors.Is(err, io.EOF) {
+		t.Error(err)
+	}
+	if _, err := f.next(); err == nil || errors.Is(err, io.EOF) {
+		t.Errorf("after an hour and its stream it goes on: %v", err)
+	}
+}
 
 func TestIdleTunnelsAreBoundedAndOneTooManyIsGoodForOneStream(t *testing.T) {
 	m := newMesh(t, tunnelled, func(c *Config, _ *fakeKernel) {

@@ -79,6 +79,7 @@ func TestTunnelsThatAreNoGoodAreNotTaken(t *testing.T) {
 		"closed by the other":  {&fake{dead: true}, 0, false, 0},
 		"idle for a minute":    {&fake{}, time.Minute, false, 0},
 		"an hour old when put": {&fake{born: time.Now().Add(-time.Hour - time.Minute)}, 0, false, 0},
+		"an hour old by now":   {&fake{born: time.Now().Add(-time.Hour + 2*time.Second)}, 3 * time.Second, false, 0},
 	} {
 		p, c := newPool(10)
 		if tc.f.born.IsZero() {
@@ -86,6 +87,9 @@ func TestTunnelsThatAreNoGoodAreNotTaken(t *testing.T) {
 		}
 		p.Take(t.Context(), "a", never)
 		p.Put("a", tc.f)
+		if old := c.t.Sub(tc.f.born) >= MaxLife; tc.f.closed != old {
+			t.Errorf("%s: closed when it is put: %v", name, tc.f.closed)
+		}
 		c.t = c.t.Add(tc.rested)
 		_, ok := p.Take(t.Context(), "a", never)
 		if ok != tc.taken || tc.f.pinged != tc.pinged || tc.f.closed == ok {
@@ -127,14 +131,16 @@ func TestThePoolIsBounded(t *testing.T) {
 func TestWhatNobodyUsesIsClosedAndForgotten(t *testing.T) {
 	p, c := newPool(10)
 	old, dead, fresh := &fake{born: c.t}, &fake{born: c.t, dead: true}, &fake{born: c.t}
+	aged := &fake{born: c.t.Add(31*time.Second - MaxLife)}
 	p.Take(t.Context(), "a", never)
 	p.Put("a", old)
 	p.Put("a", dead)
 	c.t = c.t.Add(30 * time.Second)
 	p.Put("a", fresh)
+	p.Put("a", aged)
 	c.t = c.t.Add(30 * time.Second)
 	p.tidy()
-	if !old.closed || !dead.closed || fresh.closed || p.Idle() != 1 {
+	if !old.closed || !dead.closed || !aged.closed || fresh.closed || p.Idle() != 1 {
 		t.Errorf("old %v, dead %v, fresh %v, %d idle", old.closed, dead.closed, fresh.closed, p.Idle())
 	}
 	c.t = c.t.Add(time.Minute)
