@@ -1,6 +1,8 @@
 package workload
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -91,6 +93,28 @@ func TestTheAddressOfAnUpstreamIsNotGrantedToItsWorkload(t *testing.T) {
 		}
 		if v.isUpstream(8, netip.MustParseAddrPort(at)) {
 			t.Errorf("%s is an upstream of another workload", at)
+		}
+	}
+}
+
+func TestAGrantLastsAsLongAsBothCertificates(t *testing.T) {
+	now := time.Now()
+	leaf := func(from, until time.Duration) *tls.Certificate {
+		return &tls.Certificate{Leaf: &x509.Certificate{NotBefore: now.Add(from), NotAfter: now.Add(until)}}
+	}
+	snap := &catalog.Snapshot{Leaves: map[string]*tls.Certificate{
+		"short": leaf(-time.Hour, time.Hour), "long": leaf(-time.Hour, 2*time.Hour), "expired": leaf(-time.Hour, -time.Second), "early": leaf(time.Minute, time.Hour),
+	}}
+	for _, c := range []struct {
+		source, destination string
+		want                time.Duration // 0: no grant
+	}{
+		{"short", "long", time.Hour}, {"long", "short", time.Hour}, {"long", "long", 2 * time.Hour}, {"expired", "long", 0}, {"long", "expired", 0},
+		{"early", "long", 0}, {"long", "early", 0}, {"none", "long", 0}, {"long", "none", 0},
+	} {
+		until, ok := validUntil(snap, c.source, c.destination)
+		if ok != (c.want > 0) || ok && !until.Equal(now.Add(c.want)) {
+			t.Errorf("from %s to %s until %v, %t; want %v from now", c.source, c.destination, until, ok, c.want)
 		}
 	}
 }
