@@ -284,11 +284,11 @@ func TestMaxInboundCountsStreams(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := a.accept()
-	m.proxy.slots.mu.Lock()
-	if n := m.proxy.slots.taken[everyConnection]; n != 1 {
-		t.Errorf("one stream and one tunnel without take %d of %s", n, everyConnection)
-	}
-	m.proxy.slots.mu.Unlock()
+	eventually(t, "the stream is a connection of the node's, and the other tunnel none", func() bool {
+		m.proxy.slots.mu.Lock()
+		defer m.proxy.slots.mu.Unlock()
+		return m.proxy.slots.taken[everyConnection] == 1
+	})
 	wantRefusal(t, second.open(newOpening("10.0.0.1:1"), batch{}), catalog.ReasonCapacity)
 	server.Close()
 	first.finishes()

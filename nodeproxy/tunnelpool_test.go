@@ -111,6 +111,14 @@ func TestAnOpeningIsForTheInstanceThatTheTunnelLeadsTo(t *testing.T) {
 	m.neverDelivered()
 }
 
+// wantClosed waits until the other side closes a tunnel without a stream.
+func (f *far) wantClosed(when string) {
+	f.t.Helper()
+	if _, err := f.next(); !errors.Is(err, errTunnelEnded) && !errors.Is(err, errTruncated) && !errors.Is(err, syscall.ECONNRESET) {
+		f.t.Errorf("%s a tunnel goes on: %v", when, err)
+	}
+}
+
 func TestATunnelOfAnHourHasNoOtherStream(t *testing.T) {
 	m := newMesh(t, tunnelled)
 	a := m.app()
@@ -133,9 +141,7 @@ func TestATunnelOfAnHourHasNoOtherStream(t *testing.T) {
 	if _, err := f.next(); !errors.Is(err, io.EOF) {
 		t.Error(err)
 	}
-	if _, err := f.next(); err == nil || errors.Is(err, io.EOF) {
-		t.Errorf("after an hour and its stream it goes on: %v", err)
-	}
+	f.wantClosed("after an hour and its stream")
 }
 
 func TestIdleTunnelsAreBoundedAndOneTooManyIsGoodForOneStream(t *testing.T) {
@@ -216,6 +222,36 @@ func TestNewCertificatesAndRootsRetireTunnels(t *testing.T) {
 			busy.CloseWrite()
 			wantEOF(t, busy)
 			eventually(t, "the busy one is, after its stream", func() bool { return shared(before, m.ends()) == 0 })
+		})
+	}
+}
+
+// TestEachSideClosesTunnelsOfEarlierTermsByItself has terms change on one side alone.
+func TestEachSideClosesTunnelsOfEarlierTermsByItself(t *testing.T) {
+	for name, change := range map[string]func(m *mesh, own string){
+		"its own leaf": func(m *mesh, own string) { m.renew(own) },
+		"a root more":  func(m *mesh, _ string) { m.next.Roots = append(slices.Clone(m.next.Roots), mtlstest.NewRoot(m.t).Cert) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			far := newMesh(t, tunnelled)
+			at := far.instance("api", "api-1", far.echoing()).Mesh
+			far.publish()
+			near := newMesh(t, tunnelled)
+			near.trust(far.root)
+			near.remote("api-1", at)
+			near.publish()
+			exchange(t, near, near.origin(apiVIP()))
+			eventually(t, "a tunnel is ready", func() bool { return near.proxy.tunnels.pool.Idle() > 0 })
+			change(near, "web")
+			near.publish()
+			eventually(t, "the source has closed it", func() bool { return near.proxy.tunnels.pool.Idle() == 0 })
+			f := far.tunnelTo(at, "web")
+			if err := f.Ping(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
+			change(far, "api")
+			far.publish()
+			f.wantClosed("once the destination's terms are others")
 		})
 	}
 }

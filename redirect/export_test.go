@@ -24,6 +24,16 @@ func (r *Redirect) Account(workload uint32) (int32, error) {
 	return w.Pending, err
 }
 
+// Charge has the kernel count so many entries of direct and granted for a workload.
+func (r *Redirect) Charge(workload uint32, announced, granted int32) error {
+	var w outboundWorkload
+	if err := r.obj.Workloads.Lookup(workload, &w); err != nil {
+		return err
+	}
+	w.Direct, w.Granted = announced, granted
+	return r.obj.Workloads.Put(workload, w)
+}
+
 // Announced is how many entries of direct the kernel counts for a workload.
 func (r *Redirect) Announced(workload uint32) (int32, error) {
 	var w outboundWorkload

@@ -43,6 +43,22 @@ func TestAGrantWhoseCertificateHasEndedLeadsToTheProxy(t *testing.T) {
 	}
 }
 
+func TestAWorkloadThatHasItsShareTakesTheProxy(t *testing.T) {
+	const share = 16384 // ARCHITECTURE.md, maps
+	g := newGranting(t)
+	for _, c := range []struct {
+		announced, granted int32
+		direct             bool
+	}{{share, 0, false}, {0, share, false}, {share - 1, share - 1, true}} {
+		if err := g.r.Charge(g.client.id, c.announced, c.granted); err != nil {
+			t.Fatal(err)
+		}
+		if got := g.client.dial("tcp4", virtual4+":80"); answered(got) != c.direct || !c.direct && !strings.Contains(got, "for workload") {
+			t.Errorf("with %d announced and %d granted: %s", c.announced, c.granted, got)
+		}
+	}
+}
+
 func TestARevokedGrantIsCutInEveryState(t *testing.T) {
 	g := newGranting(t)
 	var held []*netlab.Process
