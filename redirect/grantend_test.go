@@ -3,6 +3,7 @@ package redirect_test
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -96,12 +97,26 @@ func TestARevokedGrantIsCutInEveryState(t *testing.T) {
 	}
 }
 
-func TestASYNThatArrivesAfterItsGrantHasEndedIsTheProxys(t *testing.T) { grantEndsMeanwhile(t, "1") }
+func TestASYNThatArrivesAfterItsGrantHasEndedIsTheProxys(t *testing.T) {
+	grantEndsMeanwhile(t, "1", func(*granting) []redirect.Grant { return nil })
+}
 
-func TestSoItIsIfItIsAnsweredBySYNCookies(t *testing.T) { grantEndsMeanwhile(t, "2") }
+func TestSoItIsIfItIsAnsweredBySYNCookies(t *testing.T) {
+	grantEndsMeanwhile(t, "2", func(*granting) []redirect.Grant { return nil })
+}
 
-// grantEndsMeanwhile has grants end while SYNs are under way, with a value of tcp_syncookies from then on.
-func grantEndsMeanwhile(t *testing.T, cookies string) {
+func TestSoItIsIfItsGrantLeadsElsewhereByNow(t *testing.T) {
+	grantEndsMeanwhile(t, "1", func(g *granting) []redirect.Grant {
+		grants := g.grants(g.client, g.server, time.Now().Add(time.Hour))
+		for i := range grants {
+			grants[i].Targets[0].Address = netip.AddrPortFrom(grants[i].Targets[0].Address.Addr(), 8080)
+		}
+		return grants
+	})
+}
+
+// grantEndsMeanwhile has grants be others while SYNs are under way, with a value of tcp_syncookies from then on.
+func grantEndsMeanwhile(t *testing.T, cookies string, others func(*granting) []redirect.Grant) {
 	t.Helper()
 	g := newGranting(t)
 	g.server.serve()
@@ -110,7 +125,7 @@ func grantEndsMeanwhile(t *testing.T, cookies string) {
 		held = append(held, g.client.hold(g.client.cgroup, virtualKept+":80", "dialling"))
 	}
 	g.awaitGranted(len(held))
-	if err := errors.Join(g.r.SetGrants(nil), g.server.netns.Sysctl("net/ipv4/tcp_syncookies", cookies)); err != nil {
+	if err := errors.Join(g.r.SetGrants(others(g)), g.server.netns.Sysctl("net/ipv4/tcp_syncookies", cookies)); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range held {
@@ -128,6 +143,49 @@ func grantEndsMeanwhile(t *testing.T, cookies string) {
 		p.Kill()
 		g.ended(p)
 	}
+	g.settled(g.client.id, g.server.id)
+}
+
+func TestASYNThatArrivesWhenNoDaemonBeatsAnyMoreIsRefused(t *testing.T) {
+	g := newGranting(t)
+	var held []*netlab.Process
+	for range 6 { // some of their SYNs find the queue full, and are sent again a second later
+		held = append(held, g.client.hold(g.client.cgroup, virtualKept+":80", "dialling"))
+	}
+	g.awaitGranted(len(held))
+	all, err := g.r.Granted()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.rest(true)
+	if err := g.keeper.Signal(unix.SIGUSR1); err != nil { // it has room for them by then
+		t.Fatal(err)
+	}
+	refusals := 0
+	for _, c := range all {
+		if c.Opened.IsZero() {
+			refusals++
+		}
+	}
+	for end := time.Now().Add(deadline); ; time.Sleep(10 * time.Millisecond) {
+		n := 0
+		for _, p := range held {
+			if refused(p.Output()) {
+				n++
+			}
+		}
+		if n == refusals && n > 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d are refused, of %d that were under way", n, refusals)
+		}
+	}
+	for _, p := range held {
+		p.Kill()
+		g.ended(p)
+	}
+	g.rest(false)
 	g.settled(g.client.id, g.server.id)
 }
 
