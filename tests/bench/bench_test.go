@@ -49,10 +49,10 @@ func TestSmoke(t *testing.T) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		t.Fatal(err)
 	}
-	if want := len(kinds()) * 2 * (5 + len(peers()) + len(references())); len(r.Samples) != want {
-		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over five paths and those of peers and references", len(r.Samples), want)
+	if want := len(kinds()) * 2 * (6 + len(peers()) + len(references())); len(r.Samples) != want {
+		t.Errorf("%d samples, want %d: every kind, with two numbers of connections, over six paths and those of peers and references", len(r.Samples), want)
 	}
-	if want := 2*len(goals()) + 2; len(r.Goals) != want { // with two numbers of connections each, and memory with tunnels and without
+	if want := 2*len(goals()) + 3 + 2; len(r.Goals) != want { // with two numbers of connections each; the daemons under three loads; memory with tunnels and without
 		t.Errorf("%d goals, want %d", len(r.Goals), want)
 	}
 	if len(r.Profiles) == 0 && slices.ContainsFunc(r.Goals, func(g result) bool { return !g.Reached }) {

@@ -9,8 +9,20 @@ type goal struct {
 	path   string
 	peer   bool // it is to the best peer; else to plain TCP
 	least  float64
-	most   float64 // where less is better
+	most   float64 // 0: as much as there is
 }
+
+func (g *goal) wanted() string {
+	switch {
+	case g.most == 0:
+		return fmt.Sprintf("≥ %v", g.least)
+	case g.least == 0:
+		return fmt.Sprintf("≤ %v", g.most)
+	}
+	return fmt.Sprintf("%v – %v", g.least, g.most)
+}
+
+func (g *goal) reached(got float64) bool { return got >= g.least && (g.most == 0 || got <= g.most) }
 
 func goals() []goal {
 	return []goal{
@@ -18,6 +30,8 @@ func goals() []goal {
 		{what: "same node: bulk back / plain TCP", metric: "bulk from the server", path: direct, least: 0.95},
 		{what: "same node: round trip p50 / plain TCP", metric: "round trip p50", path: direct, most: 1.05},
 		{what: "same node: new connections / plain TCP", metric: "connect, request, close", path: direct, least: 0.85},
+		// Of a rate, the ratio of the node without a daemon to the one with it is that of the costs the other way round.
+		{what: "not enrolled: cost of a new connection / no daemon", metric: "connect, request, close", path: bare, least: 0.95, most: 1.05},
 		{what: "tunnels: bulk / best peer", metric: "bulk to the server", path: tunnels, peer: true, least: 1.5},
 		{what: "tunnels: bulk back / best peer", metric: "bulk from the server", path: tunnels, peer: true, least: 1.5},
 		{what: "tunnels: processor time per GB / best peer", metric: "processor time per GB to the server", path: tunnels, peer: true, most: 0.7},
@@ -30,6 +44,9 @@ func goals() []goal {
 
 // idleGoal is what an idle connection may take of each daemon, in KiB.
 const idleGoal = 16
+
+// burdenGoal is how busy the daemons may be with connections that they do not carry, as a ratio to idle ones: not busier.
+const burdenGoal = 1.05
 
 // result is a goal and what came of it.
 type result struct {
@@ -47,11 +64,13 @@ func (r *report) results() (all []result) {
 			if g.peer {
 				got = r.match(g.metric, g.path, n).Ratio.Median
 			}
-			res := result{Goal: g.what, Wanted: fmt.Sprintf("≥ %v", g.least), Connections: n, Got: got, Reached: got >= g.least}
-			if g.most > 0 {
-				res.Wanted, res.Reached = fmt.Sprintf("≤ %v", g.most), got <= g.most
-			}
-			all = append(all, res)
+			all = append(all, result{Goal: g.what, Wanted: g.wanted(), Connections: n, Got: got, Reached: g.reached(got)})
+		}
+	}
+	for _, b := range r.Burdens {
+		if b.Load != idle {
+			g := goal{most: burdenGoal}
+			all = append(all, result{"same node: processor time of the daemons, " + b.Load + " / idle", g.wanted(), burdenConnections, b.Ratio.Median, g.reached(b.Ratio.Median)})
 		}
 	}
 	none := make(map[string][]uint64)

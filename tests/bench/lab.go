@@ -49,6 +49,7 @@ func (p *path) rank() int {
 // The names of the paths.
 const (
 	plainNear = "plain TCP, same node"
+	bare      = "plain TCP, a node without a daemon"
 	plainFar  = "plain TCP, node to node"
 	direct    = "nodeproxy, same node"
 	tunnels   = "nodeproxy, tunnels"
@@ -56,7 +57,7 @@ const (
 )
 
 // lab is two nodes with a client on the first, a server on either, and all of it twice: enrolled, and plain in namespaces
-// and cgroups of the same shape that nodeproxy does not touch.
+// and cgroups of the same shape that nodeproxy does not touch. One node more, of the same shape, has no daemon.
 type lab struct {
 	*meshlab.Mesh
 	self  string // this executable
@@ -127,21 +128,27 @@ func (l *lab) build(ctx context.Context, between admin.Path) error {
 
 // others adds what nodeproxy is compared with.
 func (l *lab) others(ctx context.Context, near *path) error {
-	client, err := l.plain(ctx, 0, "plain-web")
+	lone, err := l.Lone()
 	if err != nil {
 		return err
 	}
-	var servers [2]*netlab.Workload
-	for node, name := range []string{"plain-near", "plain-far"} {
-		if servers[node], err = l.plain(ctx, node, name); err != nil {
+	plain := make(map[string]*netlab.Workload)
+	for _, place := range []struct {
+		node *netlab.Node
+		name string
+	}{{l.Nodes[0], "plain-web"}, {l.Nodes[0], "plain-near"}, {l.Nodes[1], "plain-far"}, {lone, "bare-web"}, {lone, "bare-near"}} {
+		if plain[place.name], err = l.plain(ctx, place.node, place.name); err != nil {
 			return err
 		}
 	}
-	plain := func(name string, server *netlab.Workload) *path {
-		return &path{name: name, lab: l, client: client, to: netip.AddrPortFrom(server.IPv4, servicePort)}
+	way := func(name, baseline, client, server string) *path {
+		return &path{name: name, baseline: baseline, lab: l, client: plain[client], to: netip.AddrPortFrom(plain[server].IPv4, servicePort)}
 	}
-	l.paths = []*path{plain(plainNear, servers[0]), near, plain(plainFar, servers[1]), l.far}
-	peers, err := l.startPeers(ctx, client, servers[1])
+	l.paths = []*path{
+		way(bare, plainNear, "bare-web", "bare-near"), way(plainNear, "", "plain-web", "plain-near"), near,
+		way(plainFar, "", "plain-web", "plain-far"), l.far,
+	}
+	peers, err := l.startPeers(ctx, plain["plain-web"], plain["plain-far"])
 	l.paths = append(l.paths, peers...)
 	return err
 }
@@ -156,8 +163,8 @@ func (l *lab) enrolled(ctx context.Context, node int, name string) (*netlab.Work
 	return w, l.serve(ctx, w)
 }
 
-func (l *lab) plain(ctx context.Context, node int, name string) (*netlab.Workload, error) {
-	w, err := l.Nodes[node].Workload(name)
+func (l *lab) plain(ctx context.Context, node *netlab.Node, name string) (*netlab.Workload, error) {
+	w, err := node.Workload(name)
 	if err != nil {
 		return nil, err
 	}

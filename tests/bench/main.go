@@ -93,11 +93,12 @@ type settings struct {
 	opens       int   // bounds the connections of one measurement, for the sake of the ephemeral ports
 	idle        []int // how many idle connections the memory is measured with
 	settle      time.Duration
-	profiling   int // seconds of each profile
+	watching    time.Duration // of the daemons under one load that they do not carry
+	profiling   int           // seconds of each profile
 }
 
 func parse(args []string) (settings, error) {
-	s := settings{connections: []int{1, 4, 32}, opens: 5000, idle: []int{0, 1000, 10000}, settle: 10 * time.Second, profiling: 5}
+	s := settings{connections: []int{1, 4, 32}, opens: 5000, idle: []int{0, 1000, 10000}, settle: 10 * time.Second, watching: 2 * time.Second, profiling: 5}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.StringVar(&s.binary, "nodeproxy", "build/nodeproxy", "the executable to measure")
 	flags.StringVar(&s.out, "out", "", "directory for end-to-end.json, end-to-end.md and its plots; empty: none are written")
@@ -112,7 +113,7 @@ func parse(args []string) (settings, error) {
 	}
 	if *smoke {
 		s.rounds, s.duration, s.connections = 1, 50*time.Millisecond, []int{1, 4}
-		s.opens, s.idle, s.settle, s.profiling = 100, []int{0, 100}, 0, 1
+		s.opens, s.idle, s.settle, s.watching, s.profiling = 100, []int{0, 100}, 0, 200*time.Millisecond, 1
 	}
 	return s, nil
 }

@@ -69,7 +69,11 @@ func measure(ctx context.Context, s settings, p *progress) (r *report, err error
 		return nil, err
 	}
 	where.Others = others
-	r = newReport(&s, where, b.paths, idle, samples)
+	loads, err := b.burdens(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r = newReport(&s, where, b.paths, idle, loads, samples)
 	r.Profiles, err = b.profiles(ctx, r)
 	return r, err
 }

@@ -43,6 +43,9 @@ func (b *bench) profiles(ctx context.Context, r *report) ([]profiled, error) {
 			continue
 		}
 		p := b.paths[slices.IndexFunc(b.paths, func(p *path) bool { return p.name == g.path })]
+		if p.proxies == nil {
+			continue
+		}
 		b.say("profile %s, %d connections, %s", kindOf(g.metric), res.Connections, p.name)
 		both, err := b.profile(ctx, p, order{Kind: kindOf(g.metric), Connections: res.Connections})
 		if err != nil {

@@ -21,6 +21,7 @@ type report struct {
 	Matches  []match      `json:"matches"`
 	Bounds   []match      `json:"bounds"`
 	Costs    []cost       `json:"costs"`
+	Burdens  []burden     `json:"burdens"`
 	Memory   []memory     `json:"memory"`
 	Profiles []profiled   `json:"profiles"`
 	Samples  []sample     `json:"samples"`
@@ -30,12 +31,12 @@ type report struct {
 }
 
 // newReport derives what is reported from what was measured.
-func newReport(s *settings, m machine, paths []*path, idle []memory, samples []sample) *report {
+func newReport(s *settings, m machine, paths []*path, idle []memory, burdens []burden, samples []sample) *report {
 	r := &report{
 		Command: "make bench", Machine: m, Rounds: s.rounds, Duration: s.duration.String(),
 		Ratios: compare(paths, s.connections, samples), Matches: matches(paths, s.connections, samples),
 		Bounds: bounds(paths, s.connections, samples),
-		Costs:  costs(paths, s.connections, samples), Memory: idle, Samples: samples, paths: paths, connections: s.connections,
+		Costs:  costs(paths, s.connections, samples), Memory: idle, Burdens: burdens, Samples: samples, paths: paths, connections: s.connections,
 	}
 	r.Goals = r.results()
 	return r
@@ -99,6 +100,7 @@ func (r *report) tables() string {
 	for _, m := range charged() {
 		fmt.Fprintf(&b, "\n%s:\n\n%s", sentence(m.Name), r.costTable(&m))
 	}
+	fmt.Fprintf(&b, "\nOf both daemons together with %d connections within the node, which they do not carry; new ones are above:\n\n%s", burdenConnections, r.burdenTable())
 	b.WriteString("\n## Memory of idle connections, node to node\n\nResident, of each side's processes; what several share counts for each. The most are 10,000, or as many\nthousands as a process may have open files for (`ulimit -n`).\n\n")
 	b.WriteString(r.memoryTable())
 	return b.String()
@@ -171,7 +173,7 @@ func (r *report) boundTable() string {
 }
 
 func (r *report) costTable(m *metric) string {
-	return r.grid(func(p *path) bool { return p.baseline != "" }, func(p *path, n int) string {
+	return r.grid(func(p *path) bool { return p.proxies != nil }, func(p *path, n int) string {
 		s := spreadOf(m.values(r.Samples, p.name, n))
 		return quantity(m.format, s.Median, m.unit)
 	})

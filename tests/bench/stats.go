@@ -200,7 +200,7 @@ type cost struct {
 func costs(paths []*path, connections []int, samples []sample) []cost {
 	var all []cost
 	for _, p := range paths {
-		if p.baseline == "" {
+		if p.proxies == nil {
 			continue
 		}
 		for _, m := range charged() {

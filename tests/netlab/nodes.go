@@ -109,6 +109,9 @@ func (t *TwoNodes) node(number byte) (*Node, error) {
 	return n, n.Namespace.Forward()
 }
 
+// Lone makes a third node, which is joined to neither of the two.
+func (t *TwoNodes) Lone() (*Node, error) { return t.node(3) }
+
 // routeTo routes the workloads of the other node by way of its end of the wire.
 func (n *Namespace) routeTo(other *Node) error {
 	v4 := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, other.number}), 16)
