@@ -114,6 +114,7 @@ func TestAnOpeningIsForTheInstanceThatTheTunnelLeadsTo(t *testing.T) {
 // wantClosed waits until the other side closes a tunnel without a stream.
 func (f *far) wantClosed(when string) {
 	f.t.Helper()
+	f.conn.SetDeadline(time.Now().Add(patience))
 	if _, err := f.next(); !errors.Is(err, errTunnelEnded) && !errors.Is(err, errTruncated) && !errors.Is(err, syscall.ECONNRESET) {
 		f.t.Errorf("%s a tunnel goes on: %v", when, err)
 	}
