@@ -182,6 +182,26 @@ func TestAnIdleLegHoldsNoBuffer(t *testing.T) {
 	}
 }
 
+func TestAnIdleLegOfAnApplicationHoldsNoBuffer(t *testing.T) {
+	application, here := tcpPair(t)
+	leg, err := newPlainLeg(here, newBuffers())
+	if err != nil {
+		t.Fatal(err)
+	}
+	say(t, application, "x")
+	if b, err := leg.next(); err != nil || b.text() != "x" {
+		t.Fatalf("%q, %v", b.text(), err)
+	}
+	leg.release()
+	if leg.held != nil {
+		t.Error("a buffer is held when its bytes are passed on")
+	}
+	abort(application)
+	if _, err := leg.next(); !errors.Is(err, syscall.ECONNRESET) || leg.held != nil || leg.socket.reading.buf != nil {
+		t.Errorf("got %v, want a reset; or a buffer is held after a wait for nothing", err)
+	}
+}
+
 // A leg that is half-closed may live on for long.
 func TestAHalfClosedLegHoldsNoBuffer(t *testing.T) {
 	client, server := securePair(t, newBuffers())
