@@ -5,11 +5,14 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"nodeproxy.io/nodeproxy/admin"
+	"nodeproxy.io/nodeproxy/tunnel"
 	"nodeproxy.io/nodeproxy/workload"
 )
 
@@ -59,5 +62,57 @@ func TestAStreamDoesNotWaitBehindAnotherThatIsNotRead(t *testing.T) {
 
 	if got, err := io.ReadAll(server); err != nil || string(got) != sent {
 		t.Errorf("%d of %d bytes of the first arrived, %v", len(got), len(sent), err)
+	}
+}
+
+// TestAPeerThatDoesNotAnswerAnOpeningIsNotAskedAgain has the other node hang when it has read an OPEN.
+func TestAPeerThatDoesNotAnswerAnOpeningIsNotAskedAgain(t *testing.T) {
+	m := newMesh(t, tunnelled, func(c *Config, _ *fakeKernel) {
+		c.Limits.Handshake, c.Limits.Connect = 500*time.Millisecond, time.Second
+	})
+	remote := m.listen()
+	var peers sync.WaitGroup
+	var openings atomic.Int64
+	peers.Go(func() {
+		for {
+			raw, err := remote.AcceptTCP()
+			if err != nil {
+				return
+			}
+			peers.Go(func() {
+				defer raw.Close()
+				w, err := newWire(raw, m.proxy.buffers)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				peer, err := m.proxy.gate.current().credentials.Accept(w, "api", tunnel.ALPN, func() error { return nil })
+				if err != nil {
+					return // it was made ahead, and is not needed any more
+				}
+				l := newLink(w, peer, true)
+				if _, err := l.awaitOpening(time.Now().Add(patience), patience); err == nil {
+					openings.Add(1)
+					_ = l.more()
+				}
+			})
+		}
+	})
+	t.Cleanup(func() {
+		remote.Close()
+		m.shutdown()
+		peers.Wait()
+	})
+	m.remote("api-1", addrPort(remote.Addr()))
+	m.publish()
+	client := m.dial(m.origin(apiVIP()))
+	say(t, client, "request")
+	began := time.Now()
+	wantReset(t, client)
+	if took := time.Since(began); took > patience/2 {
+		t.Errorf("it ends after %v", took)
+	}
+	if n := openings.Load(); n != 1 {
+		t.Errorf("the stream was asked for %d times", n)
 	}
 }
