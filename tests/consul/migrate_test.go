@@ -163,6 +163,9 @@ func TestServicesMoveBetweenEnvoyAndNodeproxy(t *testing.T) {
 			if api.opened("inbound", "destination_service") == in || web.opened("outbound", "source_service") == out {
 				t.Error("what nodeproxy has taken over does not go through it")
 			}
+			if !strings.Contains(web.metrics(0), `path="tunnel"`) {
+				t.Error("no tunnel is warm when Envoy comes back")
+			}
 			for _, v := range []mover{api, web} {
 				during(func() { v.documented("Back to Envoy", v.left) })
 			}
