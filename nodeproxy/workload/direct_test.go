@@ -98,6 +98,10 @@ func TestTheAddressOfAnUpstreamIsNotGrantedToItsWorkload(t *testing.T) {
 }
 
 func TestAGrantLastsAsLongAsBothCertificates(t *testing.T) {
+	p, err := policy.Compile(1, policy.Allow, policy.Identity{TrustDomain: "x.consul"}, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	now := time.Now()
 	leaf := func(from, until time.Duration) *tls.Certificate {
 		return &tls.Certificate{Leaf: &x509.Certificate{NotBefore: now.Add(from), NotAfter: now.Add(until)}}
@@ -112,9 +116,17 @@ func TestAGrantLastsAsLongAsBothCertificates(t *testing.T) {
 		{"short", "long", time.Hour}, {"long", "short", time.Hour}, {"long", "long", 2 * time.Hour}, {"expired", "long", 0}, {"long", "expired", 0},
 		{"early", "long", 0}, {"long", "early", 0}, {"none", "long", 0}, {"long", "none", 0},
 	} {
-		until, ok := validUntil(snap, c.source, c.destination)
-		if ok != (c.want > 0) || ok && !until.Equal(now.Add(c.want)) {
-			t.Errorf("from %s to %s until %v, %t; want %v from now", c.source, c.destination, until, ok, c.want)
+		m, at := managerOf(&reluctant{}), netip.MustParseAddrPort("10.0.0.1:8080")
+		from, to := &space{Namespace: &redirect.Namespace{Cookie: 1}}, &space{Namespace: &redirect.Namespace{Cookie: 2}}
+		inst := &catalog.Instance{ID: "i", Service: c.destination, Local: true, Healthy: true, Address: at, Mesh: at}
+		snap.Services = map[string]*catalog.Service{c.destination: {Name: c.destination, Instances: []*catalog.Instance{inst}}}
+		m.direct.policy = &catalog.Snapshot{TrustDomain: "x.consul", Policy: p}
+		m.direct.routes[routeKey{1, 2, at}] = &route{source: netip.MustParseAddr("10.0.0.2")}
+		grants := m.grantsOf(&view{snap: snap}, &entry{Workload: Workload{ID: 7, Service: c.source}}, from, []target{
+			{served: &served{Served: Served{Service: c.destination, Instance: "i"}, instance: inst, space: to}, address: at},
+		})
+		if (len(grants) == 1) != (c.want > 0) || len(grants) > 0 && !grants[0].NotAfter.Equal(now.Add(c.want)) {
+			t.Errorf("from %s to %s: %+v; want one until %v from now", c.source, c.destination, grants, c.want)
 		}
 	}
 }
