@@ -99,3 +99,28 @@ func TestOnlyTheMeshIsOpen(t *testing.T) {
 	set(false)
 	expect("tcp4", far.String(), passed)
 }
+
+// Entries are written many at a time: those that there is room for must be there, the others named, and written once there is room.
+func TestAFullMapHoldsWhatItCanAndTheRestOnceThereIsRoom(t *testing.T) {
+	const room, more = 262144, 100
+	n := newNode(t)
+	p := n.pod()
+	p.serve()
+	own := make([]redirect.Destination, room+more)
+	address := netip.MustParseAddr("10.100.0.0")
+	for i := range own {
+		address = address.Next()
+		own[i] = redirect.Destination{Addr: address, Port: 8500, Workload: p.id, Refuse: true}
+	}
+	err := n.r.SetOwn(own, false)
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d of %d entries in use", room, room)) || !strings.Contains(err.Error(), fmt.Sprintf("and %d more", more-3)) {
+		t.Fatalf("%d addresses too many: %v", more, err)
+	}
+	if err := n.r.SetOwn(own[more:], false); err != nil {
+		t.Fatalf("as many as there is room for: %v", err)
+	}
+	last := own[len(own)-1]
+	if got := p.dial("tcp4", netip.AddrPortFrom(last.Addr, last.Port).String()); !strings.Contains(got, "refused") && !strings.Contains(got, "not permitted") {
+		t.Errorf("the last address: %s", got)
+	}
+}

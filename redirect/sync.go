@@ -225,7 +225,7 @@ func loadShadow[K comparable, V comparable](m *ebpf.Map) (shadow[K, V], error) {
 	return s, each(m, func(k K, v V) { s[k] = v })
 }
 
-// batch is how many entries of a map are read by one system call.
+// batch is how many entries of a map are read or written by one system call.
 const batch = 1024
 
 // each calls f with each entry of a map, which nobody changes meanwhile.
@@ -305,18 +305,38 @@ func (s shadow[K, V]) sync(name string, m *ebpf.Map, want map[K]V) error {
 		}
 		delete(s, k)
 	}
+	var keys []K
+	var values []V
 	for k, v := range want {
-		if have, ok := s[k]; ok && have == v {
-			continue
+		if have, ok := s[k]; !ok || have != v {
+			keys, values = append(keys, k), append(values, v)
 		}
-		if err := m.Put(k, v); err != nil {
-			errs = append(errs, fmt.Errorf("write to %s (%d of %d entries in use): %w", name, len(s), m.MaxEntries(), err))
-			continue
-		}
-		s[k] = v
+	}
+	for first := 0; first < len(keys); first += batch {
+		end := min(first+batch, len(keys))
+		errs = append(errs, s.write(name, m, keys[first:end], values[first:end])...)
 	}
 	if len(errs) > 3 {
 		errs = append(errs[:3], fmt.Errorf("and %d more", len(errs)-3))
 	}
 	return errors.Join(errs...)
+}
+
+// write writes entries by one system call, or, where some cannot be written, or the kernel has none for such a map, each alone.
+func (s shadow[K, V]) write(name string, m *ebpf.Map, keys []K, values []V) (errs []error) {
+	together := false
+	if len(keys) > 1 {
+		_, err := m.BatchUpdate(keys, values, nil)
+		together = err == nil
+	}
+	for i := range keys {
+		if !together {
+			if err := m.Put(&keys[i], &values[i]); err != nil {
+				errs = append(errs, fmt.Errorf("write to %s (%d of %d entries in use): %w", name, len(s), m.MaxEntries(), err))
+				continue
+			}
+		}
+		s[keys[i]] = values[i]
+	}
+	return errs
 }
