@@ -104,6 +104,7 @@ type Manager struct {
 	serve      func(*redirect.Namespace, *Namespace)
 	inherited  *inheritance               // nil: nothing, or it is settled
 	workloads  map[string]*entry          // by cgroup path
+	needs      []string                   // the services that were last said to be needed
 	namespaces map[uint64]*space          // by inode
 	going      map[uint64]bool            // inodes of those that are about to go
 	found      map[uint64]*foundNamespace // by inode; not open
@@ -361,13 +362,9 @@ func (m *Manager) beat(ctx context.Context, h Handler) {
 func (m *Manager) loop(ctx context.Context, h Handler) {
 	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
-	var needed []string
 	var told map[string]bool
 	for {
-		if need := m.needed(); !slices.Equal(need, needed) {
-			needed = need
-			h.Need(need)
-		}
+		m.tellNeeds(h)
 		if m.pen.Acquire(ctx, 1) != nil {
 			return
 		}
@@ -427,6 +424,14 @@ func (m *Manager) Apply(_ context.Context, snap *catalog.Snapshot) error {
 		return fmt.Errorf("redirect the snapshot's addresses: %w", err)
 	}
 	return nil
+}
+
+// tellNeeds tells which services are needed, if others are than were.
+func (m *Manager) tellNeeds(h Handler) {
+	if need := m.needed(); !slices.Equal(need, m.needs) {
+		m.needs = need
+		h.Need(need)
+	}
 }
 
 // needed lists the services that granted claims and enrolled workloads run as.

@@ -17,6 +17,9 @@ import (
 	"nodeproxy.io/redirect"
 )
 
+// crowd is how many workloads are enrolled without a look at what else is claimed.
+const crowd = 16
+
 // reconcile compares what should be with what is, once, and repairs it. Order matters: listeners exist before anything is
 // redirected to them, guards and ids before a workload is switched on.
 func (m *Manager) reconcile(h Handler) {
@@ -125,7 +128,10 @@ func (m *Manager) protect(next *view, h Handler) {
 	}
 	m.reach(next, ready)
 	m.admitProbers(next, ready)
-	for _, e := range ready {
+	for i, e := range ready {
+		if i%crowd == 0 { // what is claimed meanwhile gets its certificates meanwhile
+			m.tellNeeds(h)
+		}
 		m.enroll(e)
 	}
 	m.settleNesting()
