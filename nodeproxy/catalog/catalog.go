@@ -206,7 +206,7 @@ type Problem struct {
 // New checks a snapshot and builds its indexes. It takes ownership of s. The errors of all that is wrong are joined.
 func New(s Snapshot) (*Snapshot, error) {
 	s.made = new(struct{ _ byte })
-	s.virtual = make(map[netip.Addr]*Service)
+	s.virtual = make(map[netip.Addr]*Service, len(s.Services))
 	s.ports = make(map[netip.AddrPort]*Service)
 	s.instances = make(map[netip.AddrPort]*Instance)
 	s.mesh = make(map[netip.AddrPort]*Instance)

@@ -42,7 +42,7 @@ type builder struct {
 
 func (r *run) builder(d *data, needed []string, given map[string]uint16) *builder {
 	return &builder{
-		cfg: &r.cfg, data: d, certs: r.leaves.certificates(), needed: needed, given: given, last: r.lastPolicy(),
+		cfg: &r.cfg, data: d, certs: r.leaves.certificates(needed), needed: needed, given: given, last: r.lastPolicy(),
 		settings: d.entries.settings(), services: make(map[string]*catalog.Service), upstreams: make(map[string][]*catalog.Upstream),
 	}
 }
@@ -307,18 +307,27 @@ type claim struct {
 // refuseContested takes an address that several instances claim from all of them, so that nobody's traffic can be drawn
 // elsewhere by registering at its address.
 func (b *builder) refuseContested() {
-	claims := make(map[netip.AddrPort][]claim)
+	first, claims := make(map[netip.AddrPort]claim, 2*len(b.services)), make(map[netip.AddrPort][]claim)
 	for _, name := range slices.Sorted(maps.Keys(b.services)) {
 		for _, inst := range b.services[name].Instances {
 			for _, at := range []*netip.AddrPort{&inst.Address, &inst.Mesh} {
-				if at.IsValid() {
+				if !at.IsValid() {
+					continue
+				}
+				one, taken := first[*at]
+				switch {
+				case !taken:
+					first[*at] = claim{inst, at}
+				case claims[*at] == nil:
+					claims[*at] = []claim{one, {inst, at}}
+				default:
 					claims[*at] = append(claims[*at], claim{inst, at})
 				}
 			}
 		}
 	}
 	for at, all := range claims {
-		if len(all) == 1 || isOneGateway(all) {
+		if isOneGateway(all) {
 			continue
 		}
 		keep := keeper(all)

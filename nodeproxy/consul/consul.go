@@ -128,6 +128,7 @@ type Source struct {
 	ports   *ports // nil: nothing is registered
 	wanted  chan *wanted
 	lookNow chan struct{} // gets a value, without blocking, when this node's registrations may have changed
+	altered chan struct{} // the same when only those of ours have
 }
 
 var (
@@ -165,7 +166,7 @@ func New(cfg Config) (*Source, error) {
 	return &Source{
 		cfg: cfg, client: client, world: w, leaves: l, called: newCalled(),
 		named: make(chan struct{}, 1), known: make(chan struct{}, 1),
-		ports: given, wanted: make(chan *wanted, 1), lookNow: make(chan struct{}, 1),
+		ports: given, wanted: make(chan *wanted, 1), lookNow: make(chan struct{}, 1), altered: make(chan struct{}, 1),
 	}, nil
 }
 

@@ -21,7 +21,7 @@ import (
 const maxQuery = 128 << 10
 
 // The instances of all services are read, or cannot be, before the intentions of those of other nodes are first asked for. settleNames
-// is how long names are collected meanwhile; lookNames is for what cannot be read, which nothing tells of.
+// is how long names are collected at least; lookNames is for what cannot be read, which nothing tells of.
 const (
 	settleNames = 20 * time.Millisecond
 	lookNames   = time.Second
@@ -80,9 +80,9 @@ func (r *run) matchAll(ctx context.Context) {
 		}
 		var look <-chan time.Time
 		if !all {
-			pause(ctx, settleNames)
 			look = time.After(lookNames)
 		}
+		pause(ctx, settleNames)
 		select {
 		case <-ctx.Done():
 			return
@@ -133,7 +133,7 @@ type list struct {
 
 // sorter divides names into lists. When the intentions of one name change, Consul looks all names of its list up again, twice, and sends all
 // that it finds: hence lists are short, above all those of this node's services, and a name stays in its list whichever others come
-// and go. A name that becomes one of this node's services stays in the list of the others too.
+// and go. A name that becomes one of this node's services stays in the list of the others too, and is left out of what that asks next.
 type sorter struct {
 	parts    uint32          // of the others' names, a power of two, which only rises
 	ownParts uint32          // of this node's, the same
@@ -215,10 +215,15 @@ func matchFault(names []string) string {
 
 // matchTopic is the intentions of names, as long as asking lasts: later another list has some of them, which knows better.
 func (r *run) matchTopic(asking context.Context, l list) topic {
-	names := l.names
-	params := url.Values{"by": {"destination"}, "name": names}
-	return topic{what: matchFault(names), every: 20 * time.Millisecond,
-		ask: func() question { return question{path: "/v1/connect/intentions/match", params: params} },
+	var names []string // that were asked about last
+	return topic{what: matchFault(l.names), every: 20 * time.Millisecond,
+		ask: func() question {
+			names = l.names
+			if !l.own {
+				names = r.world.current().notApart(names)
+			}
+			return question{path: "/v1/connect/intentions/match", params: url.Values{"by": {"destination"}, "name": names}}
+		},
 		apply: func(a *answer) error {
 			var found map[string][]intention
 			if err := decode(a, &found); err != nil {
@@ -252,6 +257,15 @@ func (r *run) matchTopic(asking context.Context, l list) topic {
 			return nil
 		},
 		failed: func() { wake(r.known) }}
+}
+
+// notApart are those of names that are not asked about apart, or all where that would be none.
+func (d data) notApart(names []string) []string {
+	others := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return d.apart[name] })
+	if len(others) == 0 {
+		return names
+	}
+	return others
 }
 
 // forgetIntentions drops what is not asked for any more, and notes what is, and what of it apart.

@@ -80,13 +80,25 @@ func (l *leaves) needed() []string {
 	return slices.Sorted(maps.Keys(l.all))
 }
 
-// certificates are those that are there.
-func (l *leaves) certificates() map[string]*tls.Certificate {
+// awaits says whether a service is needed of which no certificate is there, and none was refused.
+func (l *leaves) awaits() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	certs := make(map[string]*tls.Certificate, len(l.all))
-	for name, leaf := range l.all {
-		if leaf.cert != nil {
+	for _, leaf := range l.all {
+		if leaf.cert == nil && leaf.tries == 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// certificates are those that are there of some services.
+func (l *leaves) certificates(services []string) map[string]*tls.Certificate {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	certs := make(map[string]*tls.Certificate, len(services))
+	for _, name := range services {
+		if leaf := l.all[name]; leaf != nil && leaf.cert != nil {
 			certs[name] = leaf.cert
 		}
 	}
@@ -244,7 +256,7 @@ func (l *leaves) settle(res result) {
 	}
 	if fresh {
 		leaf.cert, leaf.alarmed = res.cert, false
-		l.world.touch()
+		l.world.certify()
 	}
 }
 

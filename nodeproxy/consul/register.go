@@ -38,6 +38,10 @@ const (
 	// registrars is how many registrations are changed at once.
 	registrars = 4
 
+	// certifying is how long registrations wait at most for certificates that are being asked for: it is those that protect a
+	// workload, and one agent makes both.
+	certifying = time.Second
+
 	// unclaimed is how long after the start a registration of ours is left alone whose service no workload has been
 	// enrolled as: workloads are claimed one after the other.
 	unclaimed = time.Minute
@@ -300,6 +304,8 @@ func (r *run) keepRegistered(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case w = <-r.wanted:
+			w = r.gather(ctx, w)
+		case <-r.altered:
 		case <-beat.C:
 			alive = true
 		case <-retry.C:
@@ -322,6 +328,22 @@ func (r *run) keepRegistered(ctx context.Context) {
 		retry.Stop()
 		r.world.answered("its registrations")
 	}
+}
+
+// gather returns the last of what is wanted while there are certificates to come, w if nothing else is.
+func (r *run) gather(ctx context.Context, w *wanted) *wanted {
+	enough := time.NewTimer(certifying)
+	defer enough.Stop()
+	for r.leaves.awaits() {
+		select {
+		case <-ctx.Done():
+			return w
+		case <-enough.C:
+			return w
+		case w = <-r.wanted:
+		}
+	}
+	return w
 }
 
 // register registers what is missing or different, and withdraws what is not wanted. settled says of a service that is not

@@ -17,7 +17,8 @@ const (
 	// settle is how long changes are collected after a snapshot. The first change after a pause is delivered at once.
 	settle = 10 * time.Millisecond
 
-	// rest is how many times as long as it took to build a snapshot no other is built, in a large mesh.
+	// rest is how many times as long as it took to build a snapshot no other is built, in a large mesh, and as it took to look at the
+	// registrations of this node they are not looked at again.
 	rest = 2
 )
 
@@ -32,10 +33,11 @@ type run struct {
 	// These belong to the goroutine of loop.
 	changes    uint64    // that the last snapshot knows of, or that could not be one
 	intended   uint64    // the same of intentions
+	certified  uint64    // and of certificates
 	rested     time.Time // before it none is built whole
 	generation uint64
 	built      bool              // a snapshot of what the agent said was delivered
-	made       *builder          // what made the last snapshot, but maybe for its policy; nil: there is none
+	made       *builder          // what made the last snapshot, but maybe for its policy and its certificates; nil: there is none
 	snap       *catalog.Snapshot // the last one
 	rejected   string            // the error of the last snapshot that could not be built, logged
 
@@ -63,8 +65,8 @@ func (r *run) loop(ctx context.Context) {
 	}
 }
 
-// send delivers the world as it is, once it is complete, or only its intentions, and returns how long the rest is to wait. A change
-// of intentions does not wait for what else changes, of which there may be much.
+// send delivers the world as it is, once it is complete, or only its intentions and certificates, and returns how long the rest is to
+// wait. Those do not wait for what else changes, of which there may be much. A certificate counts once what it is for is known too.
 func (r *run) send() (wait time.Duration) {
 	d := r.world.current()
 	if r.made != nil && d.intended != r.intended {
@@ -73,7 +75,12 @@ func (r *run) send() (wait time.Duration) {
 			r.pass(snap, err)
 		}
 	}
-	if d.changes == r.changes && d.intended == r.intended || !r.complete(&d) {
+	if r.made != nil && d.certified != r.certified && d.roots == r.made.data.roots { // what new roots sign comes with them
+		r.certified = d.certified
+		r.pass(r.snap.WithLeaves(r.leaves.certificates(r.made.needed), r.generation+1, time.Now()), nil)
+		r.want()
+	}
+	if d.changes == r.changes && d.intended == r.intended && d.certified == r.certified || !r.complete(&d) {
 		r.fallBack()
 		return 0
 	}
@@ -81,7 +88,7 @@ func (r *run) send() (wait time.Duration) {
 	if wait := r.rested.Sub(began); wait > 0 {
 		return wait
 	}
-	r.changes, r.intended, r.made = d.changes, d.intended, nil
+	r.changes, r.intended, r.certified, r.made = d.changes, d.intended, d.certified, nil
 	needed := r.leaves.needed()
 	given := r.givePorts(&d, needed)
 	b := r.builder(&d, needed, given)
@@ -91,14 +98,20 @@ func (r *run) send() (wait time.Duration) {
 		return 0
 	}
 	r.made = b
-	if r.ports != nil {
-		select {
-		case <-r.wanted: // an older one that was not taken
-		default:
-		}
-		r.wanted <- wantedOf(&r.cfg, &d, snap, needed, given)
-	}
+	r.want()
 	return 0
+}
+
+// want tells keepRegistered what the last snapshot wants to be registered.
+func (r *run) want() {
+	if r.ports == nil {
+		return
+	}
+	select {
+	case <-r.wanted: // an older one that was not taken
+	default:
+	}
+	r.wanted <- wantedOf(&r.cfg, r.made.data, r.snap, r.made.needed, r.made.given)
 }
 
 // pass delivers a snapshot, unless none could be made.
@@ -225,10 +238,12 @@ func (r *run) poll(ctx context.Context) {
 			case <-next.C:
 				waiting = false
 			case <-r.lookNow:
+				began := time.Now()
 				for i := range local {
 					last[1+i], _ = r.ask.once(ctx, local[i], last[1+i])
 				}
 				r.refreshChains(ctx)
+				pause(ctx, min(time.Second, rest*time.Since(began)))
 			}
 		}
 	}

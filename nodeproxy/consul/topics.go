@@ -9,6 +9,8 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -38,6 +40,9 @@ func (r *run) agentTopic() topic {
 			next.node, next.address, next.dns = r.cfg.catalogNode(), r.cfg.NodeAddress.String(), nil
 		}
 		r.world.update(func(d *data) bool {
+			if reflect.DeepEqual(d.agent, next) { // its answer differs each time
+				return false
+			}
 			d.agent = next
 			return true
 		})
@@ -214,16 +219,14 @@ func (d *data) rename(looks map[string]string) (gone []string) {
 }
 
 // registrationsTopic says when to ask for this node's registrations. They themselves come from the agent, which has them
-// before the catalog does and when the servers are gone.
+// before the catalog does and when the servers are gone: here none is asked for.
 func (r *run) registrationsTopic() topic {
 	return topic{what: "this node's entries in the catalog", every: 50 * time.Millisecond,
 		ask: func() question {
-			return question{path: "/v1/catalog/node-services/" + escape(r.world.current().agent.node)}
+			return question{path: "/v1/catalog/node-services/" + escape(r.world.current().agent.node), params: url.Values{"filter": {`ID == ""`}}}
 		},
-		apply: func(*answer) error {
-			wake(r.lookNow)
-			return nil
-		}}
+		apply: func(*answer) error { return nil },
+		woken: func() { wake(r.lookNow) }}
 }
 
 func (r *run) localTopic() topic {
@@ -232,13 +235,31 @@ func (r *run) localTopic() topic {
 		if err := decode(a, &local); err != nil {
 			return err
 		}
+		others := false
 		r.world.update(func(d *data) bool {
+			others = d.local == nil || !sameButOurs(d.local, local)
 			d.local = local
-			return true
+			return others
 		})
-		r.chainsChanged() // it may declare other upstreams
+		if others {
+			r.chainsChanged() // it may declare other upstreams
+		} else {
+			wake(r.altered)
+		}
 		return nil
 	}}
+}
+
+// sameButOurs says whether two answers differ at most in what we have registered, of which a snapshot does not tell.
+func sameButOurs(a, b map[string]*api.AgentService) bool {
+	others := func(all map[string]*api.AgentService) map[string]*api.AgentService {
+		all = maps.Clone(all)
+		maps.DeleteFunc(all, func(_ string, s *api.AgentService) bool {
+			return isOurs(s) && (s.Kind == api.ServiceKindConnectProxy || s.ID == proxyService)
+		})
+		return all
+	}
+	return reflect.DeepEqual(others(a), others(b))
 }
 
 // entryKinds are the config entries that are asked for.

@@ -20,8 +20,9 @@ import (
 
 // data is the last good answer to every question. What it points to is replaced, and never changed.
 type data struct {
-	changes    uint64 // counted, but for those of intentions
+	changes    uint64 // counted, but for those of intentions and certificates
 	intended   uint64 // changes of intentions
+	certified  uint64 // changes of certificates
 	agent      *agent
 	roots      *roots
 	defaultACL string // "allow" where the agent says nothing: ACLs are off
@@ -134,6 +135,14 @@ func (w *world) touch() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.data.changes++
+	wake(w.changed)
+}
+
+// certify says that certificates have changed.
+func (w *world) certify() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.data.certified++
 	wake(w.changed)
 }
 
