@@ -50,7 +50,8 @@ defaults
 	return netlab.Command{Args: []string{"-db", "-f", nearPath}}, netlab.Command{Args: []string{"-db", "-f", farPath}}, err
 }
 
-// nginx follows the documentation of ngx_stream_ssl_module and ngx_stream_proxy_module.
+// nginx follows the documentation of ngx_stream_ssl_module and ngx_stream_proxy_module. Each worker has room for all connections, of
+// which it counts both ends: they may be anything but shared out evenly.
 func nginx(p *pairing) (near, far netlab.Command, err error) {
 	const head = `load_module /usr/lib/nginx/modules/ngx_stream_module.so;
 user root;
@@ -77,7 +78,7 @@ stream {
     proxy_ssl_name far;
   }
 }
-`, openFilesLimit(), p.dir, "near", room(), p.near, p.far, c.near.certificate, c.near.key, c.root), fmt.Sprintf(head+`  server {
+`, openFilesLimit(), p.dir, "near", 2*room(), p.near, p.far, c.near.certificate, c.near.key, c.root), fmt.Sprintf(head+`  server {
     listen %s ssl;
     ssl_protocols TLSv1.3;
     ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256;
@@ -88,7 +89,7 @@ stream {
     proxy_pass %s;
   }
 }
-`, openFilesLimit(), p.dir, "far", room(), p.far, c.far.certificate, c.far.key, c.root, p.to))
+`, openFilesLimit(), p.dir, "far", 2*room(), p.far, c.far.certificate, c.far.key, c.root, p.to))
 	return netlab.Command{Args: []string{"-p", p.dir, "-e", "stderr", "-c", nearPath}}, netlab.Command{Args: []string{"-p", p.dir, "-e", "stderr", "-c", farPath}}, err
 }
 
