@@ -117,7 +117,13 @@ func (e *tunnelEnd) rest() bool {
 		return false
 	}
 	places, err := e.slots.take(e.cfg.Limits.tunnelSlots(e.served.Instance, e.link.peer.Identity.String())...)
-	return err == nil && e.restFor(tunnel.MaxIdleTime+lateClose, places)
+	if err != nil || !e.restFor(tunnel.MaxIdleTime+lateClose, places) {
+		return false
+	}
+	if e.ends.local(e.served.Instance) { // since the look above, when tell did not find e at rest
+		e.tell()
+	}
+	return true
 }
 
 func (e *tunnelEnd) restFor(wait time.Duration, places func()) bool {

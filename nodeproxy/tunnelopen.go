@@ -153,7 +153,10 @@ func (d *dialer) tunnelTo(inst *catalog.Instance, ready bool) (leg, error) {
 	if ready {
 		known := d.ends.has(inst)
 		l, ok := d.tunnels.pool.Take(d.c.ctx, key, ahead.ahead)
-		if !ok && !known && d.ends.has(inst) {
+		if !known && d.ends.has(inst) {
+			if ok {
+				d.tunnels.pool.Put(key, l)
+			}
 			return nil, errEnding
 		}
 		if ok {

@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 )
@@ -48,7 +49,7 @@ type Pool[K comparable, C Conn] struct {
 
 // shelf is what there is of one key.
 type shelf[C Conn] struct {
-	idle     []resting[C] // the one that was used last is the last
+	idle     []resting[C] // the one that was used last is the last, those that were dialled ahead are before all that were used
 	dial     func(context.Context) (C, error)
 	dialling int
 	spares   int       // how many shall be idle
@@ -166,12 +167,12 @@ func (p *Pool[K, C]) want() {
 
 // Put gives a tunnel back, or in. It is closed when it is not wanted: when its key was retired, or there are enough.
 func (p *Pool[K, C]) Put(key K, conn C) {
-	if !p.keep(key, conn) {
+	if !p.keep(key, conn, false) {
 		conn.Close()
 	}
 }
 
-func (p *Pool[K, C]) keep(key K, conn C) bool {
+func (p *Pool[K, C]) keep(key K, conn C, spare bool) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := p.shelves[key]
@@ -179,7 +180,11 @@ func (p *Pool[K, C]) keep(key K, conn C) bool {
 	if s == nil || p.closed || len(s.idle) >= maxIdleOfKey || p.idle >= p.maxIdle || now.Sub(conn.Born()) >= MaxLife {
 		return false
 	}
-	s.idle = append(s.idle, resting[C]{conn, now})
+	if spare { // what is said over those that were used is heard before it is taken
+		s.idle = slices.Insert(s.idle, 0, resting[C]{conn, now})
+	} else {
+		s.idle = append(s.idle, resting[C]{conn, now})
+	}
 	p.idle++
 	return true
 }
@@ -253,8 +258,8 @@ func (p *Pool[K, C]) dialAhead(ctx context.Context, dials *sync.WaitGroup) {
 					s.failed = p.now()
 				}
 				p.mu.Unlock()
-				if err == nil {
-					p.Put(key, conn)
+				if err == nil && !p.keep(key, conn, true) {
+					conn.Close()
 				}
 				p.want()
 			})

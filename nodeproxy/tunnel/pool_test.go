@@ -151,6 +151,37 @@ func TestWhatNobodyUsesIsClosedAndForgotten(t *testing.T) {
 	}
 }
 
+// What the other side says over a tunnel that rested must be heard before one is used that was only just made.
+func TestWhatWasDialledAheadIsTakenAfterWhatWasUsed(t *testing.T) {
+	p := NewPool[string, *fake](100)
+	spare, used := &fake{born: time.Now()}, &fake{born: time.Now()}
+	dialling, put := make(chan struct{}), make(chan struct{})
+	dial := func(context.Context) (*fake, error) {
+		close(dialling)
+		<-put
+		return spare, nil
+	}
+	p.Take(t.Context(), "a", dial)
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { p.Run(ctx) })
+	defer running.Wait()
+	defer stop()
+	<-dialling
+	p.Put("a", used)
+	close(put)
+	for deadline := time.Now().Add(patience); p.Idle() < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d are ready", p.Idle())
+		}
+	}
+	for i, want := range []*fake{used, spare} {
+		if got, ok := p.Take(t.Context(), "a", never); !ok || got != want {
+			t.Errorf("take %d: %p, want %p of used %p and spare %p", i, got, want, used, spare)
+		}
+	}
+}
+
 // TestTunnelsAreDialledAheadOfDemand misses again and again: the next ones are there.
 func TestTunnelsAreDialledAheadOfDemand(t *testing.T) {
 	p := NewPool[string, *fake](100)
