@@ -55,7 +55,11 @@ func (b *bench) busy(ctx context.Context, p *path, load string) (share float64, 
 	}
 	began := time.Now()
 	if load == idle {
-		time.Sleep(b.watching)
+		select {
+		case <-time.After(b.watching):
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
 	} else if _, err := c.work(ctx); err != nil {
 		return 0, err
 	}
